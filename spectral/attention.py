@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from spectral.codec import PageCodec
-from spectral.pages import StepBatch, Window
+from spectral.pages import StepBatch
+from spectral.windows import ExactWindow
 
 SCORE_LIMIT = 1 << 24
 """Most score elements held at once in a prefill (64 MiB of float32): longer chunks are cut into query blocks."""
@@ -25,7 +26,8 @@ class DecodePlan:
 
     token: [B] flattened index of each row's token; slot: [B]; write: [B] place in the window.
     table: [B, m] page ids (0 where a row has fewer); bias: [B, 1, 1, m*P + capacity], 0 or -inf.
-    seal_*: rows whose oldest recent tokens become a page in this step: slot, place in the window, page id.
+    seal_*: rows whose oldest recent tokens become a page in this step: slot, place in the window, page id, and the
+        page's index in its row.
     """
 
     token: torch.Tensor
@@ -36,6 +38,7 @@ class DecodePlan:
     seal_slot: torch.Tensor | None
     seal_place: torch.Tensor | None
     seal_page: torch.Tensor | None
+    seal_index: torch.Tensor | None
 
 
 def softcapped(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:
@@ -104,10 +107,10 @@ def attend(
 # -- decode -----------------------------------------------------------------------------------------------------------
 
 
-def _decode_plan(batch: StepBatch, singles: list[int], window: Window, codec: PageCodec | None) -> DecodePlan:
+def _decode_plan(batch: StepBatch, singles: list[int], window: ExactWindow, codec: PageCodec | None) -> DecodePlan:
     store, rows = batch.store, [batch.work[i][0] for i in singles]
     device = store.device
-    seals: list[tuple[int, int, int]] = []
+    seals: list[tuple[int, int, int, int]] = []
     tables: list[list[int]] = []
     capacity = window.sinks + window.ring
     window_bias = torch.full((len(rows), capacity), float("-inf"))
@@ -119,7 +122,7 @@ def _decode_plan(batch: StepBatch, singles: list[int], window: Window, codec: Pa
             continue
         page_tokens = store.codebook.page_tokens
         for number, page in enumerate(batch.new_pages[i], start=len(row.pages)):
-            seals.append((row.slot, window.index(window.sinks + number * page_tokens), page))
+            seals.append((row.slot, window.index(window.sinks + number * page_tokens), page, number))
         tables.append(row.pages + batch.new_pages[i])
         first = window.sinks + len(tables[-1]) * page_tokens  # oldest token that is in the ring only
         window_bias[at, : min(after, window.sinks)] = 0.0
@@ -146,10 +149,11 @@ def _decode_plan(batch: StepBatch, singles: list[int], window: Window, codec: Pa
         seal_slot=column([s[0] for s in seals]) if seals else None,
         seal_place=column([s[1] for s in seals]) if seals else None,
         seal_page=column([s[2] for s in seals]) if seals else None,
+        seal_index=column([s[3] for s in seals]) if seals else None,
     )
 
 
-def ring_spans(window: Window, first: int, end: int) -> list[tuple[int, int]]:
+def ring_spans(window: ExactWindow, first: int, end: int) -> list[tuple[int, int]]:
     """Places in a slot of the non-sink tokens [first, end) as one or two half-open spans."""
     first = max(first, window.sinks)
     if end <= first:
@@ -182,21 +186,20 @@ def _decode(
     whole = len(singles) == query.shape[1]  # nothing but decode rows: no gather needed
     q, k, v = (x if whole else x.index_select(1, plan.token) for x in (query, key, value))
     count = q.shape[1]
-    window.keys[plan.slot, :, plan.write] = k.transpose(0, 1).to(window.keys.dtype)
-    window.values[plan.slot, :, plan.write] = v.transpose(0, 1).to(window.values.dtype)
+    window.write(plan.slot, plan.write, torch.cat([k, v], -1).transpose(0, 1))
     if codec is not None and plan.seal_slot is not None:
         _seal(window, codec, pool, plan)
     q = q.transpose(0, 1).reshape(count, heads, -1, q.shape[-1]).float() * scaling  # [B, H, G, d]
-    wk, wv = window.keys.index_select(0, plan.slot).float(), window.values.index_select(0, plan.slot).float()
+    wk, wv = window.read(plan.slot).split([key.shape[-1], value.shape[-1]], -1)
     scores = torch.matmul(q, wk.transpose(2, 3))
     paged = plan.table.shape[1] if codec is not None else 0
     if codec is not None and pool is not None and paged:
-        pages = pool.index_select(0, plan.table.flatten()).view(count, paged, -1)
-        scores = torch.cat([codec.scores(q, pages), scores], -1)
+        pages = codec.open(pool.index_select(0, plan.table.flatten()).view(count, paged, -1))
+        scores = torch.cat([pages.scores(q), scores], -1)
     weights = (softcapped(scores, softcap) + plan.bias).softmax(-1)
     if codec is not None and paged:
         cut = paged * codec.page_tokens
-        mixed = torch.matmul(weights[..., cut:], wv) + codec.mix(weights[..., :cut], pages)
+        mixed = torch.matmul(weights[..., cut:], wv) + pages.mix(weights[..., :cut])
     else:
         mixed = torch.matmul(weights, wv)
     mixed = mixed.reshape(count, -1, mixed.shape[-1]).to(out.dtype)
@@ -206,14 +209,14 @@ def _decode(
         out.index_copy_(0, plan.token, mixed)
 
 
-def _seal(window: Window, codec: PageCodec, pool: torch.Tensor | None, plan: DecodePlan) -> None:
+def _seal(window: ExactWindow, codec: PageCodec, pool: torch.Tensor | None, plan: DecodePlan) -> None:
     """Encode pages whose tokens all lie in their row's ring (a page never wraps: the ring is a multiple of it)."""
     assert pool is not None and plan.seal_slot is not None and plan.seal_place is not None
+    assert plan.seal_page is not None and plan.seal_index is not None
     inside = torch.arange(codec.page_tokens, device=pool.device)
-    place = plan.seal_place[:, None] + inside  # [n, P]
-    keys = window.keys[plan.seal_slot[:, None], :, place].transpose(1, 2)  # [n, P, H, d] -> [n, H, P, d]
-    values = window.values[plan.seal_slot[:, None], :, place].transpose(1, 2)
-    pool[plan.seal_page] = codec.encode(keys, values)
+    tokens = window.read_places(plan.seal_slot, plan.seal_place[:, None] + inside)  # [n, H, P, d + dv]
+    keys, values = tokens.split([window.shape.key_dim, window.shape.value_dim], -1)
+    pool[plan.seal_page] = codec.encode(keys, values, plan.seal_index)
 
 
 # -- prefill ----------------------------------------------------------------------------------------------------------
@@ -245,13 +248,12 @@ def _prefill(
     return out.transpose(0, 1)
 
 
-def _past_window(
-    window: Window, slot: int, first: int, end: int, sinks: int
-) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Exact tokens of a row, in order: keys/values [H, t, d] and their positions."""
+def _past_window(window: ExactWindow, slot: int, first: int, end: int, sinks: int) -> tuple[torch.Tensor, list[int]]:
+    """Tokens that a row's window holds, in order: float32 [H, t, d + dv] and their positions."""
     positions = list(range(sinks)) + list(range(max(first, window.sinks), end))
-    places = torch.tensor([window.index(p) for p in positions], dtype=torch.long, device=window.keys.device)
-    return window.keys[slot].index_select(1, places), window.values[slot].index_select(1, places), positions
+    device = window.store.device
+    places = torch.tensor([[window.index(p) for p in positions]], dtype=torch.long, device=device)
+    return window.read_places(torch.tensor([slot], device=device), places)[0], positions
 
 
 def _prefill_with_past(
@@ -275,13 +277,13 @@ def _prefill_with_past(
         first, sinks = max(0, row.length - window.ring + 1), 0
     else:
         first, sinks = window.sinks + len(row.pages) * codec.page_tokens, min(row.length, window.sinks)
-    wk, wv, positions = _past_window(window, row.slot, first, row.length, sinks)
-    exact_keys = torch.cat([wk.float(), key.float()], 1)  # [H, t + n, d]
-    exact_values = torch.cat([wv.float(), value.float()], 1)
+    past, positions = _past_window(window, row.slot, first, row.length, sinks)
+    exact_keys = torch.cat([past[..., : key.shape[-1]], key.float()], 1)  # [H, t + n, d]
+    exact_values = torch.cat([past[..., key.shape[-1] :], value.float()], 1)
     device = query.device
     key_position = torch.tensor(positions + list(range(row.length, row.length + length)), device=device)
     pages = (
-        pool[torch.tensor(row.pages, device=device)][None]
+        codec.open(pool[torch.tensor(row.pages, device=device)][None])
         if codec is not None and row.pages and pool is not None
         else None
     )
@@ -298,24 +300,23 @@ def _prefill_with_past(
         hidden = distance < 0 if sliding is None else (distance < 0) | (distance >= sliding)
         scores = softcapped(scores, softcap).masked_fill(hidden, float("-inf"))
         if codec is not None and pages is not None:
-            past = codec.scores(q[None], pages)[0].view(heads, groups, n, -1)
-            scores = torch.cat([softcapped(past, softcap), scores], -1)
+            coded = pages.scores(q[None])[0].view(heads, groups, n, -1)
+            scores = torch.cat([softcapped(coded, softcap), scores], -1)
         weights = scores.softmax(-1).view(heads, groups * n, -1)
         mixed = torch.matmul(weights[..., paged:], exact_values)
         if codec is not None and pages is not None:
-            mixed = mixed + codec.mix(weights[None, ..., :paged], pages)[0]
+            mixed = mixed + pages.mix(weights[None, ..., :paged])[0]
         out[:, begin : begin + n] = mixed.view(heads * groups, n, -1).to(out.dtype)
     return out
 
 
-def _append_sliding(window: Window, slot: int, length: int, key: torch.Tensor, value: torch.Tensor) -> None:
+def _append_sliding(window: ExactWindow, slot: int, length: int, key: torch.Tensor, value: torch.Tensor) -> None:
     """Write a chunk's last tokens into a rolling window."""
     count = key.shape[1]
     kept = min(count, window.ring)
     positions = range(length + count - kept, length + count)
     places = torch.tensor([window.index(p) for p in positions], dtype=torch.long, device=key.device)
-    window.keys[slot].index_copy_(1, places, key[:, count - kept :].to(window.keys.dtype))
-    window.values[slot].index_copy_(1, places, value[:, count - kept :].to(window.values.dtype))
+    window.write(slot, places, torch.cat([key, value], -1)[:, count - kept :].transpose(0, 1))
 
 
 def _append(batch: StepBatch, layer: int, index: int, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -324,25 +325,22 @@ def _append(batch: StepBatch, layer: int, index: int, key: torch.Tensor, value: 
     window, codec, pool = store.windows[layer], store.codebook.layers[layer], store.pools[layer]
     assert codec is not None and pool is not None
     (row, count), granted = batch.work[index], batch.new_pages[index]
-    page_tokens = codec.page_tokens
-    key, value = key.to(window.keys.dtype), value.to(window.values.dtype)  # pages see what the window would have held
-    if row.length < window.sinks:
-        until = min(window.sinks, row.length + count)
-        window.keys[row.slot, :, row.length : until] = key[:, : until - row.length]
-        window.values[row.slot, :, row.length : until] = value[:, : until - row.length]
-    first = window.sinks + len(row.pages) * page_tokens
-    old_keys, old_values, _ = _past_window(window, row.slot, first, row.length, 0)
-    skip = max(0, window.sinks - row.length)
-    keys = torch.cat([old_keys, key[:, skip:]], 1)  # tokens first .. length + count - 1
-    values = torch.cat([old_values, value[:, skip:]], 1)
-    sealed = len(granted) * page_tokens
+    page_tokens, device = codec.page_tokens, key.device
+    end = row.length + count
+    tokens = torch.cat([key, value], -1)  # [H, n, d + dv]
+    first = window.sinks + len(row.pages) * page_tokens  # the oldest token that is in no page yet
+    sealed = first + len(granted) * page_tokens
     if granted:
-        heads = keys.shape[0]
-        paged_keys = keys[:, :sealed].reshape(heads, len(granted), page_tokens, -1).transpose(0, 1)
-        paged_values = values[:, :sealed].reshape(heads, len(granted), page_tokens, -1).transpose(0, 1)
-        pool[torch.tensor(granted, device=pool.device)] = codec.encode(paged_keys, paged_values)
-    remain = range(first + sealed, row.length + count)
-    if len(remain) > 0:
-        places = torch.tensor([window.index(p) for p in remain], dtype=torch.long, device=key.device)
-        window.keys[row.slot].index_copy_(1, places, keys[:, sealed:])
-        window.values[row.slot].index_copy_(1, places, values[:, sealed:])
+        old, _ = _past_window(window, row.slot, first, row.length, 0)
+        new = tokens[:, max(0, first - row.length) : max(0, sealed - row.length)]
+        # Pages see what the window would have held, however the tokens came: one by one or in chunks.
+        paged = torch.cat([old[:, : sealed - first], window.as_kept(new)], 1)  # [H, n * P, d + dv]
+        paged = paged.unflatten(1, (len(granted), page_tokens)).transpose(0, 1)
+        number = torch.arange(len(row.pages), len(row.pages) + len(granted), device=device)
+        pages = codec.encode(*paged.split([key.shape[-1], value.shape[-1]], -1), number)
+        pool[torch.tensor(granted, device=device)] = pages
+    kept = [p for p in range(row.length, end) if p < window.sinks or p >= sealed]
+    if kept:
+        places = torch.tensor([window.index(p) for p in kept], dtype=torch.long, device=device)
+        chosen = torch.tensor([p - row.length for p in kept], dtype=torch.long, device=device)
+        window.write(row.slot, places, tokens.index_select(1, chosen).transpose(0, 1))

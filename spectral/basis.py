@@ -19,10 +19,10 @@ has looked at in calibration must not become free to distort."""
 
 @dataclass(frozen=True)
 class Basis:
-    """One joint basis over all KV heads of a layer.
+    """One joint basis of a vector of D numbers.
 
     Attributes:
-        mean: [D] the mean removed before projection; D = kv_heads * head_dim.
+        mean: [D] the mean removed before projection.
         decode: [D, R] columns b_r; x = mean + sum_r z_r b_r.
         encode: [D, R] the dual basis; z = encode^T (x - mean).
         variance: [R] variance of every latent, descending.
@@ -32,6 +32,26 @@ class Basis:
     decode: np.ndarray
     encode: np.ndarray
     variance: np.ndarray
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Keys and values of a run of KV heads in one basis: x = [k of every head | v of every head], D = h * (d + dv).
+
+    Latents are scaled to unit variance: a column of `decode` is what one standard deviation of a latent adds to x.
+
+    Attributes:
+        heads: first KV head and one past the last; mean: [D]; decode, encode: [D, R], encode^T decode = I;
+        variance: [R] importance of the latents: expected loss in nats per token when one is dropped, descending.
+        deviation: [classes, R] standard deviation of the latents' page DCT in each frequency class.
+    """
+
+    heads: tuple[int, int]
+    mean: np.ndarray
+    decode: np.ndarray
+    encode: np.ndarray
+    variance: np.ndarray
+    deviation: np.ndarray
 
 
 def symmetric_roots(matrix: np.ndarray, floor: float = FLOOR) -> tuple[np.ndarray, np.ndarray]:
@@ -52,6 +72,19 @@ def block_diagonal(blocks: np.ndarray) -> np.ndarray:
     for head in range(heads):
         span = slice(head * size, (head + 1) * size)
         out[span, span] = blocks[head]
+    return out
+
+
+def regularised(metric: np.ndarray, parts: tuple[int, ...], share: float = 0.01) -> np.ndarray:
+    """A metric [D, D] plus a share of the mean diagonal of each part (keys and values have scales of their own) on that
+    part's diagonal: directions that no query looked at in calibration keep some weight."""
+    out = np.array(metric, dtype=np.float64)
+    start = 0
+    diagonal = np.diagonal(out).copy()
+    for size in parts:
+        scale = float(diagonal[start : start + size].mean())
+        out[np.arange(start, start + size), np.arange(start, start + size)] += share * max(scale, 1e-12)
+        start += size
     return out
 
 

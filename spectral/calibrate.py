@@ -1,29 +1,28 @@
-"""SpectralProfiler: text -> statistics -> weighted bases -> bit allocations -> measured ladder.
+"""SpectralProfiler: text -> statistics -> weighted bases -> allocations -> a measured ladder of settings.
 
-Statistics are second moments in float64, one set per layer, whatever the length of the corpus. The metric of keys and
-of values is the Fisher information of what they hold: for a small error e of one token's keys (or values) the model's
-output distribution moves by KL = 1/2 e^T E[g g^T] e, where g is the gradient of log p(y) for y drawn from the model
-itself (Amari, "Natural gradient works efficiently in learning", 1998). Gradients flow only through reads of tokens that
-have left the exact window, because only those are ever compressed. So one number system covers queries, output
-projections and everything behind them, and bits can be compared across layers, keys and values: one global reverse
-water-filling hands them out.
+`spectral.statistics` says what is gathered and why, `spectral.fit` how a profile follows from it. This module gets the
+text, drives the forwards, saves what it has so that an interrupted run goes on where it stopped, and measures.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from spectral.attention import softcapped
-from spectral.basis import block_diagonal, weighted_basis
-from spectral.bits import allocate, plane_layout
 from spectral.errors import ModelError
-from spectral.profile import LadderRow, LayerProfile, SpectralProfile
+from spectral.fit import fit, ladder
+from spectral.profile import SpectralProfile
+from spectral.statistics import Collector, Statistics, sample_tokens
 
 if TYPE_CHECKING:
     from spectral.hf import LoadedModel
@@ -31,61 +30,11 @@ if TYPE_CHECKING:
 Progress = Callable[[str, float], None]
 """Called with a stage's name and the fraction done."""
 
-LADDER_BITS = (4.5, 3.4, 2.6, 2.0, 1.6, 1.3, 1.0)
-"""Bits per element of the ladder's settings, finest first: about 3.5x to 16x on the codes."""
+LADDER = (3.5, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0)
+"""All-in ratios of the settings at 4,096 tokens, finest first."""
 
-
-@dataclass
-class LayerStatistics:
-    """Running second moments of one layer, float64 on the CPU.
-
-    key_sum [D], key_moment [D, D]; value_sum [Dv], value_moment [Dv, Dv]; and the Fisher information of keys and
-    values per KV head, key_fisher [H, d, d], value_fisher [H, dv, dv].
-    """
-
-    key_sum: torch.Tensor
-    key_moment: torch.Tensor
-    value_sum: torch.Tensor
-    value_moment: torch.Tensor
-    key_fisher: torch.Tensor
-    value_fisher: torch.Tensor
-    tokens: int = 0
-
-    @classmethod
-    def zeros(cls, heads: int, key_dim: int, value_dim: int) -> LayerStatistics:
-        d, dv = heads * key_dim, heads * value_dim
-        shapes = (d,), (d, d), (dv,), (dv, dv), (heads, key_dim, key_dim), (heads, value_dim, value_dim)
-        return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
-
-    def add(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Keys and values [H, N, d] of one window, any float dtype. Products are float32 on the device."""
-        count = key.shape[1]
-        keys = key.transpose(0, 1).reshape(count, -1).float()
-        values = value.transpose(0, 1).reshape(count, -1).float()
-        self.key_sum += keys.sum(0, dtype=torch.float64).cpu()
-        self.value_sum += values.sum(0, dtype=torch.float64).cpu()
-        self.key_moment += (keys.T @ keys).double().cpu()
-        self.value_moment += (values.T @ values).double().cpu()
-        self.tokens += count
-
-    def add_gradients(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Gradients of one window's log-likelihood with respect to keys and values, [H, N, d]."""
-        for total, gradient in ((self.key_fisher, key.float()), (self.value_fisher, value.float())):
-            total += torch.matmul(gradient.transpose(1, 2), gradient).double().cpu()
-
-    def bases(self) -> LayerProfile:
-        """The layer's weighted bases and regularised metrics."""
-        sides = (
-            (self.key_sum, self.key_moment, self.key_fisher),
-            (self.value_sum, self.value_moment, self.value_fisher),
-        )
-        bases, metrics = [], []
-        for total, moment, fisher in sides:
-            mean = (total / self.tokens).numpy()
-            covariance = (moment / self.tokens).numpy() - np.outer(mean, mean)
-            metrics.append(regularised((fisher / self.tokens).numpy()))
-            bases.append(weighted_basis(mean, covariance, block_diagonal(metrics[-1])))
-        return LayerProfile(bases[0], bases[1], metrics[0], metrics[1])
+SAVE_SECONDS = 60.0
+"""Least time between two savings of an interrupted run's state."""
 
 
 @dataclass
@@ -93,28 +42,41 @@ class SpectralProfiler:
     """Learns a profile from a model and text.
 
     Args:
+        target_energy: share of the importance-weighted variance that the default setting must keep: the default is the
+            coarsest setting that keeps it. None: the setting nearest to `default_ratio`.
         seed: of everything random (drawn labels, self-generated text).
         tokens: calibration tokens at most; window: tokens of one forward.
-        positions: the statistics cover positions below this (or the model's context, if that is less): each window is
-            placed at a random offset. Attention sees relative positions only, so the text reads the same, but post-RoPE
-            keys turn with position, and a basis that has seen only early ones fits later ones badly.
+        fisher_tokens: of these, tokens with a backward pass.
+        block_tokens: keys are coded relative to blocks of this many tokens (spectral.frames); 0: as RoPE made them.
         sinks, recent, page_tokens: the exact window of every setting, in tokens.
-        ladder_bits: bits per element of each setting, finest first.
-        measure_tokens: tokens of held-back text on which the ladder is measured (a quarter of `tokens` at most).
+        ratios: the ladder's all-in ratios, finest first.
+        measure_tokens: tokens of held-back text on which the ladder is measured (a quarter of `tokens` at most), in
+            windows of `measure_window` or the model's context.
         progress: called with (stage, fraction).
+        checkpoint: file that keeps the state of a run, so that the same call resumes it; removed at the end.
     """
 
+    target_energy: float | None = None
     seed: int = 0
-    tokens: int = 49_152
+    tokens: int = 131_072
     window: int = 1024
-    positions: int = 8_192
+    fisher_tokens: int = 40_960
+    block_tokens: int = 512
     sinks: int = 4
-    recent: int = 32
+    recent: int = 112
     page_tokens: int = 16
-    ladder_bits: Sequence[float] = LADDER_BITS
+    ratios: Sequence[float] = LADDER
     measure_tokens: int = 8_192
+    measure_window: int = 2_048
     default_ratio: float = 8.0
     progress: Progress | None = None
+    checkpoint: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.target_energy is not None and not 0 < self.target_energy < 1:
+            raise ModelError(f"target_energy must be between 0 and 1, got {self.target_energy}")
+        if self.window % self.page_tokens or self.recent % self.page_tokens:
+            raise ModelError("window and recent must be multiples of page_tokens")
 
     # -- entry points ---------------------------------------------------------------------------------------------
 
@@ -133,38 +95,37 @@ class SpectralProfiler:
         self, loaded: LoadedModel, *, texts: Sequence[str] | None = None, tokens: int | None = None
     ) -> SpectralProfile:
         """Profile a model that is in memory already. `texts` None: text that the model itself generates (seeded)."""
-        from spectral.selftext import self_generated
-
         wanted = tokens or self.tokens
-        # A quick calibration gets a quick measurement: never more than a quarter of its text, but one window.
         measured = min(self.measure_tokens, max(self.window, wanted // 4))
-        corpus = "files"
-        if texts is None:
-            corpus = "self-generated"
-            texts = self_generated(loaded, tokens=wanted + measured, seed=self.seed, progress=self.progress)
-        windows = token_windows(loaded, texts, self.window, wanted + measured, self.seed)
-        held = max(1, min(len(windows) // 4, math.ceil(measured / self.window)))
-        if len(windows) < 2:
-            raise ModelError(
-                f"calibration needs at least {2 * self.window} tokens of text and got {len(windows)} window(s) of "
-                f"{self.window}; give more text or ask for more tokens"
-            )
-        fit, measure = windows[held:], windows[:held]
-        statistics = self._collect(loaded, fit)
-        layers = [statistics[i].bases() if i in statistics else None for i in range(len(loaded.shape.layers))]
-        profile = self._allocate(loaded, layers)
-        profile.provenance = {
-            "corpus": corpus,
-            "tokens": sum(len(w) for w in fit),
-            "measured_on_tokens": sum(len(w) for w in measure),
-            "positions": min(self.positions, loaded.context_length),
-            "seed": self.seed,
-            "library": _version(),
-            "torch": torch.__version__,
-            "dtype": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
-            "quantization": loaded.quantization,
-        }
+        state = self._state(loaded, texts, wanted, measured)
+        measure, windows = self._corpus(loaded, texts, wanted, measured, state)
+        statistics = self._collect(loaded, windows, state)
+        self._report("fitting bases", 0.0)
+        fitted = fit(statistics, self.page_tokens)
+        rows, bits = ladder(
+            fitted,
+            loaded.shape,
+            self.ratios,
+            sinks=self.sinks,
+            recent=self.recent,
+            page_tokens=self.page_tokens,
+        )
+        self._report("fitting bases", 1.0)
+        profile = SpectralProfile(
+            model=loaded.name.rstrip("/").rsplit("/", 1)[-1],
+            fingerprint=loaded.fingerprint,
+            token_nbytes=loaded.shape.token_nbytes(),
+            layers=[fitted.layers.get(index) for index in range(len(loaded.shape.layers))],
+            tables=fitted.tables,
+            bits=bits,
+            ladder=rows,
+            default=self._default(rows),
+            block_tokens=self.block_tokens,
+            provenance=self._provenance(loaded, statistics, texts is None, measure, windows),
+        )
         self._measure(loaded, profile, measure)
+        if self.checkpoint is not None:
+            self.checkpoint.unlink(missing_ok=True)
         return profile
 
     # -- stages ---------------------------------------------------------------------------------------------------
@@ -173,148 +134,165 @@ class SpectralProfiler:
         if self.progress is not None:
             self.progress(stage, fraction)
 
-    def _collect(self, loaded: LoadedModel, windows: list[list[int]]) -> dict[int, LayerStatistics]:
-        from spectral.hf import observing
+    def _corpus(
+        self, loaded: LoadedModel, texts: Sequence[str] | None, wanted: int, measured: int, state: _State
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Windows of token ids: held back for measuring, and for calibration."""
+        from spectral.selftext import self_generated
 
-        full = [i for i, layer in enumerate(loaded.shape.layers) if layer.sliding is None]
-        shapes = loaded.shape.layers
-        statistics = {
-            i: LayerStatistics.zeros(shapes[i].kv_heads, shapes[i].key_dim, shapes[i].value_dim) for i in full
-        }
+        if state.corpus is not None:
+            return state.corpus
+        length = max(self.window, min(self.measure_window, loaded.context_length) // self.window * self.window)
+        if loaded.context_length < self.window:
+            raise ModelError(
+                f"calibration windows of {self.window} tokens are longer than the model's context of "
+                f"{loaded.context_length}; pass a smaller window"
+            )
+        if texts is None:
+            texts = self_generated(loaded, tokens=wanted + measured, seed=self.seed, progress=self.progress)
+        long = token_windows(loaded, texts, length, wanted + measured, self.seed)
+        held = max(1, min(len(long) // 4, math.ceil(measured / length)))
+        if len(long) < 2:
+            raise ModelError(
+                f"calibration needs at least {2 * length} tokens of text and got {len(long)} window(s) of "
+                f"{length}; give more text or ask for more tokens"
+            )
+        windows = [w[i : i + self.window] for w in long[held:] for i in range(0, length, self.window)]
+        state.corpus = long[:held], windows
+        return state.corpus
 
-        leaves: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-        def observe(
-            layer: int,
-            query: torch.Tensor,
-            key: torch.Tensor,
-            value: torch.Tensor,
-            scaling: float,
-            softcap: float | None,
-        ) -> torch.Tensor | None:
-            if layer not in statistics:
-                return None
-            statistics[layer].add(key[0].detach(), value[0].detach())
-            # The leaves stand for the error that compression will add; their gradient is the gradient by that error.
-            errors = torch.zeros_like(key, requires_grad=True), torch.zeros_like(value, requires_grad=True)
-            leaves[layer] = errors
-            near = self.recent + self.page_tokens // 2  # the exact window's mean length
-            return split_attention(query, (key, value), errors, near, self.sinks, scaling, softcap)
-
-        generator = torch.Generator().manual_seed(self.seed)
-        rng = np.random.default_rng(self.seed)
-        reach = min(self.positions, loaded.context_length)
-        for done, window in enumerate(windows):
-            offset = int(rng.integers(0, max(1, reach - len(window) + 1)))
-            places = torch.arange(offset, offset + len(window), device=loaded.device)[None]
-            leaves.clear()
-            with torch.enable_grad(), observing(observe):
-                ids = torch.tensor([window], device=loaded.device)
-                logits = loaded.model(input_ids=ids, position_ids=places, use_cache=False).logits[0]
-                logits = logits.float().log_softmax(-1)
-            drawn = torch.multinomial(logits.detach().exp().cpu(), 1, generator=generator).to(loaded.device)
-            flat = [leaf for pair in leaves.values() for leaf in pair]
-            gradients = torch.autograd.grad(logits.gather(1, drawn).sum(), flat, allow_unused=True)
-            for number, layer in enumerate(leaves):
-                key_gradient, value_gradient = gradients[2 * number], gradients[2 * number + 1]
-                if key_gradient is not None and value_gradient is not None:
-                    statistics[layer].add_gradients(key_gradient[0], value_gradient[0])
-            self._report("statistics", (done + 1) / len(windows))
+    def _collect(self, loaded: LoadedModel, windows: list[list[int]], state: _State) -> Statistics:
+        statistics = Statistics.of(loaded, turned=self.block_tokens > 0)
+        if not statistics.layers:
+            raise ModelError(f"{loaded.name} has no layer with full attention: there is nothing to compress")
+        state.restore(statistics)
+        collector = Collector(
+            loaded,
+            seed=self.seed,
+            sinks=self.sinks,
+            recent=self.recent,
+            page_tokens=self.page_tokens,
+            block_tokens=self.block_tokens,
+            fisher_tokens=self.fisher_tokens,
+            sample_tokens=sample_tokens(statistics.layers, self.page_tokens),
+        )
+        while statistics.windows < len(windows):
+            collector.read(statistics, windows)
+            self._report("statistics", statistics.windows / len(windows))
+            if statistics.windows < len(windows):
+                state.save(statistics)
         return statistics
 
-    def _allocate(self, loaded: LoadedModel, layers: list[LayerProfile | None]) -> SpectralProfile:
-        rank = max(max(x.key.variance.size, x.value.variance.size) for x in layers if x is not None)
-        weighted = np.zeros((len(layers), 2, rank))
-        elements = 0
-        for index, layer in enumerate(layers):
-            if layer is None:
-                continue
-            for side, basis in enumerate((layer.key, layer.value)):
-                weighted[index, side, : basis.variance.size] = basis.variance
-                elements += basis.variance.size
-        profile = SpectralProfile(
-            model=loaded.name.rstrip("/").rsplit("/", 1)[-1],
-            fingerprint=loaded.fingerprint,
-            token_nbytes=loaded.shape.token_nbytes(),
-            kv_heads=loaded.shape.layers[0].kv_heads,
-            layers=layers,
-            bits={},
-            ladder=[],
-            default="",
-        )
-        for number, bits in enumerate(self.ladder_bits):
-            widths: np.ndarray = allocate(weighted, int(bits * elements)).astype(np.uint8)
-            row = self._row(loaded, layers, widths, float(widths.sum()) / elements)
-            profile.bits[row.name] = widths
-            profile.ladder.append(row)
-            self._report("allocation", (number + 1) / len(self.ladder_bits))
-        closest = min(profile.ladder, key=lambda r: abs(math.log(16 / r.bits_per_element / self.default_ratio)))
-        profile.default = closest.name
-        return profile
-
-    def _row(
-        self, loaded: LoadedModel, layers: list[LayerProfile | None], widths: np.ndarray, bits: float
-    ) -> LadderRow:
-        pages = sum(
-            plane_layout(widths[i, s]).nbytes(self.page_tokens) for i, x in enumerate(layers) if x for s in (0, 1)
-        )
-        window = 0
-        for shape in loaded.shape.layers:
-            tokens = shape.sliding or self.sinks + self.recent + self.page_tokens
-            window += tokens * shape.token_nbytes()
-        return LadderRow(
-            name=f"{16 / bits:.3g}x",
-            bits_per_element=bits,
-            rank=int((widths > 0).sum()),
-            gain=False,
-            sinks=self.sinks,
-            window=self.recent,
-            page_tokens=self.page_tokens,
-            page_nbytes=pages,
-            window_nbytes=window,
-        )
+    def _default(self, rows: list[Any]) -> str:
+        if self.target_energy is not None:
+            keeping = [row for row in rows if row.energy >= self.target_energy]
+            return (keeping or rows[:1])[-1].name
+        return min(rows, key=lambda row: abs(math.log(float(row.name[:-1]) / self.default_ratio))).name
 
     def _measure(self, loaded: LoadedModel, profile: SpectralProfile, windows: list[list[int]]) -> None:
-        from spectral.evaluate import score_settings
+        from spectral.oneshot import score_oneshot
+        from spectral.scoring import ExactPass, summarised
 
-        names = [row.name for row in profile.ladder]
-        figures = score_settings(loaded, profile, windows, names, progress=self.progress)
+        figures: dict[str, list[Any]] = {row.name: [] for row in profile.ladder}
+        total = len(windows) * len(profile.ladder)
+        codebooks = {row.name: profile.codebook(row.name, device=loaded.device) for row in profile.ladder}
+        for number, window in enumerate(windows):
+            exact = ExactPass.run(loaded, window)
+            for at, row in enumerate(profile.ladder):
+                figures[row.name].append(score_oneshot(exact, codebooks[row.name]))
+                self._report("measuring", (number * len(profile.ladder) + at + 1) / total)
         for row in profile.ladder:
-            measured = figures[row.name]
-            row.kl_mean, row.kl_p99, row.top1 = measured["kl_mean"], measured["kl_p99"], measured["top1"]
+            measured = summarised(figures[row.name], len(windows[0]))
+            row.kl_mean, row.kl_p99 = measured["kl_mean"], measured["kl_p99"]
+            row.top1, row.top5 = measured["top1"], measured["top5_overlap"]
             row.perplexity, row.exact_perplexity = measured["perplexity"], measured["exact_perplexity"]
 
+    # -- provenance and interruption ------------------------------------------------------------------------------
 
-def regularised(metric: np.ndarray, share: float = 3e-3) -> np.ndarray:
-    """[H, d, d] plus a share of each head's mean eigenvalue on the diagonal: unseen directions keep some weight."""
-    trace = np.trace(metric, axis1=1, axis2=2) / metric.shape[1]
-    floor = np.maximum(trace, trace.max() * 1e-6 + 1e-12)
-    return metric + share * floor[:, None, None] * np.eye(metric.shape[1])
+    def _provenance(
+        self,
+        loaded: LoadedModel,
+        statistics: Statistics,
+        own: bool,
+        measure: list[list[int]],
+        windows: list[list[int]],
+    ) -> dict[str, Any]:
+        import spectral
+
+        config = loaded.model.config
+        return {
+            "corpus": "self-generated" if own else "files",
+            "corpus_sha256": _ids_digest(measure, windows),
+            "tokens": statistics.tokens,
+            "fisher_tokens": statistics.fisher_tokens,
+            "measured_on_tokens": sum(len(w) for w in measure),
+            "measured_context": len(measure[0]),
+            "seed": self.seed,
+            "library": spectral.__version__,
+            "torch": torch.__version__,
+            "dtype": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
+            "quantization": loaded.quantization,
+            "config_sha256": hashlib.sha256(config.to_json_string(use_diff=False).encode()).hexdigest(),
+            "revision": getattr(config, "_commit_hash", None),
+        }
+
+    def _state(self, loaded: LoadedModel, texts: Sequence[str] | None, wanted: int, measured: int) -> _State:
+        facts = [
+            loaded.fingerprint,
+            loaded.quantization,
+            None if texts is None else hashlib.sha256("\0".join(texts).encode()).hexdigest(),
+            [wanted, measured, self.seed, self.window, self.measure_window, self.fisher_tokens, self.block_tokens],
+            [self.sinks, self.recent, self.page_tokens],
+        ]
+        return _State(self.checkpoint, hashlib.sha256(json.dumps(facts).encode()).hexdigest())
 
 
-def split_attention(
-    query: torch.Tensor,
-    exact: tuple[torch.Tensor, torch.Tensor],
-    errors: tuple[torch.Tensor, torch.Tensor],
-    near: int,
-    sinks: int,
-    scaling: float,
-    softcap: float | None,
-) -> torch.Tensor:
-    """Causal attention that reads `exact` keys and values near by (and the sinks), and exact + errors farther away.
+class _State:
+    """What an interrupted run needs to go on: the corpus as token ids, and the statistics so far."""
 
-    query [1, Hq, N, d]; keys/values and their errors [1, H, N, d] -> [1, Hq, N, dv]. Differentiable.
-    """
-    groups, length = query.shape[1] // exact[0].shape[1], query.shape[2]
-    key, value = (x.repeat_interleave(groups, 1).float() for x in exact)
-    key_error, value_error = (x.repeat_interleave(groups, 1).float() for x in errors)
-    position = torch.arange(length, device=query.device)
-    distance = position[:, None] - position[None, :]
-    far = (distance >= near) & (position[None, :] >= sinks)
-    q = query.float() * scaling
-    scores = torch.matmul(q, key.transpose(2, 3)) + torch.matmul(q, key_error.transpose(2, 3)) * far
-    weights = softcapped(scores, softcap).masked_fill(distance < 0, float("-inf")).softmax(-1)
-    return (torch.matmul(weights, value) + torch.matmul(weights * far, value_error)).to(query.dtype)
+    def __init__(self, path: Path | None, key: str) -> None:
+        self.path, self.key = path, key
+        self.corpus: tuple[list[list[int]], list[list[int]]] | None = None
+        self._tensors: dict[str, torch.Tensor] | None = None
+        self._saved = time.monotonic()
+        self._pause = SAVE_SECONDS
+        if path is not None and path.is_file():
+            self._load(path)
+
+    def _load(self, path: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                if (file.metadata() or {}).get("key") != self.key:
+                    return  # another run's: this one starts afresh and overwrites it
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError):
+            return
+        self.corpus = tensors.pop("corpus.measure").tolist(), tensors.pop("corpus.windows").tolist()
+        self._tensors = tensors
+
+    def restore(self, statistics: Statistics) -> None:
+        """Take over what was saved, if anything."""
+        if self._tensors is not None:
+            statistics.restore(self._tensors)
+            self._tensors = None
+
+    def save(self, statistics: Statistics) -> None:
+        """Save if enough time has passed; at most a tenth of the run's time goes into saving."""
+        if self.path is None or self.corpus is None or time.monotonic() - self._saved < self._pause:
+            return
+        from safetensors.torch import save_file
+
+        began = time.monotonic()
+        tensors = statistics.tensors()
+        for name, windows in zip(("measure", "windows"), self.corpus, strict=True):
+            tensors[f"corpus.{name}"] = torch.tensor(windows, dtype=torch.int32)
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        save_file(tensors, temporary, metadata={"key": self.key})
+        os.replace(temporary, self.path)
+        self._saved = time.monotonic()
+        self._pause = max(SAVE_SECONDS, 10 * (self._saved - began))
 
 
 def token_windows(loaded: LoadedModel, texts: Sequence[str], length: int, tokens: int, seed: int) -> list[list[int]]:
@@ -338,7 +316,10 @@ def token_windows(loaded: LoadedModel, texts: Sequence[str], length: int, tokens
     return out
 
 
-def _version() -> str:
-    import spectral
-
-    return spectral.__version__
+def _ids_digest(*corpora: list[list[int]]) -> str:
+    """SHA-256 of token ids, as 32-bit integers in order."""
+    total = hashlib.sha256()
+    for corpus in corpora:
+        for window in corpus:
+            total.update(np.array(window, dtype=np.int32).tobytes())
+    return total.hexdigest()

@@ -1,248 +1,298 @@
 """Packing latents into pages, and attention arithmetic on the packed pages.
 
-A `LayerCodec` is one layer of a profile at one setting, ready on a device. Pages are uint8 [page_bytes]: keys' planes,
-values' planes, then (where the setting has gains) one gain byte per token for keys and one for values. Within a plane
-of b bits a byte holds 8/b tokens of one channel, so any number of channels packs without padding.
+A `LayerCodec` is one layer of a profile at one setting, ready on a device. It has one or more units: keys and values of
+a run of KV heads share one basis, so that one read of the codes serves both. Per page of P tokens and unit: latents of
+every token, an orthonormal DCT over the page's tokens, one code per coefficient (`spectral.bits.PageLayout`).
 
-Scores and values never rebuild keys or values: with code planes P (small integers), steps s and basis B,
-    q . k = q . mean + sum_r (P_r + off_r) s_r (B^T q)_r
-so the steps, the planes' weights and the basis fold into one matrix per layer, applied once per query.
+Scores and values never rebuild keys or values. With DCT coefficients y, basis B and DCT matrix M,
+    q . k_t = q . mean + sum_f M[f, t] (y_f . B^T q)        sum_t w_t v_t = W mean + B sum_f (sum_t M[f, t] w_t) y_f
+so a query is projected once per block of tokens (spectral.frames), codes are unpacked once for all query heads, and the
+DCT is a P x P product on scores and weights.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from spectral.bits import PLANES, PlaneLayout, gaussian_step, plane_layout
+from spectral.bits import dct_matrix, field_values, frequency_classes, page_layout, split_code
 from spectral.errors import SettingError
 
 if TYPE_CHECKING:
-    from spectral.basis import Basis
-
-GAIN_STEPS = 16.0
-"""Gain codes are steps of 1/16 in the natural logarithm, around 128: e^-8 to e^8 in one byte."""
+    from spectral.basis import Unit
+    from spectral.frames import BlockFrame
 
 
-def pack_planes(codes: torch.Tensor, layout: PlaneLayout) -> torch.Tensor:
-    """Codes uint8 [..., tokens, rank] in storage order -> packed uint8 [..., bytes]; tokens a multiple of 8."""
-    parts = []
-    for plane in PLANES:
-        columns, weights = layout.columns[plane], layout.weights[plane]
-        if not columns:
-            continue
-        first, last = columns[0], columns[-1] + 1
-        assert tuple(range(first, last)) == columns, "a plane's channels are contiguous in storage order"
-        shift = torch.tensor([w.bit_length() - 1 for w in weights], dtype=torch.uint8, device=codes.device)
-        bits = (codes[..., first:last] >> shift) & (2**plane - 1)
-        per_byte = 8 // plane
-        *lead, tokens, count = bits.shape
-        rows = bits.reshape(*lead, per_byte, tokens // per_byte, count)  # token t sits in sub-field t // rows
-        packed = rows[..., 0, :, :]
-        for sub in range(1, per_byte):
-            packed = packed | (rows[..., sub, :, :] << (plane * sub))
-        parts.append(packed.reshape(*lead, -1))
-    if not parts:
-        return codes.new_zeros((*codes.shape[:-2], 0))
-    return torch.cat(parts, -1)
-
-
-def unpack_planes(
-    packed: torch.Tensor, layout: PlaneLayout, tokens: int, dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
-    """Packed uint8 [n, bytes] -> plane codes [n, tokens, columns] as `dtype`, planes side by side, unweighted."""
-    n = packed.shape[0]
-    total = sum(len(layout.columns[plane]) for plane in PLANES)
-    out = torch.empty((n, tokens, total), dtype=dtype, device=packed.device)
-    byte, column = 0, 0
-    for plane in PLANES:
-        count = len(layout.columns[plane])
-        if not count:
-            continue
-        per_byte = 8 // plane
-        rows = tokens // per_byte
-        words = packed[:, byte : byte + rows * count].reshape(n, 1, rows, count)
-        if per_byte > 1:  # all sub-fields in one broadcast shift: a small cache is bound by the number of operations
-            words = (words >> _shifts(plane, packed.device)) & (2**plane - 1)
-        out.view(n, per_byte, rows, total)[..., column : column + count] = words
-        byte += rows * count
-        column += count
-    return out
+def pack_fields(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """Integers uint8 [..., count] below 2^bits -> uint8 [..., count * bits / 8], the first in the lowest bits."""
+    per_byte = 8 // bits
+    if per_byte == 1:
+        return values
+    fields = values.unflatten(-1, (-1, per_byte))
+    packed = fields[..., 0]
+    for at in range(1, per_byte):
+        packed = packed | (fields[..., at] << (bits * at))
+    return packed
 
 
 @cache
-def _shifts(plane: int, device: torch.device) -> torch.Tensor:
-    """Shift of every sub-field of a byte: uint8 [8 / plane, 1, 1]."""
-    return torch.arange(0, 8, plane, dtype=torch.uint8, device=device).view(-1, 1, 1)
+def byte_fields(bits: int) -> np.ndarray:
+    """The fields of every byte, lowest bits first: int64 [256, 8 / bits]."""
+    return (np.arange(256)[:, None] >> np.arange(0, 8, bits)) & (2**bits - 1)
 
 
-class _Side(torch.nn.Module):
-    """Keys or values of one layer: projection, quantizer, and the folded matrices."""
+class UnitCodec(torch.nn.Module):
+    """One unit at one setting: projection, quantizer, packing. R below counts the latents with bits anywhere."""
 
-    def __init__(self, basis: Basis, widths: np.ndarray, gain: bool, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        unit: Unit,
+        widths: np.ndarray,
+        tables: Mapping[int, np.ndarray],
+        *,
+        page_tokens: int,
+        key_dim: int,
+        value_dim: int,
+        device: torch.device | str,
+    ) -> None:
         super().__init__()
-        self.layout = plane_layout(widths)
-        self.gain = gain and self.layout.rank > 0
-        order = np.array(self.layout.order, dtype=np.int64)
-        width = np.array(self.layout.widths, dtype=np.int64)
-        step = np.sqrt(basis.variance[order]) * np.array([gaussian_step(int(b))[0] for b in width])
-        step = np.maximum(step, 1e-12)
-        columns = [c for plane in PLANES for c in self.layout.columns[plane]]
-        weights = np.array([w for plane in PLANES for w in self.layout.weights[plane]], dtype=np.float64)
-        folded = basis.decode[:, order] * step  # [D, rank]: one code unit of each channel
-        offset = folded @ (0.5 - 2.0 ** (width - 1)) if order.size else np.zeros(basis.mean.shape[0])
+        used = np.flatnonzero(np.asarray(widths).any(0))
+        self.layout = page_layout(np.asarray(widths)[:, used], page_tokens)
+        self.page_tokens, self.rank, self.heads = page_tokens, used.size, unit.heads
+        count = unit.heads[1] - unit.heads[0]
+        split = count * key_dim
 
         def tensor(array: np.ndarray) -> torch.Tensor:
             return torch.tensor(np.ascontiguousarray(array), dtype=torch.float32, device=device)
 
-        self.project = tensor(basis.encode[:, order] / step)  # [D, rank]: latents in units of their step
-        self.centre = tensor(-(basis.mean @ (basis.encode[:, order] / step)) if order.size else np.zeros(0))
-        self.half = tensor(2.0 ** (width - 1))
-        self.top = tensor(2.0**width - 1)
-        self.unit = tensor(step / np.sqrt(np.maximum(basis.variance[order], 1e-24)))  # step in standard deviations
-        self.fold = tensor(folded[:, columns] * weights if columns else np.zeros((basis.mean.shape[0], 0)))
-        self.offset = tensor(offset)
-        self.mean = tensor(basis.mean)
+        deviation = np.zeros((page_tokens, used.size))
+        for rows, row_deviation in zip(frequency_classes(page_tokens), unit.deviation[:, used], strict=True):
+            deviation[list(rows)] = np.maximum(row_deviation, 1e-12)
+        self.used = torch.tensor(used, device=device)
+        self.project = tensor(unit.encode[:, used])  # [D, R]
+        self.mean = tensor(unit.mean)
+        self.key_decode = tensor(unit.decode[:split, used]).view(count, key_dim, -1)  # [h, d, R]
+        self.value_decode = tensor(unit.decode[split:, used]).view(count, value_dim, -1)  # [h, dv, R]
+        self.key_mean = self.mean[:split].view(count, key_dim, 1)
+        self.value_mean = self.mean[split:].view(count, 1, value_dim)
+        self.deviation = tensor(deviation)  # [P, R]
+        self.dct = tensor(dct_matrix(page_tokens))
+        self.channels = unit.decode.shape[1]
+        # Quantizer: thresholds of every width, and for every field the values of each byte.
+        self._thresholds = {w: tensor((tables[w][1:] + tables[w][:-1]) / 2) for w in self.layout.places}
+        self._places = {w: torch.tensor(place, device=device) for w, place in self.layout.places.items()}
+        self._values = [
+            tensor(field_values(s.width, s.field, tables[s.width])[byte_fields(s.bits)]) for s in self.layout.segments
+        ]
+        self._scatter = self._scatter_index(device)
 
-    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x [n, P, D] float32 -> (packed uint8 [n, bytes], gain codes uint8 [n, P] or None)."""
-        latent = x @ self.project + self.centre
-        gains = None
-        if self.gain:
-            rms = (latent * self.unit).square().mean(-1).sqrt().clamp_min(1e-4)
-            gains = ((rms.log() * GAIN_STEPS).round() + 128).clamp(0, 255)
-            latent = latent / gain_value(gains).unsqueeze(-1)
-            gains = gains.to(torch.uint8)
-        codes = torch.minimum((latent + self.half).floor_().clamp_min_(0), self.top).to(torch.uint8)
-        return pack_planes(codes, self.layout), gains
+    def _scatter_index(self, device: torch.device | str) -> torch.Tensor:
+        """For every coefficient of a page, which unpacked code it is: one past the last for those without bits."""
+        places = list(self.layout.places.values())
+        total = sum(place.size for place in places)
+        index = np.full(self.page_tokens * self.rank, total, dtype=np.int64)
+        if places:
+            index[np.concatenate(places)] = np.arange(total)
+        return torch.tensor(index, device=device)
 
-    def nbytes(self, page_tokens: int) -> int:
-        return self.layout.nbytes(page_tokens) + (page_tokens if self.gain else 0)
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """x [n, P, D] float32, keys in their frame -> packed uint8 [n, bytes]."""
+        return self.quantize(torch.matmul(self.dct, (x - self.mean) @ self.project) / self.deviation)
+
+    def quantize(self, y: torch.Tensor) -> torch.Tensor:
+        """Coefficients in standard deviations [n, P, R] -> packed uint8 [n, bytes]."""
+        flat = y.flatten(1)
+        parts = []
+        for width, place in self._places.items():
+            codes = torch.bucketize(flat.index_select(1, place), self._thresholds[width]).to(torch.uint8)
+            for segment in self.layout.segments:
+                if segment.width == width:
+                    parts.append(pack_fields(_field(codes, width, segment.field), segment.bits))
+        return torch.cat(parts, 1) if parts else torch.zeros((y.shape[0], 0), dtype=torch.uint8, device=y.device)
+
+    def levels(self, packed: torch.Tensor) -> torch.Tensor:
+        """Packed uint8 [n, bytes] -> coefficients in standard deviations [n, P, R] float32."""
+        n = packed.shape[0]
+        index = packed.int()
+        fields: dict[tuple[int, str], torch.Tensor] = {}
+        for segment, values in zip(self.layout.segments, self._values, strict=True):
+            # One look-up per byte yields all the fields in it: fewer operations than shifting and masking.
+            fields[segment.width, segment.field] = F.embedding(index[:, segment.start : segment.stop], values).flatten(1)
+        parts = []
+        for width in self.layout.places:
+            if width == 6:
+                parts.append(fields[6, "high"] + fields[6, "low"])
+            elif width == 3:
+                parts.append(fields[3, "magnitude"] * fields[3, "sign"])
+            else:
+                parts.append(fields[width, "code"])
+        parts.append(torch.zeros((n, 1), device=packed.device))
+        return torch.cat(parts, 1).index_select(1, self._scatter).view(n, self.page_tokens, self.rank)
+
+    def coefficients(self, packed: torch.Tensor) -> torch.Tensor:
+        """Packed uint8 [n, bytes] -> DCT coefficients of the latents [n, P, R] float32."""
+        return self.levels(packed).mul_(self.deviation)
+
+    def decode(self, packed: torch.Tensor) -> torch.Tensor:
+        """Packed uint8 [n, bytes] -> x [n, P, D] float32, keys still in their frame."""
+        latents = torch.matmul(self.dct.T, self.coefficients(packed))
+        basis = torch.cat([self.key_decode.flatten(0, 1), self.value_decode.flatten(0, 1)])
+        return latents @ basis.T + self.mean
 
 
-def gain_value(code: torch.Tensor) -> torch.Tensor:
-    """Gain of a code: e^((code - 128) / 16), float32."""
-    return ((code.float() - 128) / GAIN_STEPS).exp()
+def _field(codes: torch.Tensor, width: int, field: str) -> torch.Tensor:
+    """One field of uint8 codes (see spectral.bits.split_code, whose tensor twin this is)."""
+    return _field_table(width, field, codes.device).index_select(0, codes.flatten().int()).view(codes.shape)
+
+
+@cache
+def _field_table(width: int, field: str, device: torch.device) -> torch.Tensor:
+    return torch.tensor(split_code(width, np.arange(2**width))[field], dtype=torch.uint8, device=device)
 
 
 class LayerCodec(torch.nn.Module):
-    """One layer at one setting: `encode` pages, `scores` and `mix` on them, `decode` for those who need tensors.
+    """One layer at one setting: `encode` pages, `open` them for attention, `decode` for those who need tensors.
 
-    Shapes: H KV heads, d head size, D = H * d, P tokens a page, n pages.
+    Shapes: H KV heads, d key and dv value dimensions of a head, P tokens a page, n pages.
+
+    Args:
+        units: (unit, widths [classes, R]) in the order of their heads, covering heads 0 .. H - 1.
+        tables: quantizer levels by width; frame: of the keys.
     """
 
     def __init__(
         self,
-        keys: Basis,
-        values: Basis,
-        key_widths: np.ndarray,
-        value_widths: np.ndarray,
+        units: list[tuple[Unit, np.ndarray]],
+        tables: Mapping[int, np.ndarray],
+        frame: BlockFrame,
         *,
-        kv_heads: int,
+        key_dim: int,
+        value_dim: int,
         page_tokens: int,
-        gain: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
-        if page_tokens % 8 or page_tokens <= 0:
-            raise SettingError(f"page_tokens must be a positive multiple of 8, got {page_tokens}")
-        self.kv_heads = kv_heads
-        self.page_tokens = page_tokens
-        self.key = _Side(keys, key_widths, gain, device)
-        self.value = _Side(values, value_widths, gain, device)
-        self.key_dim = keys.mean.shape[0] // kv_heads
-        self.value_dim = values.mean.shape[0] // kv_heads
-        self._key_bytes = self.key.layout.nbytes(page_tokens)
-        self._value_bytes = self.value.layout.nbytes(page_tokens)
-        self.page_nbytes = self.key.nbytes(page_tokens) + self.value.nbytes(page_tokens)
+        if page_tokens < 8 or page_tokens & (page_tokens - 1):
+            raise SettingError(f"page_tokens must be a power of two and at least 8, got {page_tokens}")
+        self.frame, self.page_tokens, self.key_dim, self.value_dim = frame, page_tokens, key_dim, value_dim
+        options = {"page_tokens": page_tokens, "key_dim": key_dim, "value_dim": value_dim, "device": device}
+        self.units = torch.nn.ModuleList(UnitCodec(unit, widths, tables, **options) for unit, widths in units)
+        ends = [0, *(unit.heads[1] for unit, _ in units)]
+        if [unit.heads[0] for unit, _ in units] != ends[:-1]:
+            raise SettingError("the units of a layer must cover its KV heads in order")
+        self.kv_heads = ends[-1]
+        bounds = np.cumsum([0, *(unit.layout.nbytes for unit in self.units)])
+        self._bounds = [slice(int(a), int(b)) for a, b in zip(bounds, bounds[1:], strict=False)]
+        self.page_nbytes = int(bounds[-1])
 
     @torch.no_grad()
-    def encode(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """keys [n, H, P, d], values [n, H, P, dv] (any float dtype) -> pages uint8 [n, page_nbytes]."""
-        n, _, tokens, _ = keys.shape
-        parts: list[torch.Tensor] = []
-        gains: list[torch.Tensor] = []
-        for side, x in ((self.key, keys), (self.value, values)):
-            packed, gain = side.encode(x.transpose(1, 2).reshape(n, tokens, -1).float())
-            parts.append(packed)
-            if gain is not None:
-                gains.append(gain)
-        return torch.cat(parts + gains, -1)
+    def encode(self, keys: torch.Tensor, values: torch.Tensor, page: torch.Tensor) -> torch.Tensor:
+        """keys [n, H, P, d] post-RoPE, values [n, H, P, dv] (any float dtype), page [n] int64: each page's index in its
+        sequence -> pages uint8 [n, page_nbytes]."""
+        n = keys.shape[0]
+        keys = self.frame.keys(keys.float(), page)
+        parts = []
+        for unit in self.units:
+            span = slice(*unit.heads)
+            sides = (keys[:, span], values[:, span].float())
+            x = torch.cat([side.transpose(1, 2).reshape(n, self.page_tokens, -1) for side in sides], -1)
+            parts.append(unit.encode(x))
+        return torch.cat(parts, 1)
 
-    def _split(self, pages: torch.Tensor, side: _Side) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Plane codes [n, P, columns] float32 and gains [n, P] float32 (or None) of one side."""
-        start = 0 if side is self.key else self._key_bytes
-        end = self._key_bytes if side is self.key else self._key_bytes + self._value_bytes
-        codes = unpack_planes(pages[:, start:end], side.layout, self.page_tokens)
-        if not side.gain:
-            return codes, None
-        at = self._key_bytes + self._value_bytes
-        if side is self.value and self.key.gain:
-            at += self.page_tokens
-        return codes, gain_value(pages[:, at : at + self.page_tokens])
+    def open(self, pages: torch.Tensor) -> OpenPages:
+        """The first m pages of B sequences, uint8 [B, m, page_nbytes], unpacked once for `scores` and `mix`."""
+        batch, count = pages.shape[:2]
+        flat = pages.flatten(0, 1)
+        opened = [
+            unit.coefficients(flat[:, bounds]).view(batch, count, self.page_tokens, unit.rank)
+            for unit, bounds in zip(self.units, self._bounds, strict=True)
+        ]
+        return OpenPages(self, opened)
 
-    def scores(self, query: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+    def decode(self, pages: torch.Tensor, page: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """pages uint8 [n, page_nbytes], page [n] index in the sequence -> post-RoPE keys [n, H, P, d] and values
+        [n, H, P, dv], float32."""
+        n, tokens = pages.shape[0], self.page_tokens
+        sides: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        for unit, bounds in zip(self.units, self._bounds, strict=True):
+            count = unit.heads[1] - unit.heads[0]
+            x = unit.decode(pages[:, bounds]).split([count * self.key_dim, count * self.value_dim], -1)
+            for side, part in zip(sides, x, strict=True):
+                side.append(part.reshape(n, tokens, count, -1).transpose(1, 2))
+        return self.frame.keys(torch.cat(sides[0], 1), page, back=True), torch.cat(sides[1], 1)
+
+    def squeeze(self, pages: torch.Tensor, coarser: LayerCodec) -> torch.Tensor:
+        """Pages of this setting [n, page_nbytes] re-encoded at another setting of the same profile.
+
+        Settings share bases, deviations and (nearly nested) tables, so codes map to codes: nothing is decoded, and the
+        result is close to what encoding at the other setting would have given.
+        """
+        parts = []
+        for unit, bounds, other in zip(self.units, self._bounds, coarser.units, strict=True):
+            levels = unit.levels(pages[:, bounds])
+            full = levels.new_zeros((*levels.shape[:2], unit.channels))
+            full.index_copy_(2, unit.used, levels)
+            parts.append(other.quantize(full.index_select(2, other.used)))
+        return torch.cat(parts, 1)
+
+
+@dataclass
+class OpenPages:
+    """Pages of B sequences, unpacked: `coefficients[unit]` is [B, m, P, R] float32."""
+
+    codec: LayerCodec
+    coefficients: list[torch.Tensor]
+
+    def scores(self, query: torch.Tensor) -> torch.Tensor:
         """q . k for every token of the pages.
 
         Args:
             query: [B, H, G, d] float32, post-RoPE, G query rows that share a KV head.
-            pages: uint8 [B, m, page_nbytes].
 
         Returns:
             [B, H, G, m * P] float32, not yet scaled.
         """
-        batch, heads, group, dim = query.shape
-        side = self.key
-        codes, gain = self._split(pages.flatten(0, 1), side)
-        codes = codes.view(batch, pages.shape[1] * self.page_tokens, codes.shape[-1])  # [B, m*P, columns]
-        fold = side.fold.view(heads, dim, side.fold.shape[1])
-        latent = torch.matmul(query, fold)  # [B, H, G, columns]
-        score = torch.matmul(latent.flatten(1, 2), codes.transpose(1, 2))
-        score = score.view(batch, heads, group, -1)
-        offset = torch.matmul(query, side.offset.view(heads, dim, 1))
-        mean = torch.matmul(query, side.mean.view(heads, dim, 1))
-        if gain is None:
-            return score + (offset + mean)
-        return (score + offset) * gain.view(batch, 1, 1, -1) + mean
+        frame, out = self.codec.frame, []
+        batch, pages, tokens, _ = self.coefficients[0].shape
+        blocks = frame.blocks(pages)
+        framed = frame.queries(query, blocks)  # [B, blocks, H, G, d]
+        per_block = frame.pages if frame.turns else pages
+        for unit, y in zip(self.codec.units, self.coefficients, strict=True):
+            q = framed[:, :, slice(*unit.heads)]
+            latent = torch.matmul(q, unit.key_decode)  # [B, blocks, h, G, R]
+            mean = torch.matmul(q, unit.key_mean).flatten(2, 3).transpose(2, 3)  # [B, blocks, 1, h * G]
+            if blocks > 1 and pages % per_block:
+                y = F.pad(y, (0, 0, 0, 0, 0, blocks * per_block - pages))
+            y = y.reshape(batch, blocks, -1, y.shape[-1])
+            score = torch.matmul(y, latent.flatten(2, 3).transpose(2, 3))  # by frequency: [B, blocks, pages * P, h * G]
+            score = torch.matmul(unit.dct.T, score.unflatten(2, (-1, tokens))) + mean[:, :, None]
+            score = score.flatten(1, 3)[:, : pages * tokens].transpose(1, 2)
+            out.append(score.unflatten(1, (-1, query.shape[2])))
+        return out[0] if len(out) == 1 else torch.cat(out, 1)
 
-    def mix(self, weight: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+    def mix(self, weight: torch.Tensor) -> torch.Tensor:
         """sum_t weight_t v_t over the pages' tokens.
 
         Args:
-            weight: [B, H, G, m * P] float32 attention weights (0 for masked tokens); pages: [B, m, page_nbytes].
+            weight: [B, H, G, m * P] float32 attention weights (0 for masked tokens).
 
         Returns:
             [B, H, G, dv] float32.
         """
-        batch, heads, group, _ = weight.shape
-        side = self.value
-        codes, gain = self._split(pages.flatten(0, 1), side)
-        codes = codes.view(batch, pages.shape[1] * self.page_tokens, codes.shape[-1])
-        gained = weight if gain is None else weight * gain.view(batch, 1, 1, -1)
-        mixed = torch.matmul(gained.flatten(1, 2), codes).view(batch, heads, group, codes.shape[-1])
-        fold = side.fold.view(heads, self.value_dim, side.fold.shape[1])
-        out = torch.matmul(mixed, fold.transpose(1, 2))
-        offset = side.offset.view(1, heads, 1, self.value_dim)
-        mean = side.mean.view(1, heads, 1, self.value_dim)
-        if gain is None:
-            return out + weight.sum(-1, keepdim=True) * (mean + offset)
-        return out + gained.sum(-1, keepdim=True) * offset + weight.sum(-1, keepdim=True) * mean
-
-    def decode(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """pages uint8 [n, page_nbytes] -> keys [n, H, P, d], values [n, H, P, dv], float32."""
         out = []
-        for side, dim in ((self.key, self.key_dim), (self.value, self.value_dim)):
-            codes, gain = self._split(pages, side)
-            x = codes @ side.fold.T + side.offset
-            if gain is not None:
-                x = x * gain.unsqueeze(-1)
-            x = x + side.mean
-            out.append(x.view(pages.shape[0], self.page_tokens, self.kv_heads, dim).transpose(1, 2))
-        return out[0], out[1]
+        for unit, y in zip(self.codec.units, self.coefficients, strict=True):
+            w = weight[:, slice(*unit.heads)]
+            by_frequency = torch.matmul(w.unflatten(3, (-1, unit.page_tokens)), unit.dct.T)
+            mixed = torch.matmul(by_frequency.flatten(3).flatten(1, 2), y.flatten(1, 2))  # [B, h * G, R]
+            value = torch.matmul(mixed.view(*w.shape[:3], unit.rank), unit.value_decode.transpose(1, 2))
+            out.append(value + w.sum(-1, keepdim=True) * unit.value_mean)
+        return out[0] if len(out) == 1 else torch.cat(out, 1)
 
 
 class ExactCodec(torch.nn.Module):
@@ -257,13 +307,13 @@ class ExactCodec(torch.nn.Module):
         self._key_bytes = kv_heads * page_tokens * key_dim * dtype.itemsize
         self.page_nbytes = self._key_bytes + kv_heads * page_tokens * value_dim * dtype.itemsize
 
-    def encode(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """keys [n, H, P, d], values [n, H, P, dv] -> pages uint8 [n, page_nbytes]."""
+    def encode(self, keys: torch.Tensor, values: torch.Tensor, page: torch.Tensor) -> torch.Tensor:
+        """keys [n, H, P, d], values [n, H, P, dv] -> pages uint8 [n, page_nbytes]; `page` is not needed."""
         n = keys.shape[0]
         parts = [x.to(self.dtype).reshape(n, -1).view(torch.uint8) for x in (keys, values)]
         return torch.cat(parts, -1)
 
-    def decode(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode(self, pages: torch.Tensor, page: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """pages uint8 [n, page_nbytes] -> keys [n, H, P, d], values [n, H, P, dv], in the stored dtype."""
         n = pages.shape[0]
         shape = (n, self.kv_heads, self.page_tokens)
@@ -271,19 +321,30 @@ class ExactCodec(torch.nn.Module):
         values = pages[:, self._key_bytes :].contiguous().view(self.dtype).view(*shape, self.value_dim)
         return keys, values
 
-    def _side(self, pages: torch.Tensor, which: int) -> torch.Tensor:
+    def open(self, pages: torch.Tensor) -> OpenExactPages:
+        """As `LayerCodec.open`."""
         batch, count = pages.shape[:2]
-        x = self.decode(pages.reshape(batch * count, -1))[which].float()  # [B*m, H, P, dim]
-        x = x.view(batch, count, self.kv_heads, self.page_tokens, -1).transpose(1, 2)
-        return x.reshape(batch, self.kv_heads, count * self.page_tokens, -1)
+        sides = []
+        for x in self.decode(pages.flatten(0, 1), pages.new_zeros(0)):  # [B * m, H, P, dim]
+            x = x.float().view(batch, count, self.kv_heads, self.page_tokens, -1).transpose(1, 2)
+            sides.append(x.reshape(batch, self.kv_heads, count * self.page_tokens, -1))
+        return OpenExactPages(sides[0], sides[1])
 
-    def scores(self, query: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
-        """As `LayerCodec.scores`."""
-        return torch.matmul(query, self._side(pages, 0).transpose(2, 3))
 
-    def mix(self, weight: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
-        """As `LayerCodec.mix`."""
-        return torch.matmul(weight, self._side(pages, 1))
+@dataclass
+class OpenExactPages:
+    """Keys [B, H, m * P, d] and values [B, H, m * P, dv], float32, behind the functions of `OpenPages`."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def scores(self, query: torch.Tensor) -> torch.Tensor:
+        """As `OpenPages.scores`."""
+        return torch.matmul(query, self.keys.transpose(2, 3))
+
+    def mix(self, weight: torch.Tensor) -> torch.Tensor:
+        """As `OpenPages.mix`."""
+        return torch.matmul(weight, self.values)
 
 
 PageCodec = LayerCodec | ExactCodec
@@ -297,6 +358,7 @@ class Codebook:
         setting: the setting's name; profile_hash: identity of the profile that made it.
         sinks, window, page_tokens: the exact window in tokens, and the page size in tokens.
         layers: index = layer index of the model.
+        window_bits: bits of a recent token's numbers: 8 or 10 (with a scale per 32), or 16 for the window's own dtype.
     """
 
     setting: str
@@ -305,6 +367,7 @@ class Codebook:
     window: int
     page_tokens: int
     layers: list[PageCodec | None]
+    window_bits: int = 16
 
     def page_nbytes(self) -> int:
         """Bytes of one page over all layers."""

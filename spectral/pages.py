@@ -3,7 +3,8 @@
 A sequence (`Row`) of length n holds, in every full-attention layer:
     sinks        tokens [0, S)                     exact, in the row's window slot
     pages        tokens [S, S + P * len(pages))    packed codes, immutable once written
-    recent       the rest, between W and W + P - 1 tokens (fewer at the start), exact, a ring in the window slot
+    recent       the rest, between W and W + P - 1 tokens (fewer at the start), a ring in the window slot: exact, or
+                 nearly so (spectral.windows)
 Page i of a row covers tokens S + i*P .. S + (i+1)*P - 1, and page ids are shared by all full layers: page p of layer l
 is row p of that layer's pool. Layers with sliding attention keep a rolling exact window of their own and no pages.
 """
@@ -17,35 +18,12 @@ import torch
 
 from spectral.codec import Codebook, ExactCodec, PageCodec
 from spectral.errors import CacheError, OutOfPages
+from spectral.shapes import LayerShape, ModelShape
+from spectral.windows import ExactWindow, make_window
 
 EXACT_PAGE_TOKENS = 16
 
-
-@dataclass(frozen=True)
-class LayerShape:
-    """What the store must know of one attention layer. `sliding`: tokens of its sliding window, None if it sees all."""
-
-    kv_heads: int
-    key_dim: int
-    value_dim: int
-    sliding: int | None = None
-
-    def token_nbytes(self, itemsize: int = 2) -> int:
-        """Bytes of one token's keys and values at `itemsize` bytes an element (2: bf16)."""
-        return self.kv_heads * (self.key_dim + self.value_dim) * itemsize
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The attention layers of a model, in the order of their layer_idx."""
-
-    layers: tuple[LayerShape, ...]
-    query_heads: int
-    hidden_size: int
-
-    def token_nbytes(self) -> int:
-        """bf16 bytes of one token in all layers: what every ratio is taken against."""
-        return sum(layer.token_nbytes() for layer in self.layers)
+__all__ = ["LayerShape", "ModelShape", "PageStore", "Row", "StepBatch", "exact_codebook"]
 
 
 def exact_codebook(shape: ModelShape, dtype: torch.dtype = torch.bfloat16) -> Codebook:
@@ -75,41 +53,6 @@ class Row:
     open: bool = True
 
 
-class Window:
-    """The exact tokens of all rows in one layer: bf16 keys and values [slots, H, capacity, dim].
-
-    Full layers: capacity = S + W + P, slot positions [0, S) are sinks and the rest is a ring of W + P.
-    Sliding layers: S = 0 and a ring of `sliding` tokens.
-    """
-
-    def __init__(self, shape: LayerShape, sinks: int, ring: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.shape, self.sinks, self.ring = shape, sinks, ring
-        self.keys = torch.zeros((0, shape.kv_heads, sinks + ring, shape.key_dim), dtype=dtype, device=device)
-        self.values = torch.zeros((0, shape.kv_heads, sinks + ring, shape.value_dim), dtype=dtype, device=device)
-
-    def resize(self, slots: int) -> None:
-        """Grow or shrink to a number of slots, keeping the first ones."""
-        kept = min(slots, self.keys.shape[0])
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = old.new_zeros((slots, *old.shape[1:]))
-            new[:kept] = old[:kept]
-            setattr(self, name, new)
-
-    def index(self, position: int) -> int:
-        """Where the token at a position lies within a slot."""
-        return position if position < self.sinks else self.sinks + (position - self.sinks) % self.ring
-
-    @property
-    def slot_nbytes(self) -> int:
-        itemsize = self.keys.element_size()
-        return (self.sinks + self.ring) * self.shape.token_nbytes(itemsize)
-
-    @property
-    def nbytes(self) -> int:
-        return self.keys.shape[0] * self.slot_nbytes
-
-
 class PageStore:
     """All KV memory of one model at one setting.
 
@@ -118,7 +61,7 @@ class PageStore:
         codebook: the setting, or None for "exact".
         device: where pages live.
         max_bytes: limit on allocated bytes (pages and windows), None for no limit.
-        window_dtype: dtype of the exact window; bf16 unless a test wants bit-equality with a float32 cache.
+        window_dtype: dtype of exact windows; bf16 unless a test wants bit-equality with a float32 cache.
     """
 
     def __init__(
@@ -140,14 +83,16 @@ class PageStore:
         if book.page_tokens <= 0 or book.window % book.page_tokens:
             raise CacheError(f"the window ({book.window}) must be a multiple of the page ({book.page_tokens} tokens)")
         self.ring = book.window + book.page_tokens
-        self.windows: list[Window] = []
+        self.windows: list[ExactWindow] = []
         self.pools: list[torch.Tensor | None] = []
         for layer, codec in zip(shape.layers, book.layers, strict=True):
             if codec is None:
-                self.windows.append(Window(layer, 0, layer.sliding or 1, window_dtype, self.device))
+                self.windows.append(make_window(layer, 0, layer.sliding or 1, window_dtype, self.device))
                 self.pools.append(None)
             else:
-                self.windows.append(Window(layer, book.sinks, self.ring, window_dtype, self.device))
+                self.windows.append(
+                    make_window(layer, book.sinks, self.ring, window_dtype, self.device, book.window_bits)
+                )
                 self.pools.append(torch.zeros((0, codec.page_nbytes), dtype=torch.uint8, device=self.device))
         self.page_capacity = self.slot_capacity = 0
         self._free_pages: list[int] = []

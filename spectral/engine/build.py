@@ -28,9 +28,9 @@ class Built:
     row: LadderRow | None
 
     def rank(self, row: LadderRow) -> float:
-        """Latent channels that a setting keeps, averaged over the compressed layers and over keys and values."""
+        """Latent channels that a setting keeps, averaged over the compressed layers."""
         layers = self.profile.layers if self.profile is not None else []
-        return row.rank / max(1, 2 * sum(layer is not None for layer in layers))
+        return row.rank / max(1, sum(layer is not None for layer in layers))
 
 
 def saved_profile_path(loaded: LoadedModel) -> Path:

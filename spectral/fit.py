@@ -1,0 +1,181 @@
+"""From statistics to a profile: weighted bases, quantizer tables, and one allocation for every setting.
+
+No model is read here: the same statistics give the same profile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from spectral.basis import Unit, regularised, weighted_basis
+from spectral.bits import CHANNEL_GROUP, WIDTHS, allocate, dct_matrix, fit_tables, frequency_classes, page_layout
+from spectral.errors import SettingError
+from spectral.profile import CONTEXT, LadderRow, LayerProfile, Widths
+from spectral.shapes import ModelShape
+from spectral.statistics import LayerStatistics, Statistics
+from spectral.windows import slot_nbytes
+
+TABLE_SAMPLE = 2_000_000
+"""Coefficients on which quantizer tables are fitted, at most."""
+
+FINE_WINDOW_BELOW = 8.0
+"""All-in ratios below this keep 10 bits of recent tokens, coarser settings 8: there the window's own error would rule."""
+
+
+@dataclass
+class Fitted:
+    """Bases and tables, and the error of every run of `CHANNEL_GROUP` latents at every width.
+
+    Attributes:
+        layers: index -> LayerProfile; tables: levels by width.
+        errors: [len(WIDTHS), n] nats per token; sizes: [n] codes per token of an item;
+        where: per item (layer, unit, class, run).
+    """
+
+    layers: dict[int, LayerProfile]
+    tables: dict[int, np.ndarray]
+    errors: np.ndarray
+    sizes: np.ndarray
+    where: list[tuple[int, int, int, int]]
+
+
+def fit(statistics: Statistics, page_tokens: int) -> Fitted:
+    """Bases, tables and error curves. Raises ValueError on statistics that are not finite."""
+    layers: dict[int, LayerProfile] = {}
+    pool: list[np.ndarray] = []
+    latents: dict[tuple[int, int], np.ndarray] = {}
+    count = sum(len(layer.units) for layer in statistics.layers.values())
+    for index, layer in statistics.layers.items():
+        units = []
+        for number in range(len(layer.units)):
+            unit, latent = _fit_unit(layer, number, statistics, page_tokens)
+            units.append(unit)
+            latents[index, number] = latent
+            flat = latent[..., : latent.shape[-1] // 2].ravel()  # the leading half gets nearly all bits
+            pool.append(flat[:: max(1, flat.size * count // TABLE_SAMPLE)])
+        layers[index] = LayerProfile(units, layer.shape.key_dim, layer.shape.value_dim, layer.frequencies)
+    tables = fit_tables(np.concatenate(pool))
+    errors, sizes, where = [], [], []
+    for (index, number), latent in latents.items():
+        table, size = _error_curves(layers[index].units[number], latent, tables, page_tokens)
+        errors.append(table.reshape(len(WIDTHS), -1))
+        sizes.append(size.ravel())
+        where += [(index, number, c, run) for c in range(table.shape[1]) for run in range(table.shape[2])]
+    return Fitted(layers, tables, np.concatenate(errors, 1), np.concatenate(sizes), where)
+
+
+def _fit_unit(
+    layer: LayerStatistics, number: int, statistics: Statistics, page_tokens: int
+) -> tuple[Unit, np.ndarray]:
+    """One unit's basis, and its sample as latents of unit variance: float32 [pages, P, R]."""
+    sums, (first, last) = layer.units[number], layer.heads[number]
+    mean = (sums.total / statistics.tokens).numpy()
+    covariance = (sums.moment / statistics.tokens).numpy() - np.outer(mean, mean)
+    metric = 0.5 * (sums.fisher / statistics.fisher_tokens).numpy()
+    parts = ((last - first) * layer.shape.key_dim, (last - first) * layer.shape.value_dim)
+    basis = weighted_basis(mean, covariance, regularised(metric, parts))
+    floor = max(float(basis.variance[0]) * 1e-12, 1e-30)
+    scale = np.sqrt(np.maximum(basis.variance, floor))
+    x = torch.cat(layer.sample[number]).float()
+    latent = (x - torch.tensor(mean, dtype=torch.float32)) @ torch.tensor(basis.encode / scale, dtype=torch.float32)
+    coefficients = torch.matmul(torch.tensor(dct_matrix(page_tokens), dtype=torch.float32), latent)
+    square = coefficients.square().mean(0, dtype=torch.float64).numpy()  # [P, R]
+    deviation = np.stack([np.sqrt(square[list(rows)].mean(0)) for rows in frequency_classes(page_tokens)])
+    unit = Unit(
+        (first, last), mean, basis.decode * scale, basis.encode / scale, np.maximum(basis.variance, floor), deviation
+    )
+    return unit, latent.numpy()
+
+
+def _error_curves(
+    unit: Unit, latent: np.ndarray, tables: dict[int, np.ndarray], page_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Measured loss of a unit's runs at every width: [len(WIDTHS), classes, runs] nats per token, and codes per token
+    [classes, runs]. Latents beyond the last whole run never get bits."""
+    runs = unit.variance.size // CHANNEL_GROUP
+    y = torch.matmul(torch.tensor(dct_matrix(page_tokens), dtype=torch.float32), torch.from_numpy(latent))
+    classes = frequency_classes(page_tokens)
+    errors = np.zeros((len(WIDTHS), len(classes), runs))
+    importance = unit.variance[: runs * CHANNEL_GROUP]
+    for c, rows in enumerate(classes):
+        x = y[:, list(rows), : runs * CHANNEL_GROUP]
+        deviation = torch.tensor(np.maximum(unit.deviation[c, : runs * CHANNEL_GROUP], 1e-12), dtype=torch.float32)
+        normal = (x / deviation).contiguous()
+        for w, width in enumerate(WIDTHS):
+            if width == 0:
+                wrong = x
+            else:
+                levels = torch.tensor(tables[width], dtype=torch.float32)
+                near = torch.bucketize(normal, (levels[1:] + levels[:-1]) / 2)
+                wrong = (normal - levels[near]) * deviation
+            square = wrong.square().mean(0, dtype=torch.float64).sum(0).numpy() / page_tokens
+            errors[w, c] = (importance * square).reshape(runs, CHANNEL_GROUP).sum(1)
+    sizes = np.array([[CHANNEL_GROUP * len(rows) / page_tokens] * runs for rows in classes])
+    return errors, sizes
+
+
+def ladder(
+    fitted: Fitted,
+    shape: ModelShape,
+    ratios: Sequence[float],
+    *,
+    sinks: int,
+    recent: int,
+    page_tokens: int,
+) -> tuple[list[LadderRow], dict[str, Widths]]:
+    """One row and its widths for every all-in ratio at `CONTEXT` tokens of the full-attention layers.
+
+    Raises SettingError for a ratio that the exact window alone exceeds.
+    """
+    full = [layer for layer in shape.layers if layer.sliding is None]
+    token_nbytes = sum(layer.token_nbytes() for layer in full)
+    pages = (CONTEXT - sinks - recent) // page_tokens
+    rows, bits = [], {}
+    for ratio in ratios:
+        window_bits = 10 if ratio < FINE_WINDOW_BELOW else 8
+        held = sum(slot_nbytes(layer, sinks, recent + page_tokens, window_bits) for layer in full)
+        page_budget = (token_nbytes * CONTEXT / ratio - held) / pages
+        if page_budget <= 0:
+            raise SettingError(f"{ratio:g}x cannot be reached: the exact window alone takes more; use fewer recent tokens")
+        picked = allocate(fitted.errors, fitted.sizes, page_budget * 8 / page_tokens)
+        widths = _widths(fitted, shape, picked)
+        page_nbytes = sum(page_layout(w, page_tokens).nbytes for layer in widths for w in layer or [])
+        sliding = sum(layer.sliding * layer.token_nbytes() for layer in shape.layers if layer.sliding is not None)
+        row = LadderRow(
+            name=f"{ratio:g}x",
+            bits_per_element=page_nbytes * 8 / page_tokens / (token_nbytes / 2),
+            rank=float((fitted.sizes * (picked > 0)).sum()),
+            sinks=sinks,
+            window=recent,
+            window_bits=window_bits,
+            page_tokens=page_tokens,
+            page_nbytes=page_nbytes,
+            window_nbytes=held + sliding,
+            energy=_energy(fitted, picked),
+        )
+        if rows and row.page_nbytes >= rows[-1].page_nbytes:
+            continue  # a model so small that two ratios come to the same codes gets one row
+        rows.append(row)
+        bits[row.name] = widths
+    return rows, bits
+
+
+def _energy(fitted: Fitted, picked: np.ndarray) -> float:
+    """Share of the weighted variance that is kept at these widths (by item, as in WIDTHS)."""
+    lost = fitted.errors[np.searchsorted(WIDTHS, picked), np.arange(picked.size)].sum()
+    return float(1 - lost / max(float(fitted.errors[0].sum()), 1e-300))
+
+
+def _widths(fitted: Fitted, shape: ModelShape, picked: np.ndarray) -> Widths:
+    out: Widths = [None] * len(shape.layers)
+    for index, layer in fitted.layers.items():
+        out[index] = [np.zeros(unit.deviation.shape, dtype=np.uint8) for unit in layer.units]
+    for (index, number, c, run), width in zip(fitted.where, picked, strict=True):
+        units = out[index]
+        assert units is not None
+        units[number][c, run * CHANNEL_GROUP : (run + 1) * CHANNEL_GROUP] = width
+    return out

@@ -1,0 +1,275 @@
+"""The profile file: one safetensors file, validated in bounded time and memory before anything is built from it.
+
+The header's metadata holds one JSON document and its checksum ("spectral"). Tensors, for compressed layer l and unit u:
+`l.u.mean` float32 [D], `l.u.decode` float16 [D, D] (columns of unit length), `l.u.scale` float32 [D] (their lengths),
+`l.u.variance` float32 [D], `l.u.deviation` float32 [classes, D]; `l.frequencies` float32 [r / 2] if keys are turned;
+`table.w` float32 [2^w]; and for setting i `setting.i.l.u` uint8 [classes, D]. The dual basis is not stored: it is the
+inverse of the decoder as stored, so that rounding the decoder costs no bias.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from spectral.basis import Unit
+from spectral.bits import CHANNEL_GROUP, UNIFORM_FROM, WIDTHS, frequency_classes
+from spectral.errors import ProfileError
+
+if TYPE_CHECKING:
+    from spectral.profile import LadderRow, LayerProfile, SpectralProfile
+
+FORMAT_VERSION = 2
+MAX_HEADER_BYTES = 16 << 20
+MAX_FILE_BYTES = 4 << 30
+MAX_CONDITION = 1e7
+"""Largest condition number of a decoder: beyond it the dual basis amplifies rounding without end."""
+
+
+def write_profile(profile: SpectralProfile, path: str | os.PathLike[str]) -> Path:
+    """Write the file atomically. Returns the path with its suffix; sets the profile's content hash."""
+    from safetensors.numpy import save
+
+    target = Path(path)
+    if target.suffix != ".safetensors":
+        target = target.with_name(target.name + ".safetensors")
+    tensors = _tensors(profile)
+    document = json.dumps({"format_version": FORMAT_VERSION, **profile.metadata()}, sort_keys=True)
+    # One metadata key: safetensors writes several in an order that differs from run to run.
+    sealed = json.dumps({"document": document, "sha256": digest(document, tensors)}, sort_keys=True)
+    data = save(tensors, metadata={"spectral": sealed})
+    profile.content_hash = hashlib.sha256(data).hexdigest()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except OSError:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return target
+
+
+def _tensors(profile: SpectralProfile) -> dict[str, np.ndarray]:
+    tensors: dict[str, np.ndarray] = {}
+    for index, layer in enumerate(profile.layers):
+        if layer is None:
+            continue
+        if layer.frequencies is not None:
+            tensors[f"{index}.frequencies"] = layer.frequencies.astype(np.float32)
+        for number, unit in enumerate(layer.units):
+            length = np.maximum(np.linalg.norm(unit.decode, axis=0), 1e-30)
+            where = f"{index}.{number}"
+            tensors[f"{where}.mean"] = unit.mean.astype(np.float32)
+            tensors[f"{where}.decode"] = np.ascontiguousarray(unit.decode / length, dtype=np.float16)
+            tensors[f"{where}.scale"] = length.astype(np.float32)
+            tensors[f"{where}.variance"] = unit.variance.astype(np.float32)
+            tensors[f"{where}.deviation"] = np.ascontiguousarray(unit.deviation, dtype=np.float32)
+            for i, row in enumerate(profile.ladder):
+                widths = profile.bits[row.name][index]
+                assert widths is not None
+                tensors[f"setting.{i}.{where}"] = np.ascontiguousarray(widths[number], dtype=np.uint8)
+    for width, levels in profile.tables.items():
+        tensors[f"table.{width}"] = levels.astype(np.float32)
+    return tensors
+
+
+def digest(document: str, tensors: dict[str, np.ndarray]) -> str:
+    """SHA-256 over the JSON document and every tensor's name and bytes: what makes a flipped bit visible."""
+    total = hashlib.sha256(document.encode())
+    for name in sorted(tensors):
+        total.update(name.encode())
+        total.update(np.ascontiguousarray(tensors[name]).tobytes())
+    return total.hexdigest()
+
+
+def read_profile(path: str | os.PathLike[str]) -> SpectralProfile:
+    """Read and validate a profile. Raises ProfileError with what is wrong."""
+    source = Path(path)
+    if not source.exists() and source.suffix != ".safetensors":
+        source = source.with_name(source.name + ".safetensors")
+    try:
+        return _read(source)
+    except OSError as error:
+        raise ProfileError(f"profile {source} cannot be read: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, np.linalg.LinAlgError) as error:
+        raise ProfileError(f"profile {source} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _check_header(source: Path) -> None:
+    """Bound the header before any parser sees it, so that a forged length costs nothing."""
+    size = source.stat().st_size
+    if size > MAX_FILE_BYTES:
+        raise ProfileError(f"profile {source} has {size} bytes; the limit is {MAX_FILE_BYTES}")
+    with source.open("rb") as file:
+        head = file.read(8)
+    length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+    if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+        raise ProfileError(f"profile {source} is not a safetensors file (header of {length} bytes in a file of {size})")
+
+
+def _open(source: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The document and the tensors, once the checksum has been seen to hold."""
+    from safetensors import SafetensorError, safe_open
+
+    _check_header(source)
+    try:
+        with safe_open(source, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if "spectral" not in metadata:
+                raise ProfileError(f"{source} is a safetensors file without a Spectral profile in its header")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+    except SafetensorError as error:
+        raise ProfileError(f"profile {source} is not a valid safetensors file: {error}") from error
+    sealed = json.loads(metadata["spectral"])
+    document = json.loads(sealed["document"])
+    version = document.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ProfileError(
+            f"profile {source} has format {version} and this version of Spectral reads format {FORMAT_VERSION}; "
+            "build it again with `spectral profile build`"
+        )
+    if sealed["sha256"] != digest(sealed["document"], tensors):
+        raise ProfileError(f"profile {source} is damaged: its checksum does not match; copy or build it again")
+    return document, tensors
+
+
+def _read(source: Path) -> SpectralProfile:
+    from spectral.profile import LadderRow, SpectralProfile
+
+    meta, tensors = _open(source)
+    ladder = [LadderRow(**row) for row in meta["ladder"]]
+    _check_ladder(ladder, str(meta["default"]), int(meta["block_tokens"]))
+    classes = len(frequency_classes(ladder[0].page_tokens))
+    profile = SpectralProfile(
+        model=str(meta["model"]),
+        fingerprint=str(meta["fingerprint"]),
+        token_nbytes=int(meta["token_nbytes"]),
+        layers=[
+            None if facts is None else _read_layer(tensors, index, facts, classes)
+            for index, facts in enumerate(meta["layers"])
+        ],
+        tables={width: _read_table(tensors, width) for width in WIDTHS if width},
+        bits={},
+        ladder=ladder,
+        default=str(meta["default"]),
+        block_tokens=int(meta["block_tokens"]),
+        provenance=dict(meta["provenance"]),
+        content_hash=hashlib.sha256(source.read_bytes()).hexdigest(),
+    )
+    if not any(layer is not None for layer in profile.layers):
+        raise ProfileError(f"profile {source} has no compressed layer")
+    for i, row in enumerate(ladder):
+        profile.bits[row.name] = [
+            None
+            if layer is None
+            else [_read_widths(tensors, i, f"{index}.{u}", unit, classes) for u, unit in enumerate(layer.units)]
+            for index, layer in enumerate(profile.layers)
+        ]
+        rows_per_class = np.array([len(rows) for rows in frequency_classes(row.page_tokens)])
+        held = sum(int(w.sum(1) @ rows_per_class) for widths in profile.bits[row.name] for w in widths or []) // 8
+        if held != row.page_nbytes:
+            raise ProfileError(f"setting {row.name}: its widths make pages of {held} bytes, not {row.page_nbytes}")
+    return profile
+
+
+def _numbers(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """A tensor of exactly this shape and dtype with finite values, as float64."""
+    tensor = tensors[name]
+    if tensor.shape != shape or tensor.dtype != dtype:
+        raise ProfileError(f"{name}: {tensor.dtype} {tensor.shape}, want {np.dtype(dtype)} {shape}")
+    if not np.isfinite(tensor).all():
+        raise ProfileError(f"{name}: it has values that are not finite")
+    return tensor.astype(np.float64)
+
+
+def _read_layer(tensors: dict[str, np.ndarray], index: int, facts: dict[str, Any], classes: int) -> LayerProfile:
+    from spectral.profile import LayerProfile
+
+    key_dim, value_dim = int(facts["key_dim"]), int(facts["value_dim"])
+    frequencies = None
+    if f"{index}.frequencies" in tensors:
+        count = tensors[f"{index}.frequencies"].size
+        if not 0 < 2 * count <= key_dim:
+            raise ProfileError(f"layer {index}: {count} RoPE frequencies do not fit keys of {key_dim}")
+        frequencies = _numbers(tensors, f"{index}.frequencies", (count,), np.float32)
+    units, expected = [], 0
+    for number, (first, last) in enumerate(facts["heads"]):
+        where = f"{index}.{number}"
+        if first != expected or last <= first:
+            raise ProfileError(f"layer {index}: its units do not cover the KV heads in order")
+        expected = last
+        size = (last - first) * (key_dim + value_dim)
+        variance = _numbers(tensors, f"{where}.variance", (size,), np.float32)
+        scale = _numbers(tensors, f"{where}.scale", (size,), np.float32)
+        deviation = _numbers(tensors, f"{where}.deviation", (classes, size), np.float32)
+        if (variance < 0).any() or (np.diff(variance) > 1e-6 * max(float(variance.max()), 1e-30)).any():
+            raise ProfileError(f"{where}.variance: importances must be non-negative and descending")
+        if (scale <= 0).any() or (deviation < 0).any():
+            raise ProfileError(f"{where}: scales must be positive and deviations non-negative")
+        columns = _numbers(tensors, f"{where}.decode", (size, size), np.float16)
+        if np.abs(np.linalg.norm(columns, axis=0) - 1).max() > 1e-2:
+            raise ProfileError(f"{where}.decode: its columns do not have unit length")
+        inverse = np.linalg.inv(columns)
+        condition = np.linalg.norm(columns, 2) * np.linalg.norm(inverse, 2)
+        if not condition <= MAX_CONDITION:
+            raise ProfileError(f"{where}.decode: the basis is singular (condition {condition:.3g})")
+        mean = _numbers(tensors, f"{where}.mean", (size,), np.float32)
+        units.append(Unit((first, last), mean, columns * scale, inverse.T / scale, variance, deviation))
+    if not units:
+        raise ProfileError(f"layer {index} has no units")
+    return LayerProfile(units, key_dim, value_dim, frequencies)
+
+
+def _read_table(tensors: dict[str, np.ndarray], width: int) -> np.ndarray:
+    levels = _numbers(tensors, f"table.{width}", (2**width,), np.float32)
+    if (np.diff(levels) <= 0).any() or np.abs(levels + levels[::-1]).max() > 1e-5 * levels[-1]:
+        raise ProfileError(f"table.{width}: levels must ascend and be symmetric around zero")
+    if width >= UNIFORM_FROM and np.abs(np.diff(levels, 2)).max() > 1e-4 * levels[-1]:
+        raise ProfileError(f"table.{width}: levels must be uniform")
+    return levels
+
+
+def _read_widths(tensors: dict[str, np.ndarray], setting: int, where: str, unit: Unit, classes: int) -> np.ndarray:
+    name = f"setting.{setting}.{where}"
+    widths = tensors[name]
+    if widths.dtype != np.uint8 or widths.shape != (classes, unit.variance.size):
+        raise ProfileError(f"{name}: widths of type {widths.dtype} and shape {widths.shape} do not fit the basis")
+    if not set(np.unique(widths).tolist()) <= set(WIDTHS):
+        raise ProfileError(f"{name}: widths must be among {WIDTHS}")
+    usable = widths.shape[1] - widths.shape[1] % CHANNEL_GROUP
+    runs = widths[:, :usable].reshape(classes, -1, CHANNEL_GROUP)
+    if (runs != runs[..., :1]).any() or widths[:, usable:].any():
+        raise ProfileError(f"{name}: widths must be the same in every run of {CHANNEL_GROUP} latents")
+    return widths
+
+
+def _check_ladder(ladder: list[LadderRow], default: str, block_tokens: int) -> None:
+    names = [row.name for row in ladder]
+    if not names or len(set(names)) != len(names) or "exact" in names or "auto" in names:
+        raise ProfileError("the ladder is empty, or its names repeat or are reserved")
+    if default not in names:
+        raise ProfileError(f"the default setting {default!r} is not in the ladder")
+    sizes = [row.page_nbytes / row.page_tokens for row in ladder]
+    if any(b >= a for a, b in zip(sizes, sizes[1:], strict=False)):
+        raise ProfileError("the ladder must go from finest to coarsest")
+    for row in ladder:
+        page = row.page_tokens
+        if page != ladder[0].page_tokens or row.sinks != ladder[0].sinks:
+            raise ProfileError(f"setting {row.name}: pages and sinks must be the same in all settings")
+        frequency_classes(page)
+        if row.window < 0 or row.window % page or row.sinks < 0 or block_tokens < 0 or block_tokens % page:
+            raise ProfileError(f"setting {row.name}: impossible page, block or window sizes")
+        if row.window_bits not in (8, 10, 16):
+            raise ProfileError(f"setting {row.name}: a window has 8, 10 or 16 bits, not {row.window_bits}")

@@ -1,0 +1,188 @@
+"""The exact window: recent tokens of all rows in one layer, and what holds them.
+
+`ExactWindow` keeps tokens in one dtype. `QuantizedWindow` keeps the sinks in it and recent tokens as 8- or 10-bit
+integers with a scale per 32 numbers of a head: with 128 recent tokens the window would otherwise weigh as much as
+thousands of packed ones. Both have `slots`, one for every row, with room for S sinks and a ring of recent tokens; a
+place is an index into a slot: [0, S) are the sinks, the rest is the ring.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from spectral.shapes import LayerShape
+
+SCALE_GROUP = 32
+
+
+class ExactWindow:
+    """Keys and values of one layer in a dtype: [slots, H, S + ring, d + dv]."""
+
+    def __init__(self, shape: LayerShape, sinks: int, ring: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.shape, self.sinks, self.ring = shape, sinks, ring
+        self.store = torch.zeros((0, shape.kv_heads, sinks + ring, shape.head_numbers), dtype=dtype, device=device)
+
+    def index(self, position: int) -> int:
+        """Where the token at a position lies within a slot."""
+        return position if position < self.sinks else self.sinks + (position - self.sinks) % self.ring
+
+    def resize(self, slots: int) -> None:
+        """Grow or shrink to a number of slots, keeping the first ones."""
+        self.store = resized(self.store, slots)
+
+    def as_kept(self, x: torch.Tensor) -> torch.Tensor:
+        """Numbers [..., d + dv] as a token that is not a sink comes back from the window, float32."""
+        return x.to(self.store.dtype).float()
+
+    def write(self, slot: torch.Tensor | int, place: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Store tokens [n, H, d + dv] at slot (one, or [n]) and place [n]."""
+        self.store[slot, :, place] = tokens.to(self.store.dtype)
+
+    def read(self, slot: torch.Tensor) -> torch.Tensor:
+        """Everything in slots [B]: float32 [B, H, S + ring, d + dv]."""
+        return self.store.index_select(0, slot).float()
+
+    def read_places(self, slot: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        """Tokens at slot [n] and places [n, t]: float32 [n, H, t, d + dv]."""
+        return self.store[slot[:, None], :, place].transpose(1, 2).float()
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What is allocated."""
+        return [self.store]
+
+    @property
+    def slot_nbytes(self) -> int:
+        """Bytes of one slot."""
+        return sum(t[:1].numel() * t.element_size() if len(t) else _row_nbytes(t) for t in self.tensors())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots."""
+        return sum(t.numel() * t.element_size() for t in self.tensors())
+
+
+class QuantizedWindow(ExactWindow):
+    """Sinks in a dtype, recent tokens as integers of 8 or 10 bits.
+
+    A number x of a group with largest magnitude a is stored as round(x / s) + 2^(bits - 1), s = a / (2^(bits - 1) - 1)
+    in fp16: the high eight bits in `high` [slots, H, ring, d + dv], the two low ones (if any) four to a byte in `low`.
+    """
+
+    def __init__(
+        self, shape: LayerShape, sinks: int, ring: int, dtype: torch.dtype, device: torch.device, bits: int
+    ) -> None:
+        super().__init__(shape, sinks, 0, dtype, device)
+        if bits not in (8, 10):
+            raise ValueError(f"a window keeps 8 or 10 bits (or 16 exact ones), got {bits}")
+        self.ring, self.bits = ring, bits
+        self.groups = scale_group(shape.key_dim, shape.value_dim)
+        numbers = shape.head_numbers
+        lead = (0, shape.kv_heads, ring)
+        self.high = torch.zeros((*lead, numbers), dtype=torch.uint8, device=device)
+        self.low = torch.zeros((*lead, numbers // 4 if bits == 10 else 0), dtype=torch.uint8, device=device)
+        self.scale = torch.zeros((*lead, numbers // self.groups), dtype=torch.float16, device=device)
+        self._shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=device)
+
+    def resize(self, slots: int) -> None:
+        """Grow or shrink to a number of slots, keeping the first ones."""
+        super().resize(slots)
+        self.high, self.low, self.scale = (resized(t, slots) for t in (self.high, self.low, self.scale))
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What is allocated."""
+        return [self.store, self.high, self.low, self.scale]
+
+    def _quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [..., d + dv] -> integers as float32 of the same shape, scale fp16 [..., groups]."""
+        top = float(2 ** (self.bits - 1) - 1)
+        grouped = x.float().unflatten(-1, (-1, self.groups))
+        # Rounded up to what fp16 can hold, so that no number exceeds the integers' range.
+        scale = (grouped.abs().amax(-1) * (1.0005 / top)).clamp_(6e-5, 6e4).to(torch.float16)
+        return (grouped / scale.float().unsqueeze(-1)).round_().clamp_(-top, top).flatten(-2), scale
+
+    def as_kept(self, x: torch.Tensor) -> torch.Tensor:
+        """Numbers [..., d + dv] as a token that is not a sink comes back from the window, float32."""
+        code, scale = self._quantize(x)
+        return self._dequantize(code, scale)
+
+    def _dequantize(self, code: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return (code.unflatten(-1, (-1, self.groups)) * scale.float().unsqueeze(-1)).flatten(-2)
+
+    def write(self, slot: torch.Tensor | int, place: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Store tokens [n, H, d + dv] at slot (one, or [n]) and place [n]."""
+        sink = place < self.sinks
+        if sink.any():
+            chosen = slot[sink] if isinstance(slot, torch.Tensor) else slot
+            super().write(chosen, place[sink], tokens[sink])
+            if isinstance(slot, torch.Tensor):
+                slot = slot[~sink]
+            place, tokens = place[~sink], tokens[~sink]
+        code, scale = self._quantize(tokens)
+        code = code.add_(2 ** (self.bits - 1)).to(torch.int16)
+        at = place - self.sinks
+        if self.bits == 10:
+            low = (code & 3).to(torch.uint8).unflatten(-1, (-1, 4)) << self._shifts
+            self.low[slot, :, at] = low.sum(-1, dtype=torch.uint8)
+            code = code >> 2
+        self.high[slot, :, at] = code.to(torch.uint8)
+        self.scale[slot, :, at] = scale
+
+    def _numbers(self, high: torch.Tensor, low: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        code = high.float()
+        if self.bits == 10:
+            code = code.mul_(4).add_(((low.unsqueeze(-1) >> self._shifts) & 3).flatten(-2))
+        return self._dequantize(code.sub_(2 ** (self.bits - 1)), scale)
+
+    def read(self, slot: torch.Tensor) -> torch.Tensor:
+        """Everything in slots [B]: float32 [B, H, S + ring, d + dv]."""
+        recent = self._numbers(*(t.index_select(0, slot) for t in (self.high, self.low, self.scale)))
+        return torch.cat([super().read(slot), recent], 2) if self.sinks else recent
+
+    def read_places(self, slot: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        """Tokens at slot [n] and places [n, t]: float32 [n, H, t, d + dv]."""
+        at = (place - self.sinks).clamp_min(0)
+        out = self._numbers(*(t[slot[:, None], :, at] for t in (self.high, self.low, self.scale)))
+        sink = place < self.sinks
+        if sink.any():
+            kept = self.store[slot[:, None], :, place.clamp_max(self.sinks - 1)].float()
+            out = torch.where(sink[..., None, None], kept, out)
+        return out.transpose(1, 2)
+
+
+def make_window(
+    shape: LayerShape, sinks: int, ring: int, dtype: torch.dtype, device: torch.device, bits: int = 16
+) -> ExactWindow:
+    """A window of 16 (exact), 10 or 8 bits."""
+    if bits == 16:
+        return ExactWindow(shape, sinks, ring, dtype, device)
+    return QuantizedWindow(shape, sinks, ring, dtype, device, bits)
+
+
+def scale_group(key_dim: int, value_dim: int) -> int:
+    """Numbers that share a scale: the largest divisor of both head sizes that is at most `SCALE_GROUP`."""
+    return next(g for g in range(SCALE_GROUP, 0, -1) if key_dim % g == 0 and value_dim % g == 0)
+
+
+def slot_nbytes(shape: LayerShape, sinks: int, ring: int, bits: int, itemsize: int = 2) -> int:
+    """Bytes of one slot, without allocating any (the same as the windows' own count)."""
+    if bits == 16:
+        return (sinks + ring) * shape.token_nbytes(itemsize)
+    numbers = shape.kv_heads * shape.head_numbers
+    low = shape.kv_heads * (shape.head_numbers // 4) if bits == 10 else 0
+    scales = 2 * numbers // scale_group(shape.key_dim, shape.value_dim)
+    return sinks * shape.token_nbytes(itemsize) + ring * (numbers + low + scales)
+
+
+def resized(old: torch.Tensor, slots: int) -> torch.Tensor:
+    """[n, ...] -> [slots, ...], the first rows kept and new ones zero."""
+    new = old.new_zeros((slots, *old.shape[1:]))
+    kept = min(slots, old.shape[0])
+    new[:kept] = old[:kept]
+    return new
+
+
+def _row_nbytes(t: torch.Tensor) -> int:
+    count = t.element_size()
+    for size in t.shape[1:]:
+        count *= size
+    return count
