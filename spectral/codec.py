@@ -269,7 +269,7 @@ class OpenPages:
             mean = torch.matmul(q, unit.key_mean).flatten(2, 3).transpose(2, 3)  # [B, blocks, 1, h * G]
             if blocks > 1 and pages % per_block:
                 y = F.pad(y, (0, 0, 0, 0, 0, blocks * per_block - pages))
-            y = y.reshape(batch, blocks, -1, y.shape[-1])
+            y = y.reshape(batch, blocks, y.shape[1] * tokens // blocks, unit.rank)
             score = torch.matmul(y, latent.flatten(2, 3).transpose(2, 3))  # by frequency: [B, blocks, pages * P, h * G]
             score = torch.matmul(unit.dct.T, score.unflatten(2, (-1, tokens))) + mean[:, :, None]
             score = score.flatten(1, 3)[:, : pages * tokens].transpose(1, 2)

@@ -36,7 +36,7 @@ class ExactWindow:
 
     def write(self, slot: torch.Tensor | int, place: torch.Tensor, tokens: torch.Tensor) -> None:
         """Store tokens [n, H, d + dv] at slot (one, or [n]) and place [n]."""
-        self.store[slot, :, place] = tokens.to(self.store.dtype)
+        self.store[every(slot, place), :, place] = tokens.to(self.store.dtype)
 
     def read(self, slot: torch.Tensor) -> torch.Tensor:
         """Everything in slots [B]: float32 [B, H, S + ring, d + dv]."""
@@ -110,13 +110,10 @@ class QuantizedWindow(ExactWindow):
 
     def write(self, slot: torch.Tensor | int, place: torch.Tensor, tokens: torch.Tensor) -> None:
         """Store tokens [n, H, d + dv] at slot (one, or [n]) and place [n]."""
-        sink = place < self.sinks
+        slot, sink = every(slot, place), place < self.sinks
         if sink.any():
-            chosen = slot[sink] if isinstance(slot, torch.Tensor) else slot
-            super().write(chosen, place[sink], tokens[sink])
-            if isinstance(slot, torch.Tensor):
-                slot = slot[~sink]
-            place, tokens = place[~sink], tokens[~sink]
+            super().write(slot[sink], place[sink], tokens[sink])
+            slot, place, tokens = slot[~sink], place[~sink], tokens[~sink]
         code, scale = self._quantize(tokens)
         code = code.add_(2 ** (self.bits - 1)).to(torch.int16)
         at = place - self.sinks
@@ -171,6 +168,11 @@ def slot_nbytes(shape: LayerShape, sinks: int, ring: int, bits: int, itemsize: i
     low = shape.kv_heads * (shape.head_numbers // 4) if bits == 10 else 0
     scales = 2 * numbers // scale_group(shape.key_dim, shape.value_dim)
     return sinks * shape.token_nbytes(itemsize) + ring * (numbers + low + scales)
+
+
+def every(slot: torch.Tensor | int, place: torch.Tensor) -> torch.Tensor:
+    """A slot for every place."""
+    return slot if isinstance(slot, torch.Tensor) else torch.full_like(place, slot)
 
 
 def resized(old: torch.Tensor, slots: int) -> torch.Tensor:
