@@ -241,6 +241,7 @@ class SpectralProfiler:
             bits={},
             ladder=[],
             default="",
+            sliding=[shape.sliding for shape in loaded.shape.layers],
         )
         for number, bits in enumerate(self.ladder_bits):
             widths: np.ndarray = allocate(weighted, int(bits * elements)).astype(np.uint8)

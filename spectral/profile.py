@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from spectral.codec import Codebook
+    from spectral.compressor import Projection
     from spectral.hf import LoadedModel
 
 FORMAT_VERSION = 1
@@ -85,6 +86,7 @@ class SpectralProfile:
     provenance: dict[str, Any] = field(default_factory=dict)
     frame: str = "post_rope"
     content_hash: str = ""
+    sliding: list[int | None] = field(default_factory=list)  # window of every layer in tokens; [] if none slides
 
     # -- settings -------------------------------------------------------------------------------------------------
 
@@ -95,6 +97,16 @@ class SpectralProfile:
             known = ", ".join(row.name for row in self.ladder)
             raise SettingError(f"setting {setting!r} is not in this profile's ladder: choose auto, exact, {known}")
         return name
+
+    def choose(self, setting: str = "auto", bits: float | None = None) -> str:
+        """ "exact" or a ladder row's name, for a setting or, where that is "auto", the closest to bits per element."""
+        if setting == "exact" or (setting == "auto" and bits == 16):
+            return "exact"
+        if setting != "auto" or bits is None:
+            return self.resolve(setting)
+        if not 0 < bits <= 16:
+            raise SettingError(f"bits must be above 0 and at most 16, got {bits!r}")
+        return min(self.ladder, key=lambda row: abs(row.bits_per_element - bits)).name
 
     def row(self, setting: str) -> LadderRow:
         """The ladder row of a setting (or "auto")."""
@@ -126,6 +138,12 @@ class SpectralProfile:
                 )
             )
         return Codebook(row.name, self.content_hash, row.sinks, row.window, row.page_tokens, codecs)
+
+    def get_projection(self, layer: int, head: int, side: str = "key") -> Projection:
+        """Statistics of one KV head's keys or values (side: "key" or "value"), for a SpectralKVCompressor."""
+        from spectral.compressor import projection_of
+
+        return projection_of(self, layer, head, side)
 
     def check_model(self, loaded: LoadedModel) -> None:
         """Raise ProfileError unless this profile was made for that very model."""
@@ -203,6 +221,7 @@ class SpectralProfile:
             "compressed_layers": [layer is not None for layer in self.layers],
             "ladder": [asdict(row) for row in self.ladder],
             "provenance": self.provenance,
+            **({"sliding": self.sliding} if any(self.sliding) else {}),
         }
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -313,6 +332,7 @@ def _read(source: Path) -> SpectralProfile:
         provenance=dict(meta["provenance"]),
         frame=str(meta["frame"]),
         content_hash=hashlib.sha256(source.read_bytes()).hexdigest(),
+        sliding=list(meta.get("sliding", [])),
     )
     for i, row in enumerate(profile.ladder):
         profile.bits[row.name] = _read_bits(tensors[f"setting.{i}.bits"], profile, row)
@@ -360,6 +380,8 @@ def _read_bits(bits: np.ndarray, profile: SpectralProfile, row: LadderRow) -> np
 def _check_ladder(profile: SpectralProfile) -> None:
     if profile.frame != "post_rope":
         raise ProfileError(f"frame {profile.frame!r} is not supported by this version")
+    if profile.sliding and [w is None for w in profile.sliding] != [x is not None for x in profile.layers]:
+        raise ProfileError(f"sliding windows {profile.sliding} do not fit the layers")
     names = [row.name for row in profile.ladder]
     if not names or len(set(names)) != len(names) or "exact" in names or "auto" in names:
         raise ProfileError("the ladder is empty, or its names repeat or are reserved")
