@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _NAMES = {
     "SpectralProfile": "spectral.profile",
     "SpectralProfiler": "spectral.calibrate",
+    "SpectralCache": "spectral.cache",
     "SpectralKVCompressor": "spectral.compressor",
     "profile_from_tensors": "spectral.from_tensors",
     "PageStore": "spectral.pages",
@@ -25,6 +26,7 @@ __all__ = [
     "Engine",
     "InferenceEngine",
     "PageStore",
+    "SpectralCache",
     "SpectralError",
     "SpectralKVCompressor",
     "SpectralProfile",
@@ -34,6 +36,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from spectral.cache import SpectralCache
     from spectral.calibrate import SpectralProfiler
     from spectral.compressor import SpectralKVCompressor
     from spectral.engine.engine import Engine
