@@ -67,12 +67,11 @@ def test_exact_answers_are_those_of_a_dynamic_cache(case: tuple[str, Any]) -> No
 
 def test_codes_give_the_same_logits_under_every_attention(case: tuple[str, Any]) -> None:
     family, made = case
-    ids = tokens(2, 61)
+    ids = tokens(2, 67)  # one more token seals a page
     cache = spectral_cache(family)
-    with torch.no_grad():
-        logits(model(family, "eager"), ids, cache)
+    logits(model(family, "eager"), ids, cache)
     # From the very same codes: two encoders may round a tie differently, which is no error of the attention.
-    for new in (ids[:, :1], ids[:, 1:6]):
+    for new in (ids[:, :1], ids[:, 1:14]):
         expected = logits(model(family, "eager"), new, copy.deepcopy(cache))
         assert torch.allclose(logits(made, new, copy.deepcopy(cache)), expected, atol=2e-4, rtol=1e-4)
         exact = spectral_cache(family, EXACT)

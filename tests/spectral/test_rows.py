@@ -66,6 +66,16 @@ def test_a_cut_row_keeps_what_it_had_and_seals_the_same_codes_again(length: int)
         cut_row(store, row, 62)
 
 
+def test_a_cut_rows_spare_pages_are_not_another_rows() -> None:
+    store = PageStore(SHAPE, random_codebook(SHAPE, [4, 2]))
+    (first, _, _), (second, keys, values) = filled(store, 61), filled(store, 20, seed=1)
+    cut_row(store, first, 46)
+    assert len(first.pages) == 5 and store.pages_at(47) == 3
+    append_rows(store, [(row, keys[:, :n], values[:, :n]) for row, n in ((first, 1), (second, 16))])
+    assert (len(first.pages), len(second.pages)) == (5, 2)
+    store.check()
+
+
 def test_copies_have_memory_of_their_own() -> None:
     store = PageStore(SHAPE, random_codebook(SHAPE, [4, 2]))
     first, _, _ = filled(store, 61)
