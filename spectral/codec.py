@@ -113,7 +113,7 @@ class UnitCodec(torch.nn.Module):
             codes = torch.bucketize(flat.index_select(1, place), self._thresholds[width]).to(torch.uint8)
             for segment in self.layout.segments:
                 if segment.width == width:
-                    parts.append(pack_fields(_field(codes, width, segment.field), segment.bits))
+                    parts.append(pack_fields(code_field(codes, width, segment.field), segment.bits))
         return torch.cat(parts, 1) if parts else torch.zeros((y.shape[0], 0), dtype=torch.uint8, device=y.device)
 
     def levels(self, packed: torch.Tensor) -> torch.Tensor:
@@ -126,12 +126,7 @@ class UnitCodec(torch.nn.Module):
             fields[segment.width, segment.field] = F.embedding(index[:, segment.start : segment.stop], values).flatten(1)
         parts = []
         for width in self.layout.places:
-            if width == 6:
-                parts.append(fields[6, "high"] + fields[6, "low"])
-            elif width == 3:
-                parts.append(fields[3, "magnitude"] * fields[3, "sign"])
-            else:
-                parts.append(fields[width, "code"])
+            parts.append(join_fields(width, {field: values for (w, field), values in fields.items() if w == width}))
         parts.append(torch.zeros((n, 1), device=packed.device))
         return torch.cat(parts, 1).index_select(1, self._scatter).view(n, self.page_tokens, self.rank)
 
@@ -146,9 +141,18 @@ class UnitCodec(torch.nn.Module):
         return latents @ basis.T + self.mean
 
 
-def _field(codes: torch.Tensor, width: int, field: str) -> torch.Tensor:
+def code_field(codes: torch.Tensor, width: int, field: str) -> torch.Tensor:
     """One field of uint8 codes (see spectral.bits.split_code, whose tensor twin this is)."""
     return _field_table(width, field, codes.device).index_select(0, codes.flatten().int()).view(codes.shape)
+
+
+def join_fields(width: int, fields: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What the fields of a width's codes contribute, put together (see spectral.bits.FIELDS)."""
+    if width == 6:
+        return fields["high"] + fields["low"]
+    if width == 3:
+        return fields["magnitude"] * fields["sign"]
+    return fields["code"]
 
 
 @cache

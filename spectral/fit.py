@@ -164,6 +164,12 @@ def ladder(
     return rows, bits
 
 
+def default_by_energy(rows: Sequence[LadderRow], target_energy: float) -> str:
+    """The coarsest setting that keeps `target_energy` of the weighted variance; the finest where none does."""
+    keeping = [row.name for row in rows if row.energy >= target_energy]
+    return keeping[-1] if keeping else rows[0].name
+
+
 def _energy(fitted: Fitted, picked: np.ndarray) -> float:
     """Share of the weighted variance that is kept at these widths (by item, as in WIDTHS)."""
     lost = fitted.errors[np.searchsorted(WIDTHS, picked), np.arange(picked.size)].sum()

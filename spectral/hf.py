@@ -2,7 +2,8 @@
 
 Models run unmodified: transformers calls the attention function registered as "spectral" with post-RoPE queries, keys
 and values. Inside `attending(batch)` that function appends to and reads from a page store; inside `observing(...)` it
-shows them to a profiler first; otherwise it is exact causal attention.
+shows them to a profiler first; from a `SpectralCache` it gets codes and attends over those; otherwise it is exact
+attention. (`spectral/cache.py` derives from transformers' cache classes: the one exception to the first sentence.)
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.masking_utils import AttentionMaskInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from spectral.attention import attend, causal_attention, softcapped
+from spectral.attention import attend, softcapped
+from spectral.coded import CodedStates, dense_attention
 from spectral.errors import ModelError
 from spectral.pages import LayerShape, ModelShape, StepBatch
 
@@ -55,6 +57,8 @@ def _attention(
     """transformers' attention interface: query [B, Hq, N, d], key/value [B, H, N, d] -> [B, N, Hq, dv]."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: int = module.layer_idx  # type: ignore[assignment]
+    if isinstance(key, CodedStates):  # from a SpectralCache
+        return key.update.attend(query, attention_mask, scaling=scale, softcap=softcap), None
     batch = _BATCH.get()
     if batch is not None:
         return attend(batch, layer, query, key, value, scaling=scale, softcap=softcap), None
@@ -63,17 +67,43 @@ def _attention(
         answer = observer(layer, query, key, value, scale, softcap)
         if answer is not None:
             return answer.transpose(1, 2), None
-    out = causal_attention(query, key, value, scaling=scale, softcap=softcap, sliding=sliding_window)
+    out = dense_attention(query, key, value, attention_mask, scaling=scale, softcap=softcap, sliding=sliding_window)
     return out.transpose(1, 2), None
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """The attention function knows which tokens each query sees: no mask is built."""
-    return
+def _mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    attention_mask: torch.Tensor | None = None,
+    use_vmap: bool = False,
+    **rest: Any,
+) -> torch.Tensor | None:
+    """transformers' mask interface. The attention function knows what is causal: it needs to be told of padding only.
+
+    Returns None without padding; bool [B, kv_length], True for tokens; or bool [B, 1, q_length, kv_length] where the
+    model adds to the mask (use_vmap) or the keys have places that are still empty (a static cache).
+    """
+    if _BATCH.get() is not None:
+        return None
+    if use_vmap or bool(q_offset + q_length != kv_offset + kv_length):
+        sizes = {"q_length": q_length, "kv_length": kv_length, "q_offset": q_offset, "kv_offset": kv_offset}
+        return sdpa_mask(
+            **sizes, attention_mask=attention_mask, use_vmap=use_vmap, **{**rest, "allow_is_causal_skip": False}
+        )
+    if attention_mask is None:
+        return None
+    short = kv_offset + kv_length - attention_mask.shape[-1]
+    if short > 0:
+        attention_mask = torch.nn.functional.pad(attention_mask, (0, short))
+    attention_mask = attention_mask[:, kv_offset : kv_offset + kv_length]
+    return None if bool(attention_mask.all()) else attention_mask
 
 
 AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, _no_mask)
+AttentionMaskInterface.register(NAME, _mask)
 
 
 @contextmanager
