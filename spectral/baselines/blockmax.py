@@ -1,4 +1,4 @@
-"""llama.cpp's q4_0 and q8_0 caches: blocks of 32 channels scaled by their largest element, after a Hadamard rotation."""
+"""llama.cpp's q4_0 and q8_0 caches: blocks of 32 channels scaled by their largest one, after a Hadamard rotation."""
 
 from __future__ import annotations
 

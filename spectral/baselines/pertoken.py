@@ -12,7 +12,6 @@ from spectral.baselines.quantizers import affine_decode, affine_encode, best_cli
 from spectral.baselines.store import Stored, packed_nbytes
 from spectral.baselines.transforms import hadamard
 
-
 CLIP_TOKENS = 2048
 """Calibration tokens on which clipping is chosen."""
 

@@ -71,6 +71,8 @@ class TurboQuant(Baseline):
     def prepare(self, stats: CalibrationStats, shape: Shape) -> None:
         self._parts = []
         for number, (size, bits) in enumerate(self._sizes(shape.head_dim)):
+            if size < 4:
+                raise ValueError(f"a part of {size} channels is too small to rotate; heads have {shape.head_dim}")
             generator = torch.Generator().manual_seed(self.seed + 1 + 2 * number)
             sketch = torch.randn(size, size, generator=generator)
             self._parts.append(_Part(bits, random_rotation(size, self.seed + 2 * number), sketch))
