@@ -236,8 +236,8 @@ class MethodCache:
             restored = tuple(x[number].transpose(0, 1) for x in self.static)
         else:
             places = torch.arange(self.length, device=key.device)
-            seen = (x[0].transpose(0, 1).float().contiguous() for x in (key, value))
-            restored = tuple(x.transpose(0, 1) for x in self.method.roundtrip(number, *seen, places))
+            keys, values = (x[0].transpose(0, 1).float().contiguous() for x in (key, value))
+            restored = tuple(x.transpose(0, 1) for x in self.method.roundtrip(number, keys, values, places))
         return cache_attention(
             query,
             (rounded[0], rounded[1]),

@@ -129,7 +129,7 @@ def bit_map(layers: Sequence[np.ndarray | None], setting: str = "") -> Figure:
 
     shown = [(index, np.atleast_2d(np.asarray(bits))) for index, bits in enumerate(layers) if bits is not None]
     figure = Figure(figsize=(SIZE[0], 0.9 + 0.7 * max(1, len(shown))), layout="constrained")
-    grid = figure.subplots(max(1, len(shown)), 1, squeeze=False)[:, 0]
+    grid: list[Any] = list(figure.subplots(max(1, len(shown)), 1, squeeze=False)[:, 0])
     top = max((int(bits.max()) for _, bits in shown), default=8)
     for axes, (index, bits) in zip(grid, shown, strict=False):
         image = axes.imshow(bits, aspect="auto", interpolation="nearest", vmin=0, vmax=max(1, top), cmap="magma")
@@ -138,7 +138,7 @@ def bit_map(layers: Sequence[np.ndarray | None], setting: str = "") -> Figure:
         axes.tick_params(axis="x", labelbottom=axes is grid[-1])
     if shown:
         grid[-1].set_xlabel("latent channel")
-        figure.colorbar(image, ax=list(grid), label="bits")
+        figure.colorbar(image, ax=grid, label="bits")
     figure.suptitle(f"Bits per channel and layer{f', setting {setting}' if setting else ''}")
     return figure
 
