@@ -20,6 +20,7 @@ from spectral.baselines.eigen_attention import EigenAttention
 from spectral.baselines.fp8 import Fp8
 from spectral.baselines.jarviskv import JarvisPublished, JarvisRepaired
 from spectral.baselines.kivi import Kivi
+from spectral.baselines.kvquant import KvQuant
 from spectral.baselines.kvtc import Kvtc
 from spectral.baselines.oscar import Oscar
 from spectral.baselines.palu import Palu
@@ -48,6 +49,7 @@ _FACTORIES: tuple[Factory, ...] = (
     *(partial(TurboQuant, bits=bits, qjl=True) for bits in (4, 3, 2)),
     *(partial(TurboQuant, bits=bits, outliers=0.25) for bits in (3, 2)),
     *(partial(Kivi, bits=bits) for bits in (4, 3, 2)),
+    *(partial(KvQuant, bits=bits) for bits in (4, 3, 2)),
     *(partial(PerToken, bits=bits) for bits in (4, 3, 2)),
     *(partial(BlockMax, bits=bits) for bits in (8, 4)),
     *(partial(HadamardInt, bits=bits) for bits in (4, 3, 2)),

@@ -130,6 +130,7 @@ LADDERS = [
     ["turboquant-qjl-2bit", "turboquant-qjl-3bit", "turboquant-qjl-4bit"],
     ["turboquant-2.25bit", "turboquant-3.25bit"],
     ["kivi-2bit", "kivi-3bit", "kivi-4bit"],
+    ["kvquant-nuq2", "kvquant-nuq3", "kvquant-nuq4"],
     ["pertoken-int2", "pertoken-int3", "pertoken-int4"],
     ["llamacpp-q4_0", "llamacpp-q8_0"],
     ["hadamard-int2", "hadamard-int3", "hadamard-int4"],
@@ -176,6 +177,7 @@ def test_ratios_of_a_larger_model_are_the_published_ones() -> None:
     assert ratio["kivi-2bit"] == pytest.approx(16 / 3, abs=0.03)
     assert ratio["hadamard-int4"] == pytest.approx(16 / 4.25, abs=0.01)
     assert ratio["fp8-e4m3"] == 2.0
+    assert ratio["kvquant-nuq3"] == pytest.approx(16 / 3.33, abs=0.05)
     assert ratio["think-0.4"] == pytest.approx(1.25, abs=0.01) and ratio["think-0.5"] == pytest.approx(4 / 3, abs=0.01)
     assert ratio["eigen-attention-0.6"] == pytest.approx(1.67, abs=0.02)
     assert ratio["xkv-4-r0.117"] == pytest.approx(8.5, rel=0.05)

@@ -15,6 +15,7 @@ from spectral.baselines.eigen_attention import EigenAttention
 from spectral.baselines.fp8 import Fp8
 from spectral.baselines.jarviskv import JarvisPublished, JarvisRepaired
 from spectral.baselines.kivi import Kivi
+from spectral.baselines.kvquant import KvQuant, fitted_levels
 from spectral.baselines.oscar import CLIP, Oscar, score_weighted_moment
 from spectral.baselines.palu import Palu
 from spectral.baselines.pertoken import HadamardInt, PerToken
@@ -129,6 +130,32 @@ def _louder(layer: LayerStats) -> LayerStats:
     keys = layer.keys.clone()
     keys[..., :4] *= 20
     return dataclasses.replace(layer, keys=keys)
+
+
+def test_kvquant_keeps_outliers_as_they_are_and_channels_apart(world: World, prompt: Prompt) -> None:
+    keys, values, positions = prompt
+    method = cast(KvQuant, fitted(KvQuant(bits=3), world))
+    spiky = unrope(keys[0], positions, world.cos, world.sin)
+    spiky[7, 1, 5] = 500.0
+    turned = rope(spiky, positions, world.cos, world.sin)
+    stored = method.encode(0, "key", turned, positions)
+    assert 500.0 in stored.floats["outliers"].tolist() and int(stored.floats["counts"][7]) >= 1
+    back = unrope(method.decode(0, "key", stored, positions), positions, world.cos, world.sin)
+    assert float(back[7, 1, 5]) == pytest.approx(500.0, rel=1e-3)
+    others = torch.ones(TOKENS, 2, 32, dtype=torch.bool)
+    others[7, 1, 5] = False
+    assert relative_error(spiky[others], back[others]) < 0.05
+    kept = method.encode(0, "value", values[0], positions)
+    assert kept.floats["counts"].tolist() == [2] * TOKENS, "one at either end of every token"
+    assert relative_error(values, method.roundtrip_all(keys, values, positions)[1]) < relative_error(
+        values, fitted(PerToken(bits=3), world).roundtrip_all(keys, values, positions)[1]
+    )
+
+
+def test_fitted_levels_are_a_weighted_k_means() -> None:
+    x = torch.tensor([9.1, 0.0, 0.1, 1.0, 1.1, 5.0, 5.1, 9.0])
+    levels = fitted_levels(x, torch.tensor([1.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]), 2)
+    assert torch.allclose(levels, torch.tensor([0.025, 1.05, 5.05, 9.05]), atol=1e-6)
 
 
 def test_palu_adds_a_projections_bias_after_the_latent(world: World, prompt: Prompt) -> None:
