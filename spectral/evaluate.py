@@ -7,6 +7,7 @@ in one forward whose attention shows each query what their cache would hold (`sp
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,9 +29,13 @@ class EvalReport:
     """What `spectral eval` prints: one row per contender, and where the figures come from.
 
     Attributes:
-        context, windows, scored_tokens, seed, texts: what was scored; chunk: tokens fed at once for our settings.
+        context, windows, scored_tokens, seed, texts: what was scored; tokens_sha256: of the windows' token ids (equal
+            ones were scored on the same text); chunk: tokens fed at once for our settings.
         token_nbytes: bf16 bytes of one token; basis_nbytes: the profile's bases.
-        rows: see README; calibration: of the comparisons, None without any; recall: how it was asked, None if not.
+        rows: per contender name, source, ours, in_attention, bytes_per_token (at the scored context),
+            bytes_per_token_at, ratio, ratio_without_window, basis_nbytes, kl_mean, kl_p99, top1, top5_overlap,
+            perplexity, exact_perplexity, kl_by_position, recall, recall_by_distance.
+        calibration: of the comparisons, None without any; recall: how it was asked, None if it was not.
         provenance: versions, commit, hardware, command.
     """
 
@@ -41,6 +46,7 @@ class EvalReport:
     seed: int
     chunk: int
     texts: str
+    tokens_sha256: str
     token_nbytes: int
     basis_nbytes: int
     profile: dict[str, Any]
@@ -152,6 +158,7 @@ def evaluate(
         seed=seed,
         chunk=chunk,
         texts=f"{len(windows)} windows of {origin}",
+        tokens_sha256=hashlib.sha256(str(windows).encode()).hexdigest(),
         token_nbytes=loaded.shape.token_nbytes(),
         basis_nbytes=profile.basis_nbytes,
         profile={"content_hash": profile.content_hash, "provenance": profile.provenance},

@@ -85,7 +85,7 @@ class KvQuant(Baseline):
 
     def _fit(self, unit: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         step = max(1, len(unit) // FIT_VALUES)
-        unit, weight = unit[::step], weight[::step]
+        unit, weight = unit[::step].contiguous(), weight[::step]
         levels = fitted_levels(unit, weight, self.bits)
         if self.bits == 2:
             back = levels[torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,7 @@ def test_a_report_says_everything(report: EvalReport, model: LoadedModel, profil
     assert rows["exact"]["kl_mean"] < 1e-3 and rows["window-only"]["ratio_without_window"] is None
     assert found["calibration"] == {"text": "given text", "tokens": 800, "sample_tokens": 800}
     assert found["recall"]["sequences"] == 2 and found["windows"] == 2 and found["chunk"] == 16
+    assert re.fullmatch("[0-9a-f]{64}", found["tokens_sha256"])
     assert {"versions", "commit", "hardware", "command", "seed", "texts", "scored_tokens"} <= set(found)
     assert found["hardware"]["threads"] >= 1 and found["hardware"]["cpu"]
     assert "kvtc-8x" in report.table() and "recalls nothing" in report.table()
