@@ -60,6 +60,9 @@ def model_of(family: str) -> LoadedModel:
     else:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(MORE[family], attn_implementation="eager").float().eval()
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.data.mul_(4.0)  # as in helpers.random_model: make attention matter
         loaded = wrap_model(family, model, NoTokenizer())
     for name, parameter in loaded.model.named_parameters():
         if "proj.bias" in name:
@@ -219,7 +222,7 @@ def test_every_method_runs_on_a_model(family: str) -> None:
         found = summarised([score_method(exact, method)], LENGTH)
         assert 0 <= found["kl_mean"] < 20 and 0 <= found["top5_overlap"] <= 1, method.name
         if method.name in {"fp8-e4m3", "llamacpp-q8_0"}:
-            assert found["kl_mean"] < 0.02 and found["top1"] > 0.9, method.name
+            assert found["kl_mean"] < 0.02 and found["top1"] > 0.8, method.name
         held = method_bytes(loaded, method, LENGTH)
         assert held["bytes_per_token"] > 0 and held["ratio"] > 0
 
