@@ -96,7 +96,7 @@ class UnitCodec(torch.nn.Module):
         """For every coefficient of a page, which unpacked code it is: one past the last for those without bits."""
         places = list(self.layout.places.values())
         total = sum(place.size for place in places)
-        index = np.full(self.page_tokens * self.rank, total, dtype=np.int64)
+        index: np.ndarray = np.full(self.page_tokens * self.rank, total, dtype=np.int64)
         if places:
             index[np.concatenate(places)] = np.arange(total)
         return torch.tensor(index, device=device)
@@ -123,7 +123,9 @@ class UnitCodec(torch.nn.Module):
         fields: dict[tuple[int, str], torch.Tensor] = {}
         for segment, values in zip(self.layout.segments, self._values, strict=True):
             # One look-up per byte yields all the fields in it: fewer operations than shifting and masking.
-            fields[segment.width, segment.field] = F.embedding(index[:, segment.start : segment.stop], values).flatten(1)
+            fields[segment.width, segment.field] = F.embedding(index[:, segment.start : segment.stop], values).flatten(
+                1
+            )
         parts = []
         for width in self.layout.places:
             parts.append(join_fields(width, {field: values for (w, field), values in fields.items() if w == width}))
@@ -185,8 +187,18 @@ class LayerCodec(torch.nn.Module):
         if page_tokens < 8 or page_tokens & (page_tokens - 1):
             raise SettingError(f"page_tokens must be a power of two and at least 8, got {page_tokens}")
         self.frame, self.page_tokens, self.key_dim, self.value_dim = frame, page_tokens, key_dim, value_dim
-        options = {"page_tokens": page_tokens, "key_dim": key_dim, "value_dim": value_dim, "device": device}
-        self.units = torch.nn.ModuleList(UnitCodec(unit, widths, tables, **options) for unit, widths in units)
+        self.units = torch.nn.ModuleList(
+            UnitCodec(
+                unit,
+                widths,
+                tables,
+                page_tokens=page_tokens,
+                key_dim=key_dim,
+                value_dim=value_dim,
+                device=device,
+            )
+            for unit, widths in units
+        )
         ends = [0, *(unit.heads[1] for unit, _ in units)]
         if [unit.heads[0] for unit, _ in units] != ends[:-1]:
             raise SettingError("the units of a layer must cover its KV heads in order")

@@ -95,9 +95,7 @@ class SpectralKVCompressor:
 
     def codes_nbytes(self, tokens: int) -> int:
         """Bytes of the codes of `tokens` vectors, padding included."""
-        return sum(
-            -(-tokens * count * size // 8) for width, count in self._counts.items() for _, size in FIELDS[width]
-        )
+        return sum(-(-tokens * count * size // 8) for width, count in self._counts.items() for _, size in FIELDS[width])
 
     @torch.no_grad()
     def compress(self, states: torch.Tensor) -> CompressedKV:

@@ -174,9 +174,7 @@ class SpectralProfile:
                 f"{loaded.name!r} (fingerprint {loaded.fingerprint[:12]}); build one with `spectral profile build`"
             )
         ours = [None if x is None else (x.kv_heads, x.key_dim, x.value_dim) for x in self.layers]
-        theirs = [
-            None if x.sliding is not None else (x.kv_heads, x.key_dim, x.value_dim) for x in loaded.shape.layers
-        ]
+        theirs = [None if x.sliding is not None else (x.kv_heads, x.key_dim, x.value_dim) for x in loaded.shape.layers]
         if ours != theirs:
             raise ProfileError(
                 f"this profile's layers do not fit {loaded.name!r}, although it names that model; "

@@ -94,7 +94,9 @@ def test_attention_reads_sinks_pages_and_recent_tokens(units: int, block: int, s
             visible = len(row.pages) if n == 1 else held[i]  # a chunk reads the pages that were there before it
             for number, page_id in enumerate(row.pages[:visible]):
                 at = slice(sinks + number * page, sinks + (number + 1) * page)
-                for x, decoded in zip(read, codec.decode(store.pools[0][[page_id]], torch.tensor([number])), strict=True):
+                for x, decoded in zip(
+                    read, codec.decode(store.pools[0][[page_id]], torch.tensor([number])), strict=True
+                ):
                     x[:, at] = decoded[0]
             expected = dense_attention(query[0, :, span], *read, past[i], softcap)
             torch.testing.assert_close(out[span], expected, rtol=1e-3, atol=1e-3)

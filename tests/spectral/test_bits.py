@@ -146,7 +146,7 @@ def test_fields_rebuild_every_level() -> None:
     for width, levels in tables.items():
         codes = np.arange(2**width)
         values = {f: field_values(width, f, levels)[split_code(width, codes)[f]] for f, _ in FIELDS[width]}
-        rebuilt = values["code"] if "code" in values else None
+        rebuilt = values.get("code")
         if width == 6:
             rebuilt = values["high"] + values["low"]
         elif width == 3:

@@ -49,7 +49,8 @@ def test_attention_on_codes_equals_attention_on_what_they_decode_to(widths: list
     assert pages.dtype == torch.uint8
     assert pages.shape == (2 * count, codec.page_nbytes)
     dense = [
-        x.view(2, count, heads, page, dim).transpose(1, 2).reshape(2, heads, -1, dim) for x in codec.decode(pages, index)
+        x.view(2, count, heads, page, dim).transpose(1, 2).reshape(2, heads, -1, dim)
+        for x in codec.decode(pages, index)
     ]
     query = torch.randn(2, heads, groups, dim)
     opened = codec.open(pages.view(2, count, -1))
@@ -70,9 +71,7 @@ def test_error_falls_by_the_quantizers_law() -> None:
     sides = [s.unflatten(2, (heads, dim)).transpose(1, 2) for s in x.split(heads * dim, 2)]
     for bits in (2, 4):
         widths = np.full(unit.deviation.shape, bits)
-        codec = LayerCodec(
-            [(unit, widths)], gaussian_tables(), frame, key_dim=dim, value_dim=dim, page_tokens=page
-        )
+        codec = LayerCodec([(unit, widths)], gaussian_tables(), frame, key_dim=dim, value_dim=dim, page_tokens=page)
         index = torch.zeros(512, dtype=torch.long)
         back = codec.decode(codec.encode(sides[0], sides[1], index), index)
         joined = torch.cat([s.transpose(1, 2).flatten(2) for s in back], 2).flatten(0, 1).double().numpy()
@@ -121,7 +120,9 @@ def test_exact_codec_returns_what_it_was_given() -> None:
 
 def test_codec_refuses_what_it_cannot_hold() -> None:
     with pytest.raises(SettingError, match="power of two"):
-        LayerCodec([], {}, BlockFrame(None, block_tokens=0, page_tokens=8, sinks=0), key_dim=8, value_dim=8, page_tokens=12)
+        LayerCodec(
+            [], {}, BlockFrame(None, block_tokens=0, page_tokens=8, sinks=0), key_dim=8, value_dim=8, page_tokens=12
+        )
     units = [(random_unit((1, 2), 16, 0), np.zeros((5, 32), dtype=np.uint8))]
     with pytest.raises(SettingError, match="in order"):
         LayerCodec(
