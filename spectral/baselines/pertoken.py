@@ -62,8 +62,8 @@ class PerToken(Baseline):
 class HadamardInt(PerToken):
     """Every head rotated by a Hadamard matrix, then per-token integers with one group per head (QuaRot's cache).
 
-    The range is clipped to 0.95 as published for 4 bits; at 2 bits as far as lowers the squared error of the calibration
-    sample, which almost halves the KL measured there. Its window slides, as where a description names none.
+    The range is clipped to 0.95, as published for 4 bits; at 2 bits as far as lowers the squared error of the sample,
+    which almost halves the KL measured there. Its window slides, as where a description names none.
     """
 
     source: ClassVar[str] = "QuaRot, arXiv:2404.00456 (2024)"
