@@ -51,7 +51,7 @@ def _axes(title: str, x: str, y: str) -> tuple[Figure, Any]:
 
 def method_family(name: str) -> str:
     """ "oscar-int2" -> "oscar": rows of one method at several settings form one curve."""
-    return re.sub(r"-(?:int|r|b|v|q)?\d[\w.]*", "", name)
+    return re.sub(r"-(?:int|nuq|r|b|v|q)?\d[\w.]*", "", name)
 
 
 def rate_distortion(rows: Sequence[dict[str, Any]]) -> Figure:

@@ -54,7 +54,7 @@ _FACTORIES: tuple[Factory, ...] = (
     *(partial(BlockMax, bits=bits) for bits in (8, 4)),
     *(partial(HadamardInt, bits=bits) for bits in (4, 3, 2)),
     *(partial(Oscar, bits=bits) for bits in (4, 3, 2)),
-    *(partial(Oscar, bits=bits, tuned=True) for bits in (3, 2)),
+    partial(Oscar, bits=2, tuned=True),
     *(partial(Spectra, bits=bits) for bits in (4.0, 3.0, 2.0, 1.5, 1.0)),
     *(partial(Spectra, bits=bits, per_head=True) for bits in (4.0, 2.0, 1.0)),
     partial(Svdq, schedule=(8, 4, 4, 2, 0, 0, 0, 0), value_bits=16),

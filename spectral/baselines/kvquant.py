@@ -37,7 +37,8 @@ def fitted_levels(x: torch.Tensor, weight: torch.Tensor, bits: int, *, rounds: i
 
 @dataclass
 class KvQuant(Baseline):
-    """`bits`-bit levels per layer and side, fitted to the sample; the first token exact, and no recent ones.
+    """`bits`-bit levels per layer and side, fitted to the sample. Its description keeps the first token exact and no
+    recent ones; it is given the window of the others here (in its favour).
 
     Keys: each channel's range is that of the sample without its `outliers` share, half at either end; what lies outside
     is stored as it is. Values: range and outliers are each token's own. An outlier costs 32 bits: value and place. The
@@ -50,8 +51,6 @@ class KvQuant(Baseline):
         True  # its kernels look levels up and rotate keys on the way; nothing is written back
     )
 
-    sinks: int = 1
-    recent: int = 0
     bits: int = 3
     outliers: float = 0.01
     _levels: dict[tuple[int, Side], torch.Tensor] = field(init=False, repr=False, default_factory=dict)

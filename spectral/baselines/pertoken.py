@@ -62,8 +62,8 @@ class PerToken(Baseline):
 class HadamardInt(PerToken):
     """Every head rotated by a Hadamard matrix, then per-token integers with one group per head (QuaRot's cache).
 
-    The range is clipped as far as lowers the squared error of the calibration sample, per layer and side (published: by
-    0.95 everywhere). Its window slides, as in all methods whose description names none.
+    The range is clipped to 0.95, as published for 4 bits; at 2 bits as far as lowers the squared error of the sample,
+    which almost halves the KL measured there. Its window slides, as where a description names none.
     """
 
     source: ClassVar[str] = "QuaRot, arXiv:2404.00456 (2024)"
@@ -91,7 +91,7 @@ class HadamardInt(PerToken):
                 groups = (x[:CLIP_TOKENS] @ self._rotation.to(x.device)).unflatten(
                     -1, (-1, fitting_group(x.shape[-1], self.group))
                 )
-                self._clip[index, side] = best_clip(groups, self.bits)
+                self._clip[index, side] = best_clip(groups, self.bits) if self.bits <= 2 else 0.95
 
     def encode(self, layer: int, side: Side, x: torch.Tensor, positions: torch.Tensor) -> Stored:
         return super().encode(layer, side, x @ self._rotation.to(x.device), positions)

@@ -73,8 +73,9 @@ def test_curves_hold_the_rows_figures(figures: dict[str, Any]) -> None:
         BITS[0].tolist(), BITS[2].tolist(),  # type: ignore[union-attr]
     ]  # fmt: skip
     assert len(figures["spectrum"].axes) == 2 and len(figures["spectrum"].axes[0].get_lines()) == 2
-    assert [method_family(n) for n in ("kivi-2bit", "turboquant-qjl-3bit", "svdq-2.25bit-v4", "oscar-int2-tuned")] == [
-        "kivi", "turboquant-qjl", "svdq", "oscar-tuned",
+    names = ("kivi-2bit", "turboquant-qjl-3bit", "svdq-2.25bit-v4", "kvquant-nuq3", "oscar-int2-tuned")
+    assert [method_family(name) for name in names] == [
+        "kivi", "turboquant-qjl", "svdq", "kvquant", "oscar-tuned",
     ]  # fmt: skip
 
 

@@ -135,7 +135,6 @@ LADDERS = [
     ["llamacpp-q4_0", "llamacpp-q8_0"],
     ["hadamard-int2", "hadamard-int3", "hadamard-int4"],
     ["oscar-int2", "oscar-int3", "oscar-int4"],
-    ["oscar-int2-tuned", "oscar-int3-tuned"],
     ["palu-r0.5-2bit", "palu-r0.5-3bit", "palu-r0.5-4bit"],
     ["spectra-1bit", "spectra-1.5bit", "spectra-2bit", "spectra-3bit", "spectra-4bit"],
     ["spectra-perhead-1bit", "spectra-perhead-2bit", "spectra-perhead-4bit"],
