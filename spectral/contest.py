@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from spectral.errors import ModelError
+from spectral.oneshot import oneshot_blocks, score_oneshot
 from spectral.pages import PageStore
 from spectral.recall import RecallSequence, recall_figures, recalled
-from spectral.scoring import CHUNK, ExactPass, Progress, score_store, store_blocks, summarised
+from spectral.scoring import ExactPass, Progress, score_store, store_blocks, summarised
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,9 @@ class Contest:
     """The contenders, and what has been measured of each so far.
 
     Args:
-        codebooks: our settings by name, None for "exact"; methods: unfitted; chunk: tokens fed at once for ours.
+        codebooks: our settings by name, None for "exact"; methods: unfitted.
+        chunk: tokens fed through the page store at once for ours, or 0: one forward in which every query sees what the
+            store would show it in decoding.
     """
 
     def __init__(
@@ -34,7 +37,7 @@ class Contest:
         codebooks: dict[str, Codebook | None],
         methods: Sequence[Baseline],
         *,
-        chunk: int = CHUNK,
+        chunk: int = 0,
         progress: Progress | None = None,
     ) -> None:
         self.loaded, self.codebooks, self.methods = loaded, codebooks, list(methods)
@@ -97,7 +100,9 @@ class Contest:
         from spectral.comparison import method_bytes, score_method
 
         if name in self.codebooks:
-            self.figures[name].append(score_store(exact, self.codebooks[name], chunk=self.chunk)[0])
+            book = self.codebooks[name]
+            found = score_store(exact, book, chunk=self.chunk)[0] if self.chunk else score_oneshot(exact, book)
+            self.figures[name].append(found)
             return
         method = self._method(name)
         self.figures[name].append(score_method(exact, method))
@@ -111,6 +116,8 @@ class Contest:
 
         if name not in self.codebooks:
             return recalled(sequence, method_blocks(exact, self._method(name), sequence.first))
+        if not self.chunk:
+            return recalled(sequence, oneshot_blocks(self.loaded, self.codebooks[name], sequence.ids, sequence.first))
         store = PageStore(self.loaded.shape, self.codebooks[name], device=self.loaded.device)
         blocks = store_blocks(self.loaded, store, sequence.ids, chunk=self.chunk)
         return recalled(sequence, ((begin, x) for begin, x in blocks if begin + len(x) > sequence.first))

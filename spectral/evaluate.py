@@ -1,8 +1,8 @@
 """`evaluate`: quality through the cache and the bytes it takes, for our settings and for published methods.
 
-One exact forward a window is the reference of everything. Our settings are read through the page store in short chunks,
-so that every prediction reads the compressed cache; a perplexity computed in one forward never would. Methods are read
-in one forward whose attention shows each query what their cache would hold (`spectral.comparison`).
+One exact forward a window is the reference of everything. Every contender is read in one forward whose attention shows
+each query what its cache would hold by then: `spectral.oneshot` for our settings, which a test holds to be what the
+page store shows token by token, `spectral.comparison` for methods. A plain forward would never read the cache.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from spectral.errors import ModelError
-from spectral.scoring import CHUNK, Progress, codebooks_of, score_settings, skipped
+from spectral.scoring import Progress, codebooks_of, score_settings, skipped
 
 if TYPE_CHECKING:
     from spectral.hf import LoadedModel
@@ -30,7 +30,7 @@ class EvalReport:
 
     Attributes:
         context, windows, scored_tokens, seed, texts: what was scored; tokens_sha256: of the windows' token ids (equal
-            ones were scored on the same text); chunk: tokens fed at once for our settings.
+            ones were scored on the same text); chunk: as for `evaluate`.
         token_nbytes: bf16 bytes of one token; basis_nbytes: the profile's bases.
         rows: per contender name, source, ours, in_attention, bytes_per_token (at the scored context),
             bytes_per_token_at, ratio, ratio_without_window, basis_nbytes, kl_mean, kl_p99, top1, top5_overlap,
@@ -113,7 +113,7 @@ def evaluate(
     calibration_tokens: int = 16_384,
     recall: bool = False,
     seed: int = 1,
-    chunk: int = CHUNK,
+    chunk: int = 0,
     progress: Progress | None = None,
 ) -> EvalReport:
     """Measure settings of a profile, and published methods, on a model.
@@ -126,7 +126,9 @@ def evaluate(
         baselines: names of `spectral.baselines`, "all", or None for none.
         calibration_texts: what the comparisons are calibrated on, `calibration_tokens` tokens at most; None lets the
             model write it, which is also what a profile is made from by default.
-        recall: ask hidden facts as well, one sequence a window; chunk: tokens fed at once for our settings.
+        recall: ask hidden facts as well, one sequence a window.
+        chunk: 0: every query sees what the page store would show it in decoding, in one forward a window; else tokens
+            fed through the store at once, which see each other exactly and so flatter coarse settings.
 
     Raises ModelError, ProfileError, SettingError or SpectralError (unknown comparison) before anything is measured.
     """
@@ -139,8 +141,8 @@ def evaluate(
     loaded = load_model(model) if isinstance(model, str) else model
     if context < 64 or context > loaded.context_length:
         raise ModelError(f"context must be between 64 and the model's {loaded.context_length} tokens, got {context}")
-    if chunk < 1 or max_windows < 1:
-        raise ModelError(f"chunk and max_windows must be at least 1, got {chunk} and {max_windows}")
+    if chunk < 0 or max_windows < 1:
+        raise ModelError(f"chunk must be at least 0 and max_windows at least 1, got {chunk} and {max_windows}")
     profile = _profile_of(loaded, profile)
     names = list(settings) if settings else ["exact", *(row.name for row in profile.ladder)]
     names = [name if name == "exact" else profile.resolve(name) for name in names]

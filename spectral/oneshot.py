@@ -7,26 +7,41 @@ the pages sealed by then, and recent tokens as the window keeps them. A test hol
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from spectral.comparison import Windows, cache_attention
-from spectral.scoring import ExactPass, Tally
+from spectral.pages import exact_codebook
+from spectral.scoring import Blocks, ExactPass, Tally
 from spectral.windows import make_window
 
 if TYPE_CHECKING:
     from spectral.codec import Codebook, PageCodec
+    from spectral.hf import LoadedModel
     from spectral.shapes import LayerShape
 
 
-def score_oneshot(exact: ExactPass, codebook: Codebook) -> dict[str, torch.Tensor]:
-    """Per-position figures (spectral.scoring.Tally) of a setting on a window of tokens."""
+STEP = 512
+"""Positions whose logits are made at once."""
+
+
+def score_oneshot(exact: ExactPass, codebook: Codebook | None) -> dict[str, torch.Tensor]:
+    """Per-position figures (spectral.scoring.Tally) of a setting (None: exact, bf16) on a window of tokens."""
+    tally = Tally(exact)
+    for begin, logits in oneshot_blocks(exact.loaded, codebook, exact.ids):
+        tally.add(begin, logits)
+    return tally.joined()
+
+
+def oneshot_blocks(loaded: LoadedModel, codebook: Codebook | None, ids: Sequence[int], first: int = 0) -> Blocks:
+    """Logits of a sequence read through a setting's cache (None: exact, bf16), from position `first` on."""
     from spectral.hf import observing
     from spectral.hf_reading import last_hidden, logits_of
 
-    loaded, book = exact.loaded, codebook
-    length = len(exact.ids)
+    book = codebook if codebook is not None else exact_codebook(loaded.shape)
+    length = len(ids)
     sealed = [max(0, (t - book.sinks - book.window) // book.page_tokens) for t in range(1, length + 1)]
     seen = torch.tensor(
         [t + 1 - (book.sinks + pages * book.page_tokens if pages else 0) for t, pages in enumerate(sealed)],
@@ -48,13 +63,10 @@ def score_oneshot(exact: ExactPass, codebook: Codebook) -> dict[str, torch.Tenso
         kept, restored = _views(book, codec, loaded.shape.layers[layer], key[0], value[0], sealed[-1])
         return cache_attention(query, kept, restored, windows, scaling=scaling, softcap=softcap)
 
-    tally = Tally(exact)
     with observing(observe):
-        hidden = last_hidden(loaded, exact.ids)
-    step = 512
-    for begin in range(0, length, step):
-        tally.add(begin, logits_of(loaded, hidden[begin : begin + step]))
-    return tally.joined()
+        hidden = last_hidden(loaded, ids)
+    for begin in range(first, length, STEP):
+        yield begin, logits_of(loaded, hidden[begin : begin + STEP])
 
 
 def _views(

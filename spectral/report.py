@@ -108,7 +108,8 @@ def _facts(report: dict[str, Any]) -> str:
     pairs = {
         "Model": report["model"],
         "Text": report["texts"],
-        "Scored": f"{report['scored_tokens']} tokens, seed {report['seed']}, {report['chunk']} tokens fed at once",
+        "Scored": f"{report['scored_tokens']} tokens, seed {report['seed']}, "
+        + (f"{report['chunk']} tokens fed at once" if report["chunk"] else "every query as in decoding"),
         "Comparisons calibrated on": ", ".join(f"{k}: {v}" for k, v in (report["calibration"] or {}).items()),
         "Recall": ", ".join(f"{k}: {v}" for k, v in (report["recall"] or {}).items()),
         "Versions": ", ".join(f"{k} {v}" for k, v in report.get("versions", {}).items()),

@@ -41,6 +41,12 @@ def evaluate_command(
     recall: bool | None = typer.Option(
         None, "--recall/--no-recall", help="Ask for facts hidden in the text (default: from 512 tokens of context on)."
     ),
+    chunk: int = typer.Option(
+        0,
+        "--chunk",
+        min=0,
+        help="Tokens fed through the page store at once; 0: every query sees what it would see in decoding.",
+    ),
     seed: int = typer.Option(1, "--seed", min=0, help="Of windows, hidden facts and text by the model itself."),
     plots: Path | None = typer.Option(None, "--plots", help="Folder for PNG and SVG plots (extra `plots`)."),
     html: Path | None = typer.Option(None, "--html", help="Self-contained report to write (extra `plots`)."),
@@ -77,6 +83,7 @@ def evaluate_command(
         calibration_texts=calibration,
         recall=context >= RECALL_FROM if recall is None else recall,
         seed=seed,
+        chunk=chunk,
         progress=report_progress,
     )
     _write(report, opened, plots, html)

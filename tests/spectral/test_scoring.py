@@ -5,22 +5,17 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from spectral.baselines.base import ExactWindow, Side
-from spectral.baselines.fp8 import Fp8
 from spectral.calibrate import SpectralProfiler
 from spectral.cli import app
-from spectral.codec import Codebook
-from spectral.comparison import Windows, cache_attention
 from spectral.errors import ModelError, SettingError, SpectralError
 from spectral.evaluate import EvalReport, evaluate, strict
-from spectral.hf import LoadedModel, observing
-from spectral.hf_reading import last_hidden, logits_of
+from spectral.hf import LoadedModel
+from spectral.oneshot import oneshot_blocks
 from spectral.pages import PageStore
 from spectral.profile import SpectralProfile
 from spectral.scoring import ExactPass, score_store, store_blocks
@@ -49,62 +44,19 @@ def model() -> LoadedModel:
 @pytest.fixture(scope="module")
 def profile(model: LoadedModel) -> SpectralProfile:
     profiler = SpectralProfiler(
-        tokens=1024, window=128, measure_tokens=128, recent=16, page_tokens=8, ladder_bits=(4.0, 1.5)
+        tokens=1024, window=128, measure_tokens=128, measure_window=128, recent=16, page_tokens=8, block_tokens=64,
+        ratios=(3.0, 8.0),
     )
     return profiler.profile_from_loaded(model, texts=[TEXT])
 
 
-class AsStored(Fp8):
-    """The window that a store of this codebook shows a query: what its sealed pages do not hold yet."""
-
-    def __init__(self, store: PageStore) -> None:
-        super().__init__()
-        self.store = store
-
-    def exact_of(self, side: Side, context: int) -> ExactWindow:
-        book = self.store.codebook
-        sealed = book.sinks + self.store.pages_at(context) * book.page_tokens
-        return ExactWindow(min(book.sinks, context), max(0, context - sealed))
-
-    def exact(self, context: int) -> ExactWindow:
-        return self.exact_of("key", context)
-
-
-def one_forward(loaded: LoadedModel, book: Codebook, ids: list[int]) -> torch.Tensor:
-    """Logits in one forward: pages that are full are decoded by the codec, everything else is exact."""
-    store, pages = PageStore(loaded.shape, book), len(ids)
-
-    def observe(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> Any:
-        codec = book.layers[layer]
-        if codec is None:
-            return None
-        exact = tuple(x[0].bfloat16().float() for x in (key, value))
-        count = (pages - book.sinks) // book.page_tokens
-        paged = [
-            x[:, book.sinks : book.sinks + count * book.page_tokens].unflatten(1, (count, -1)).transpose(0, 1)
-            for x in exact
-        ]
-        restored = []
-        for x, back in zip(exact, codec.decode(codec.encode(paged[0], paged[1])), strict=True):
-            whole = x.clone()
-            whole[:, book.sinks : book.sinks + count * book.page_tokens] = back.float().transpose(0, 1).flatten(1, 2)
-            restored.append(whole)
-        windows = Windows.of(AsStored(store), len(ids), query.device)
-        return cache_attention(
-            query, (exact[0], exact[1]), (restored[0], restored[1]), windows, scaling=rest[0], softcap=rest[1]
-        )
-
-    with observing(observe):
-        return logits_of(loaded, last_hidden(loaded, ids))
-
-
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "phi3"])
-def test_token_by_token_the_store_shows_what_one_forward_would(family: str) -> None:
+@pytest.mark.parametrize(("family", "bits"), [("qwen3", 8), ("qwen3", 16), ("gemma2", 10), ("phi3", 8)])
+def test_token_by_token_the_store_shows_what_one_forward_does(family: str, bits: int) -> None:
     """For the sceptic: no prediction of ours sees more than sinks, sealed pages and recent tokens."""
     loaded = random_model(family)
-    book = random_codebook(loaded.shape, [4, 2, 1], sinks=4, window=16, page=8)
+    book = random_codebook(loaded.shape, [4, 2, 1], sinks=4, window=16, page=8, window_bits=bits)
     ids = torch.randint(3, 96, (90,), generator=torch.Generator().manual_seed(0)).tolist()
-    want = one_forward(loaded, book, ids)
+    want = torch.cat([x for _, x in oneshot_blocks(loaded, book, ids)])
     got = torch.cat([x for _, x in store_blocks(loaded, PageStore(loaded.shape, book), ids, chunk=1)])
     torch.testing.assert_close(got.log_softmax(-1), want.log_softmax(-1), rtol=2e-3, atol=2e-3)
     exact = ExactPass.run(loaded, ids)
