@@ -1,7 +1,7 @@
 """Our ladder against every published method on one model: all-in bytes, KL, agreement, perplexity, recall, a verdict.
 
     python bench/rate_distortion.py MODEL --text FILE ... [--calibration FILE ...] [--tokens 131072] [--context 4096]
-        [--windows 5] [--baselines all] [--profile FILE] [--json FILE]
+        [--windows 5] [--baselines all] [--profile FILE] [--no-recall] [--json FILE]
 
 Without --profile the model is profiled first: on --calibration files, or on text that it writes itself. Comparisons are
 calibrated on the same kind of text. The verdict puts each of our settings beside the rivals that spend at least as many
@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=5)
     parser.add_argument("--settings", default=None)
     parser.add_argument("--baselines", default="all")
+    parser.add_argument("--no-recall", dest="recall", action="store_false")
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
     from spectral import SpectralProfile, SpectralProfiler
@@ -97,7 +98,7 @@ def main() -> None:
         max_windows=options.windows,
         baselines=options.baselines or None,
         calibration_texts=calibration,
-        recall=True,
+        recall=options.recall,
         progress=progress,
     )
     result = {

@@ -98,7 +98,7 @@ def test_a_report_says_everything(report: EvalReport, model: LoadedModel, profil
     assert rows["window-only"]["kl_mean"] > rows["hadamard-int4"]["kl_mean"] > rows["exact"]["kl_mean"]
     assert rows["exact"]["kl_mean"] < 1e-3 and rows["window-only"]["ratio_without_window"] is None
     assert found["calibration"] == {"text": "given text", "tokens": 800, "sample_tokens": 800}
-    assert found["recall"]["sequences"] == 2 and found["windows"] == 2 and found["chunk"] == 16
+    assert found["recall"]["sequences"] == 2 and found["windows"] == 2 and found["chunk"] == 0
     assert re.fullmatch("[0-9a-f]{64}", found["tokens_sha256"])
     assert {"versions", "commit", "hardware", "command", "seed", "texts", "scored_tokens"} <= set(found)
     assert found["hardware"]["threads"] >= 1 and found["hardware"]["cpu"]
@@ -126,7 +126,7 @@ def test_bad_requests_are_refused_before_anything_runs(model: LoadedModel, profi
     with pytest.raises(SettingError, match="9x"):
         evaluate(model, profile, texts=[TEXT], context=200, settings=["9x"])
     with pytest.raises(ModelError, match="chunk"):
-        evaluate(model, profile, texts=[TEXT], context=200, chunk=0)
+        evaluate(model, profile, texts=[TEXT], context=200, chunk=-1)
     with pytest.raises(ModelError, match="shorter than one window"):
         evaluate(model, profile, texts=[TEXT], context=200, baselines="kvtc-8x", calibration_texts=["short"])
     with pytest.raises(ModelError, match="turboquant-2.25bit cannot be fitted to llama"):
