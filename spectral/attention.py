@@ -7,7 +7,7 @@ one batch; rows with more (prefill chunks) run one by one: exact attention insid
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,9 @@ import torch.nn.functional as F
 from spectral.codec import PageCodec
 from spectral.pages import StepBatch
 from spectral.windows import ExactWindow
+
+READ_AHEAD = 8 << 20
+"""Bytes of windows that a decoding step reads at once, over several layers."""
 
 SCORE_LIMIT = 1 << 24
 """Most score elements held at once in a prefill (64 MiB of float32): longer chunks are cut into query blocks."""
@@ -27,7 +30,8 @@ class DecodePlan:
     token: [B] flattened index of each row's token; slot: [B]; write: [B] place in the window.
     table: [B, m] page ids (0 where a row has fewer); bias: [B, 1, 1, m*P + capacity], 0 or -inf.
     seal_*: rows whose oldest recent tokens become a page in this step: slot, place in the window, page id, and the
-        page's index in its row.
+        page's index in its row. rows: [B] 0 .. B - 1, None for a single row; write_first: the first row's place.
+    views: by group of windows, the first layer that was read ahead and what was read.
     """
 
     token: torch.Tensor
@@ -39,6 +43,9 @@ class DecodePlan:
     seal_place: torch.Tensor | None
     seal_page: torch.Tensor | None
     seal_index: torch.Tensor | None
+    rows: torch.Tensor | None
+    write_first: int
+    views: dict[int, tuple[int, torch.Tensor]] = field(default_factory=dict)
 
 
 def softcapped(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:
@@ -150,6 +157,8 @@ def _decode_plan(batch: StepBatch, singles: list[int], window: ExactWindow, code
         seal_place=column([s[1] for s in seals]) if seals else None,
         seal_page=column([s[2] for s in seals]) if seals else None,
         seal_index=column([s[3] for s in seals]) if seals else None,
+        rows=torch.arange(len(rows), device=device) if len(rows) > 1 else None,
+        write_first=window.index(rows[0].length),
     )
 
 
@@ -186,11 +195,12 @@ def _decode(
     whole = len(singles) == query.shape[1]  # nothing but decode rows: no gather needed
     q, k, v = (x if whole else x.index_select(1, plan.token) for x in (query, key, value))
     count = q.shape[1]
-    window.write(plan.slot, plan.write, torch.cat([k, v], -1).transpose(0, 1))
+    new = torch.cat([k, v], -1).transpose(0, 1)  # [B, H, d + dv]
+    view = _window_view(batch, layer, plan, new)
     if codec is not None and plan.seal_slot is not None:
         _seal(window, codec, pool, plan)
     q = q.transpose(0, 1).reshape(count, heads, -1, q.shape[-1]).float() * scaling  # [B, H, G, d]
-    wk, wv = window.read(plan.slot).split([key.shape[-1], value.shape[-1]], -1)
+    wk, wv = view.split([key.shape[-1], value.shape[-1]], -1)
     scores = torch.matmul(q, wk.transpose(2, 3))
     paged = plan.table.shape[1] if codec is not None else 0
     if codec is not None and pool is not None and paged:
@@ -207,6 +217,34 @@ def _decode(
         out.copy_(mixed)
     else:
         out.index_copy_(0, plan.token, mixed)
+
+
+def _window_view(batch: StepBatch, layer: int, plan: DecodePlan, new: torch.Tensor) -> torch.Tensor:
+    """The window as this layer's decode rows see it, new tokens [B, H, d + dv] included: float32 [B, H, S + ring, dim].
+
+    New tokens are exact in their own step and written at its end, all layers at once; what the window holds already is
+    read for several layers at once. Without an exact window (`window` 0) a page can be full with the new token: then
+    it is written first.
+    """
+    store = batch.store
+    window, (number, at) = store.windows[layer], store.group_of[layer]
+    if store.codebook.layers[layer] is not None and not store.codebook.window:
+        window.write(plan.slot, plan.write, new)
+        return window.read(plan.slot)
+    group = store.groups[number]
+    first, views = plan.views.get(number, (0, None))
+    if views is None or not first <= at < first + len(views):
+        most = max(1, READ_AHEAD // (4 * new.numel() * (window.sinks + window.ring)))
+        first, views = at, group.read(at, min(at + most, len(group.windows)), plan.slot)
+        plan.views[number] = first, views
+    view = views[at - first]
+    if plan.rows is None:
+        view[0, :, plan.write_first] = new[0].float()
+    else:
+        view[plan.rows, :, plan.write] = new.float()
+    batch.kept.setdefault(number, []).append((at, new))
+    batch.spots[number] = plan.slot, plan.write
+    return view
 
 
 def _seal(window: ExactWindow, codec: PageCodec, pool: torch.Tensor | None, plan: DecodePlan) -> None:

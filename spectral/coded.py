@@ -88,6 +88,8 @@ class Update:
                 self.append()
             for index in alone:
                 self._place(index, out)
+                for side, chunk in zip(out, (self.keys, self.values), strict=True):  # exact in its own step
+                    side[index].index_copy_(1, begin + fresh[index], chunk[index][:, fresh[index]])
             self._read = out[0], out[1]
         return self._read
 

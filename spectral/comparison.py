@@ -158,12 +158,14 @@ def cache_attention(
     scaling: float,
     softcap: float | None = None,
     drops: bool = False,
+    own: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Causal attention of a window with itself through a cache.
 
     Args:
         query: [1, Hq, N, d]; exact, restored: keys and values [H, N, d] float32: what the exact window holds, and what
-            is seen of the tokens outside it. drops: those are gone instead.
+            is seen of the tokens outside it. drops: those are gone instead. own: each query's own token as that query
+            sees it, where it is not yet what the window will hold.
 
     Returns:
         [1, Hq, N, dv] in the query's dtype.
@@ -187,6 +189,9 @@ def cache_attention(
         key_exact, value_exact = (distance < r[span, None] for r in (windows.key_recent, windows.value_recent))
         close = torch.matmul(q, exact[0][:, near].transpose(1, 2)).view(heads, groups, end - begin, -1)
         scores[..., near] = torch.where(key_exact, close, scores[..., near])
+        if own is not None:
+            itself = (q.view(heads, groups, end - begin, -1) * own[0][:, None, span]).sum(-1)
+            scores.diagonal(begin, -2, -1).copy_(itself)
         scores = softcapped(scores, softcap)
         scores[..., span].masked_fill_(position[None, span] > position[span, None], float("-inf"))
         if drops:
@@ -198,6 +203,9 @@ def cache_attention(
         mixed = torch.matmul(weights.view(heads, -1, end), values[:, :end])
         difference = exact[1][:, near] - values[:, near]
         mixed += torch.matmul((weights[..., near] * value_exact).view(heads, mixed.shape[1], -1), difference)
+        if own is not None:
+            weight = weights.diagonal(begin, -2, -1).unsqueeze(-1)  # [H, G, n, 1]
+            mixed += (weight * (own[1] - exact[1])[:, None, span]).flatten(1, 2)
         out[:, span] = mixed.view(query.shape[1], end - begin, -1).to(query.dtype)
     return out[None]
 

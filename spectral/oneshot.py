@@ -61,7 +61,8 @@ def oneshot_blocks(loaded: LoadedModel, codebook: Codebook | None, ids: Sequence
         if codec is None:
             return None
         kept, restored = _views(book, codec, loaded.shape.layers[layer], key[0], value[0], sealed[-1])
-        return cache_attention(query, kept, restored, windows, scaling=scaling, softcap=softcap)
+        own = (key[0].float(), value[0].float())  # a token is exact in its own step
+        return cache_attention(query, kept, restored, windows, scaling=scaling, softcap=softcap, own=own)
 
     with observing(observe):
         hidden = last_hidden(loaded, ids)

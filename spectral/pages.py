@@ -19,7 +19,7 @@ import torch
 from spectral.codec import Codebook, ExactCodec, PageCodec
 from spectral.errors import CacheError, OutOfPages
 from spectral.shapes import LayerShape, ModelShape
-from spectral.windows import ExactWindow, make_window
+from spectral.windows import ExactWindow, WindowGroup, make_window
 
 EXACT_PAGE_TOKENS = 16
 
@@ -85,7 +85,9 @@ class PageStore:
         self.ring = book.window + book.page_tokens
         self.windows: list[ExactWindow] = []
         self.pools: list[torch.Tensor | None] = []
-        for layer, codec in zip(shape.layers, book.layers, strict=True):
+        alike: dict[tuple[LayerShape, bool], list[int]] = {}
+        for index, (layer, codec) in enumerate(zip(shape.layers, book.layers, strict=True)):
+            alike.setdefault((layer, codec is None), []).append(index)
             if codec is None:
                 self.windows.append(make_window(layer, 0, layer.sliding or 1, window_dtype, self.device))
                 self.pools.append(None)
@@ -94,6 +96,9 @@ class PageStore:
                     make_window(layer, book.sinks, self.ring, window_dtype, self.device, book.window_bits)
                 )
                 self.pools.append(torch.zeros((0, codec.page_nbytes), dtype=torch.uint8, device=self.device))
+        self.groups = [WindowGroup([self.windows[i] for i in layers]) for layers in alike.values()]
+        self.group_of = {i: (g, at) for g, layers in enumerate(alike.values()) for at, i in enumerate(layers)}
+        """Layer -> its window's group, and its place there."""
         self.page_capacity = self.slot_capacity = 0
         self._free_pages: list[int] = []
         self._free_slots: list[int] = []
@@ -175,8 +180,8 @@ class PageStore:
         if self.max_bytes is not None:
             step = max(1, min(step, (self.max_bytes - self.nbytes) // max(1, self._slot_nbytes)))
         self._room(step * self._slot_nbytes)
-        for window in self.windows:
-            window.resize(self.slot_capacity + step)
+        for group in self.groups:
+            group.resize(self.slot_capacity + step)
         self._free_slots[:0] = range(self.slot_capacity + step - 1, self.slot_capacity - 1, -1)
         self.slot_capacity += step
 
@@ -188,8 +193,8 @@ class PageStore:
         if used_pages < self.page_capacity:
             self._resize_pages(used_pages)
         if used_slots < self.slot_capacity:
-            for window in self.windows:
-                window.resize(used_slots)
+            for group in self.groups:
+                group.resize(used_slots)
             self._free_slots = [s for s in self._free_slots if s < used_slots]
             self.slot_capacity = used_slots
         return before - self.nbytes
@@ -255,10 +260,21 @@ class StepBatch:
         self.starts = [0, *accumulate(count for _, count in work)][:-1]
         self.done = False
         self.plans: dict[str, object] = {}  # index tensors that all layers share, made by spectral.attention
+        self.kept: dict[int, list[tuple[int, torch.Tensor]]] = {}
+        """New tokens [B, H, d + dv] of decode rows by group and place in it: written when the step is committed."""
+        self.spots: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        """Where they go: slot [B] and place [B] by group."""
 
     def commit(self) -> None:
         """The forward succeeded: lengths advance."""
         self._finish()
+        for number, kept in self.kept.items():
+            group, (slot, place) = self.store.groups[number], self.spots[number]
+            if [at for at, _ in kept] == list(range(len(group.windows))):
+                group.write(0, slot, place, torch.stack([tokens for _, tokens in kept]))
+            else:  # a forward that skipped layers
+                for at, tokens in kept:
+                    group.write(at, slot, place, tokens[None])
         for (row, count), pages in zip(self.work, self.new_pages, strict=True):
             row.length += count
             row.pages.extend(pages)

@@ -8,6 +8,7 @@ place is an index into a slot: [0, S) are the sinks, the rest is the ring.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -28,9 +29,12 @@ class ExactWindow:
         """Where the token at a position lies within a slot."""
         return position if position < self.sinks else self.sinks + (position - self.sinks) % self.ring
 
+    names: tuple[str, ...] = ("store",)
+    """Its tensors, all [slots, ...]."""
+
     def resize(self, slots: int) -> None:
         """Grow or shrink to a number of slots, keeping the first ones."""
-        self.store = resized(self.store, slots)
+        WindowGroup([self]).resize(slots)
 
     def copy(self, source: int, target: int) -> None:
         """Copy everything in one slot into another."""
@@ -43,11 +47,22 @@ class ExactWindow:
 
     def write(self, slot: torch.Tensor | int, place: torch.Tensor, tokens: torch.Tensor) -> None:
         """Store tokens [n, H, d + dv] at slot (one, or [n]) and place [n]."""
-        self.store[every(slot, place), :, place] = tokens.to(self.store.dtype)
+        spots = slot if isinstance(slot, torch.Tensor) else torch.full_like(place, slot)
+        self.put([tensor[None] for tensor in self.tensors()], spots, place, tokens[None])
+
+    def put(
+        self, tensors: list[torch.Tensor], slot: torch.Tensor, place: torch.Tensor, tokens: torch.Tensor
+    ) -> None:
+        """Store tokens [layers, n, H, d + dv] into the tensors [layers, slots, ...] of windows like this one."""
+        set_places(tensors[0], slot, place, tokens.to(tensors[0].dtype))
+
+    def numbers(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """What the window's tensors [..., H, places, ...] stand for: float32 [..., H, S + ring, d + dv], new memory."""
+        return tensors[0].to(torch.float32, copy=True)
 
     def read(self, slot: torch.Tensor) -> torch.Tensor:
         """Everything in slots [B]: float32 [B, H, S + ring, d + dv]."""
-        return self.store.index_select(0, slot).float()
+        return self.numbers([tensor.index_select(0, slot) for tensor in self.tensors()])
 
     def read_places(self, slot: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         """Tokens at slot [n] and places [n, t]: float32 [n, H, t, d + dv]."""
@@ -55,7 +70,7 @@ class ExactWindow:
 
     def tensors(self) -> list[torch.Tensor]:
         """What is allocated."""
-        return [self.store]
+        return [getattr(self, name) for name in self.names]
 
     @property
     def slot_nbytes(self) -> int:
@@ -89,14 +104,7 @@ class QuantizedWindow(ExactWindow):
         self.low = torch.zeros((*lead, numbers // 4 if bits == 10 else 0), dtype=torch.uint8, device=device)
         self.scale = torch.zeros((*lead, numbers // self.groups), dtype=torch.float16, device=device)
 
-    def resize(self, slots: int) -> None:
-        """Grow or shrink to a number of slots, keeping the first ones."""
-        super().resize(slots)
-        self.high, self.low, self.scale = (resized(t, slots) for t in (self.high, self.low, self.scale))
-
-    def tensors(self) -> list[torch.Tensor]:
-        """What is allocated."""
-        return [self.store, self.high, self.low, self.scale]
+    names = ("store", "high", "low", "scale")
 
     def _quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [..., d + dv] -> integers as float32 of the same shape, scale fp16 [..., groups]."""
@@ -114,21 +122,25 @@ class QuantizedWindow(ExactWindow):
     def _dequantize(self, code: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return (code.unflatten(-1, (-1, self.groups)) * scale.float().unsqueeze(-1)).flatten(-2)
 
-    def write(self, slot: torch.Tensor | int, place: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Store tokens [n, H, d + dv] at slot (one, or [n]) and place [n]."""
-        slot, sink = every(slot, place), place < self.sinks
+    def put(
+        self, tensors: list[torch.Tensor], slot: torch.Tensor, place: torch.Tensor, tokens: torch.Tensor
+    ) -> None:
+        """Store tokens [layers, n, H, d + dv] into the tensors [layers, slots, ...] of windows like this one."""
+        sink = place < self.sinks
         if sink.any():
-            super().write(slot[sink], place[sink], tokens[sink])
-            slot, place, tokens = slot[~sink], place[~sink], tokens[~sink]
+            super().put(tensors, slot[sink], place[sink], tokens[:, sink])
+            slot, place, tokens = slot[~sink], place[~sink], tokens[:, ~sink]
+        if not place.numel():
+            return
         code, scale = self._quantize(tokens)
         code = code.add_(2 ** (self.bits - 1)).to(torch.int16)
         at = place - self.sinks
         if self.bits == 10:
             low = (code & 3).to(torch.uint8).unflatten(-1, (-1, 4)) << _shifts(code.device)
-            self.low[slot, :, at] = low.sum(-1, dtype=torch.uint8)
+            set_places(tensors[2], slot, at, low.sum(-1, dtype=torch.uint8))
             code = code >> 2
-        self.high[slot, :, at] = code.to(torch.uint8)
-        self.scale[slot, :, at] = scale
+        set_places(tensors[1], slot, at, code.to(torch.uint8))
+        set_places(tensors[3], slot, at, scale)
 
     def _numbers(self, high: torch.Tensor, low: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         code = high.float()
@@ -136,10 +148,10 @@ class QuantizedWindow(ExactWindow):
             code = code.mul_(4).add_(((low.unsqueeze(-1) >> _shifts(low.device)) & 3).flatten(-2))
         return self._dequantize(code.sub_(2 ** (self.bits - 1)), scale)
 
-    def read(self, slot: torch.Tensor) -> torch.Tensor:
-        """Everything in slots [B]: float32 [B, H, S + ring, d + dv]."""
-        recent = self._numbers(*(t.index_select(0, slot) for t in (self.high, self.low, self.scale)))
-        return torch.cat([super().read(slot), recent], 2) if self.sinks else recent
+    def numbers(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """What the window's tensors stand for: float32 [..., H, S + ring, d + dv], new memory."""
+        recent = self._numbers(*tensors[1:])
+        return torch.cat([tensors[0].float(), recent], -2) if self.sinks else recent
 
     def read_places(self, slot: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         """Tokens at slot [n] and places [n, t]: float32 [n, H, t, d + dv]."""
@@ -156,6 +168,39 @@ class QuantizedWindow(ExactWindow):
 def _shifts(device: torch.device) -> torch.Tensor:
     """Shift of each of the four two-bit fields of a byte."""
     return torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=device)
+
+
+class WindowGroup:
+    """Windows of one kind in one allocation per tensor, [layers, slots, ...], so that a decoding step reads and writes
+    many layers in one operation: on small models the number of operations is what a step costs."""
+
+    def __init__(self, windows: Sequence[ExactWindow]) -> None:
+        self.windows = list(windows)
+        self._stacks = [torch.stack([getattr(w, name) for w in windows]) for name in windows[0].names]
+        self._share()
+
+    def _share(self) -> None:
+        for name, stack in zip(self.windows[0].names, self._stacks, strict=True):
+            for window, tensor in zip(self.windows, stack, strict=True):
+                setattr(window, name, tensor)
+
+    def resize(self, slots: int) -> None:
+        """Grow or shrink to a number of slots, keeping the first ones."""
+        for at, old in enumerate(self._stacks):
+            new = old.new_zeros((old.shape[0], slots, *old.shape[2:]))
+            kept = min(slots, old.shape[1])
+            new[:, :kept] = old[:, :kept]
+            self._stacks[at] = new
+        self._share()
+
+    def read(self, first: int, last: int, slot: torch.Tensor) -> torch.Tensor:
+        """Windows first .. last - 1 at slots [B]: float32 [last - first, B, H, S + ring, d + dv]."""
+        return self.windows[0].numbers([stack[first:last].index_select(1, slot) for stack in self._stacks])
+
+    def write(self, first: int, slot: torch.Tensor, place: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Store tokens [n, B, H, d + dv] in windows first .. first + n - 1 at slot [B] and place [B]."""
+        kind, last = self.windows[0], first + tokens.shape[0]
+        kind.put([stack[first:last] for stack in self._stacks], slot, place, tokens)
 
 
 def make_window(
@@ -182,17 +227,9 @@ def slot_nbytes(shape: LayerShape, sinks: int, ring: int, bits: int, itemsize: i
     return sinks * shape.token_nbytes(itemsize) + ring * (numbers + low + scales)
 
 
-def every(slot: torch.Tensor | int, place: torch.Tensor) -> torch.Tensor:
-    """A slot for every place."""
-    return slot if isinstance(slot, torch.Tensor) else torch.full_like(place, slot)
-
-
-def resized(old: torch.Tensor, slots: int) -> torch.Tensor:
-    """[n, ...] -> [slots, ...], the first rows kept and new ones zero."""
-    new = old.new_zeros((slots, *old.shape[1:]))
-    kept = min(slots, old.shape[0])
-    new[:kept] = old[:kept]
-    return new
+def set_places(stack: torch.Tensor, slot: torch.Tensor, place: torch.Tensor, values: torch.Tensor) -> None:
+    """stack[layers, slots, H, places, x] at slot [n] and place [n] becomes values [layers, n, H, x]."""
+    stack[:, slot, :, place] = values.transpose(0, 1)  # two separated indices put their dimension first
 
 
 def _row_nbytes(t: torch.Tensor) -> int:
