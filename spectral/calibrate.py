@@ -27,12 +27,16 @@ from spectral.statistics import Collector, Statistics, sample_tokens
 
 if TYPE_CHECKING:
     from spectral.hf import LoadedModel
+    from spectral.recall import RecallSequence
 
 Progress = Callable[[str, float], None]
 """Called with a stage's name and the fraction done."""
 
 LADDER = (3.5, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0)
 """All-in ratios of the settings at 4,096 tokens, finest first."""
+
+RECALL_FROM = 512
+"""Tokens below which a window has no room for facts to hide."""
 
 SAVE_SECONDS = 60.0
 """Least time between two savings of an interrupted run's state."""
@@ -52,7 +56,7 @@ class SpectralProfiler:
         sinks, recent, page_tokens: the exact window of every setting, in tokens.
         ratios: the ladder's all-in ratios, finest first.
         measure_tokens: tokens of held-back text on which the ladder is measured (a quarter of `tokens` at most), in
-            windows of `measure_window` or the model's context.
+            windows of `measure_window` or the model's context; recall is measured on `recall_windows` of them.
         progress: called with (stage, fraction).
         checkpoint: file that keeps the state of a run, so that the same call resumes it; removed at the end.
     """
@@ -67,7 +71,8 @@ class SpectralProfiler:
     recent: int = 112
     page_tokens: int = 16
     ratios: Sequence[float] = LADDER
-    measure_tokens: int = 8_192
+    measure_tokens: int = 4_096
+    recall_windows: int = 2
     measure_window: int = 2_048
     default_ratio: float = 8.0
     progress: Progress | None = None
@@ -82,7 +87,13 @@ class SpectralProfiler:
     # -- entry points ---------------------------------------------------------------------------------------------
 
     def profile_from_model(
-        self, name: str, *, quantize: str | None = None, texts: Sequence[str] | None = None, tokens: int | None = None
+        self,
+        name: str,
+        *,
+        quantize: str | None = None,
+        device: str = "auto",
+        texts: Sequence[str] | None = None,
+        tokens: int | None = None,
     ) -> SpectralProfile:
         """Load a model by folder or hub name and profile it. `quantize`: None, "4bit" (nf4) or "8bit" (int8)."""
         from spectral.hf import load_model
@@ -90,7 +101,8 @@ class SpectralProfiler:
         kinds = {None: "none", "none": "none", "4bit": "nf4", "nf4": "nf4", "8bit": "int8", "int8": "int8"}
         if quantize not in kinds:
             raise ModelError(f"quantize must be None, '4bit' or '8bit', got {quantize!r}")
-        return self.profile_from_loaded(load_model(name, quantization=kinds[quantize]), texts=texts, tokens=tokens)
+        loaded = load_model(name, quantization=kinds[quantize], device=device)
+        return self.profile_from_loaded(loaded, texts=texts, tokens=tokens)
 
     def profile_from_loaded(
         self, loaded: LoadedModel, *, texts: Sequence[str] | None = None, tokens: int | None = None
@@ -217,22 +229,45 @@ class SpectralProfiler:
         return min(rows, key=lambda row: abs(math.log(float(row.name[:-1]) / self.default_ratio))).name
 
     def _measure(self, loaded: LoadedModel, profile: SpectralProfile, windows: list[list[int]]) -> None:
-        from spectral.oneshot import score_oneshot
+        from spectral.oneshot import oneshot_blocks, score_oneshot
+        from spectral.recall import recalled
         from spectral.scoring import ExactPass, summarised
 
         figures: dict[str, list[Any]] = {row.name: [] for row in profile.ladder}
-        total = len(windows) * len(profile.ladder)
+        asked = self._recall_sequences(loaded, windows)
+        answers: dict[str, list[bool]] = {row.name: [] for row in profile.ladder}
+        total = (len(windows) + len(asked)) * len(profile.ladder)
         codebooks = {row.name: profile.codebook(row.name, device=loaded.device) for row in profile.ladder}
         for number, window in enumerate(windows):
             exact = ExactPass.run(loaded, window)
             for at, row in enumerate(profile.ladder):
                 figures[row.name].append(score_oneshot(exact, codebooks[row.name]))
                 self._report("measuring", (number * len(profile.ladder) + at + 1) / total)
+        for number, sequence in enumerate(asked, start=len(windows)):
+            for at, row in enumerate(profile.ladder):
+                blocks = oneshot_blocks(loaded, codebooks[row.name], sequence.ids, sequence.first)
+                answers[row.name] += recalled(sequence, blocks)
+                self._report("measuring", (number * len(profile.ladder) + at + 1) / total)
         for row in profile.ladder:
+            if answers[row.name]:
+                row.recall = sum(answers[row.name]) / len(answers[row.name])
             measured = summarised(figures[row.name], len(windows[0]))
             row.kl_mean, row.kl_p99 = measured["kl_mean"], measured["kl_p99"]
             row.top1, row.top5 = measured["top1"], measured["top5_overlap"]
             row.perplexity, row.exact_perplexity = measured["perplexity"], measured["exact_perplexity"]
+
+    def _recall_sequences(self, loaded: LoadedModel, windows: list[list[int]]) -> list[RecallSequence]:
+        """Facts hidden in the first `recall_windows` windows; none where the windows are too short for them."""
+        from spectral.recall import recall_sequence
+
+        try:
+            return [
+                recall_sequence(loaded.tokenizer, window, self.seed + number)
+                for number, window in enumerate(windows[: self.recall_windows])
+                if len(window) >= RECALL_FROM
+            ]
+        except ModelError:
+            return []
 
     # -- provenance and interruption ------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from spectral.codec import LayerCodec
 from spectral.comparison import Windows, cache_attention
 from spectral.pages import exact_codebook
 from spectral.scoring import Blocks, ExactPass, Tally
@@ -27,15 +28,27 @@ STEP = 512
 """Positions whose logits are made at once."""
 
 
-def score_oneshot(exact: ExactPass, codebook: Codebook | None) -> dict[str, torch.Tensor]:
-    """Per-position figures (spectral.scoring.Tally) of a setting (None: exact, bf16) on a window of tokens."""
+def score_oneshot(
+    exact: ExactPass, codebook: Codebook | None, *, finer: Codebook | None = None
+) -> dict[str, torch.Tensor]:
+    """Per-position figures (spectral.scoring.Tally) of a setting (None: exact, bf16) on a window of tokens.
+
+    finer: pages are encoded at this setting first and squeezed to `codebook`.
+    """
     tally = Tally(exact)
-    for begin, logits in oneshot_blocks(exact.loaded, codebook, exact.ids):
+    for begin, logits in oneshot_blocks(exact.loaded, codebook, exact.ids, finer=finer):
         tally.add(begin, logits)
     return tally.joined()
 
 
-def oneshot_blocks(loaded: LoadedModel, codebook: Codebook | None, ids: Sequence[int], first: int = 0) -> Blocks:
+def oneshot_blocks(
+    loaded: LoadedModel,
+    codebook: Codebook | None,
+    ids: Sequence[int],
+    first: int = 0,
+    *,
+    finer: Codebook | None = None,
+) -> Blocks:
     """Logits of a sequence read through a setting's cache (None: exact, bf16), from position `first` on."""
     from spectral.hf import observing
     from spectral.hf_reading import last_hidden, logits_of
@@ -60,7 +73,8 @@ def oneshot_blocks(loaded: LoadedModel, codebook: Codebook | None, ids: Sequence
         codec = book.layers[layer]
         if codec is None:
             return None
-        kept, restored = _views(book, codec, loaded.shape.layers[layer], key[0], value[0], sealed[-1])
+        before = None if finer is None else finer.layers[layer]
+        kept, restored = _views(book, codec, before, loaded.shape.layers[layer], key[0], value[0], sealed[-1])
         own = (key[0].float(), value[0].float())  # a token is exact in its own step
         return cache_attention(query, kept, restored, windows, scaling=scaling, softcap=softcap, own=own)
 
@@ -71,7 +85,13 @@ def oneshot_blocks(loaded: LoadedModel, codebook: Codebook | None, ids: Sequence
 
 
 def _views(
-    book: Codebook, codec: PageCodec, shape: LayerShape, key: torch.Tensor, value: torch.Tensor, pages: int
+    book: Codebook,
+    codec: PageCodec,
+    finer: PageCodec | None,
+    shape: LayerShape,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pages: int,
 ) -> tuple[Any, Any]:
     """Keys and values [H, N, d] as the window keeps them, and as the pages do where there are any; float32."""
     tokens = torch.cat([key, value], -1)
@@ -84,7 +104,11 @@ def _views(
         paged = kept[:, span].unflatten(1, (pages, -1)).transpose(0, 1)
         keys, values = paged.split([shape.key_dim, shape.value_dim], -1)
         number = torch.arange(pages, device=tokens.device)
-        back = torch.cat(codec.decode(codec.encode(keys, values, number), number), -1)  # [pages, H, P, d + dv]
+        if isinstance(finer, LayerCodec) and isinstance(codec, LayerCodec):
+            packed = finer.squeeze(finer.encode(keys, values, number), codec)
+        else:
+            packed = codec.encode(keys, values, number)
+        back = torch.cat(codec.decode(packed, number), -1)  # [pages, H, P, d + dv]
         restored[:, span] = back.transpose(0, 1).flatten(1, 2)
     sizes = [shape.key_dim, shape.value_dim]
     return kept.split(sizes, -1), restored.split(sizes, -1)

@@ -16,7 +16,7 @@ from itertools import accumulate
 
 import torch
 
-from spectral.codec import Codebook, ExactCodec, PageCodec
+from spectral.codec import Codebook, ExactCodec, LayerCodec, PageCodec
 from spectral.errors import CacheError, OutOfPages
 from spectral.shapes import LayerShape, ModelShape
 from spectral.windows import ExactWindow, WindowGroup, make_window
@@ -199,6 +199,56 @@ class PageStore:
             self.slot_capacity = used_slots
         return before - self.nbytes
 
+    def squeeze(self, codebook: Codebook) -> int:
+        """Re-encode everything held at a coarser setting of the same profile, between two steps. Returns bytes freed.
+
+        Rows, page ids and lengths stay. New pools are complete before old ones go, so a failure changes nothing.
+        Raises CacheError for a setting that is not coarser, or of another profile or exact window.
+        """
+        old, new = self.codebook, codebook
+        kept = [(b.profile_hash, b.sinks, b.window, b.page_tokens) for b in (old, new)]
+        if old.setting == "exact" or new.setting == "exact" or kept[0] != kept[1]:
+            raise CacheError(
+                f"a cache at {old.setting!r} cannot be squeezed to {new.setting!r}: "
+                "both must be settings of one profile"
+            )
+        if new.page_nbytes() >= old.page_nbytes() or new.window_bits > old.window_bits:
+            raise CacheError(f"{new.setting!r} is not coarser than {old.setting!r}: a cache can only be squeezed")
+        before = self.nbytes
+        pools = [
+            pool if pool is None or a is None or b is None else squeezed(pool, a, b)
+            for pool, a, b in zip(self.pools, old.layers, new.layers, strict=True)
+        ]
+        if new.window_bits != old.window_bits:
+            self._coarsen_windows(new)
+        self.pools, self.codebook = pools, new
+        self._page_nbytes = new.page_nbytes()
+        self._slot_nbytes = sum(window.slot_nbytes for window in self.windows)
+        return before - self.nbytes
+
+    def _coarsen_windows(self, book: Codebook) -> None:
+        """Rewrite the windows of compressed layers with fewer bits."""
+        for group in self.groups:
+            window = group.windows[0]
+            layers = [i for i, found in enumerate(self.windows) if any(found is w for w in group.windows)]
+            if book.layers[layers[0]] is None:
+                continue
+            dtype = window.store.dtype
+            made = [
+                make_window(window.shape, window.sinks, window.ring, dtype, self.device, book.window_bits)
+                for _ in layers
+            ]
+            coarse = WindowGroup(made)
+            coarse.resize(self.slot_capacity)
+            place = torch.arange(window.sinks + window.ring, device=self.device)
+            for slot in self._rows:
+                slots = torch.full_like(place, slot)
+                tokens = group.read(0, len(layers), slots[:1])[:, 0]  # [layers, H, places, d + dv]
+                coarse.write(0, slots, place, tokens.transpose(1, 2))
+            self.groups[self.groups.index(group)] = coarse
+            for index, found in zip(layers, made, strict=True):
+                self.windows[index] = found
+
     @property
     def rows(self) -> int:
         """Open rows."""
@@ -243,6 +293,15 @@ class PageStore:
 
     def _release(self, pages: list[int]) -> None:
         self._free_pages.extend(reversed(pages))
+
+
+def squeezed(pool: torch.Tensor, old: PageCodec, new: PageCodec, step: int = 1024) -> torch.Tensor:
+    """A pool of pages [n, bytes] at another setting, `step` pages at a time."""
+    assert isinstance(old, LayerCodec) and isinstance(new, LayerCodec)
+    out = torch.empty((pool.shape[0], new.page_nbytes), dtype=torch.uint8, device=pool.device)
+    for begin in range(0, pool.shape[0], step):
+        out[begin : begin + step] = old.squeeze(pool[begin : begin + step], new)
+    return out
 
 
 class StepBatch:

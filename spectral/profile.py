@@ -61,6 +61,15 @@ class LadderRow:
     exact_perplexity: float = math.nan
     recall: float = math.nan
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: None for what was not measured."""
+        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, facts: dict[str, Any]) -> LadderRow:
+        """The inverse of `to_dict`. Raises TypeError for facts that are no row's."""
+        return cls(**{k: math.nan if v is None else v for k, v in facts.items()})
+
     def bytes_per_token(self, context: int) -> float:
         """All-in bytes per token of one sequence of `context` tokens."""
         pages = max(0, (context - self.sinks - self.window) // self.page_tokens)
@@ -258,7 +267,7 @@ class SpectralProfile:
             "basis_nbytes": self.basis_nbytes,
             "ladder": [
                 {
-                    **{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(row).items()},
+                    **row.to_dict(),
                     "bytes_per_token": {str(c): row.bytes_per_token(c) for c in REPORT_CONTEXTS},
                     "ratio": {str(c): self.token_nbytes / row.bytes_per_token(c) for c in REPORT_CONTEXTS},
                 }
@@ -285,7 +294,7 @@ class SpectralProfile:
                 }
                 for layer in self.layers
             ],
-            "ladder": [asdict(row) for row in self.ladder],
+            "ladder": [row.to_dict() for row in self.ladder],
             "provenance": self.provenance,
             **({"sliding": self.sliding} if any(self.sliding) else {}),
         }

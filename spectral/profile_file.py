@@ -42,7 +42,7 @@ def write_profile(profile: SpectralProfile, path: str | os.PathLike[str]) -> Pat
     if target.suffix != ".safetensors":
         target = target.with_name(target.name + ".safetensors")
     tensors = _tensors(profile)
-    document = json.dumps({"format_version": FORMAT_VERSION, **profile.metadata()}, sort_keys=True)
+    document = json.dumps({"format_version": FORMAT_VERSION, **profile.metadata()}, sort_keys=True, allow_nan=False)
     # One metadata key: safetensors writes several in an order that differs from run to run.
     sealed = json.dumps({"document": document, "sha256": digest(document, tensors)}, sort_keys=True)
     data = save(tensors, metadata={"spectral": sealed})
@@ -161,7 +161,7 @@ def _read(source: Path) -> SpectralProfile:
     from spectral.profile import LadderRow, SpectralProfile
 
     meta, tensors = _open(source)
-    ladder = [LadderRow(**row) for row in meta["ladder"]]
+    ladder = [LadderRow.from_dict(row) for row in meta["ladder"]]
     _check_ladder(ladder, str(meta["default"]), int(meta["block_tokens"]))
     classes = len(frequency_classes(ladder[0].page_tokens))
     profile = SpectralProfile(

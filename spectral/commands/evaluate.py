@@ -53,7 +53,7 @@ def evaluate_command(
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
     """Score a model through the compressed cache: bytes per token, KL, top-1, perplexity and recall against exact."""
-    from spectral.commands.profile import report_progress
+    from spectral.commands.profile import Progress
     from spectral.errors import ProfileError, SpectralError
     from spectral.resources import profile_path
 
@@ -84,7 +84,7 @@ def evaluate_command(
         recall=context >= RECALL_FROM if recall is None else recall,
         seed=seed,
         chunk=chunk,
-        progress=report_progress,
+        progress=Progress(),
     )
     _write(report, opened, plots, html)
     typer.echo(json.dumps(report.to_dict(), indent=2, allow_nan=False) if as_json else report.table())

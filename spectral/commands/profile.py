@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import typer
@@ -13,12 +14,31 @@ from spectral.commands.texts import read_texts
 app = typer.Typer(help="Make and inspect spectral profiles.", no_args_is_help=True)
 
 
-def report_progress(stage: str, fraction: float) -> None:
-    """Progress on stderr: one line that is overwritten on a terminal, else one line per finished stage."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K  {stage} {fraction:.0%}", end="\n" if fraction >= 1 else "", file=sys.stderr, flush=True)
-    elif fraction >= 1:
-        print(f"  {stage}: done", file=sys.stderr, flush=True)
+class Progress:
+    """Progress on stderr: a bar with the time left that is overwritten on a terminal, else a line per finished stage."""
+
+    def __init__(self) -> None:
+        self.stage, self.began, self.first = "", 0.0, 0.0
+
+    def __call__(self, stage: str, fraction: float) -> None:
+        now = time.monotonic()
+        if stage != self.stage:
+            self.stage, self.began, self.first = stage, now, fraction  # a resumed stage does not begin at nothing
+        spent = now - self.began
+        if not sys.stderr.isatty():
+            if fraction >= 1:
+                print(f"  {stage}: done in {clock(spent)}", file=sys.stderr, flush=True)
+            return
+        done = fraction - self.first
+        left = clock(spent * (1 - fraction) / done) if done > 0 and fraction < 1 else ""
+        bar = "#" * round(24 * fraction)
+        text = f"\r\033[K  {stage:<24} [{bar:<24}] {fraction:4.0%}  {clock(spent)}" + (f", {left} left" if left else "")
+        print(text, end="\n" if fraction >= 1 else "", file=sys.stderr, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 @app.command("build")
@@ -28,19 +48,27 @@ def build(
     text: list[Path] | None = typer.Option(
         None, "--text", help="Calibration text, UTF-8; may be repeated (default: text by the model itself)."
     ),
-    tokens: int = typer.Option(49152, "--tokens", min=1024, help="Calibration tokens."),
+    tokens: int = typer.Option(131_072, "--tokens", min=1024, help="Calibration tokens."),
+    quantize: str | None = typer.Option(
+        None, "--quantize", help="Load the weights as 4bit (nf4) or 8bit (int8); needs the gpu extra."
+    ),
+    device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
     seed: int = typer.Option(0, "--seed", min=0, help="Same seed, same kind of machine: the same profile."),
     as_json: bool = typer.Option(False, "--json", help="Print the finished profile's facts as JSON."),
 ) -> None:
-    """Calibrate a model and write its profile with a measured ladder of settings."""
+    """Calibrate a model and write its profile with a measured ladder of settings.
+
+    An interrupted run leaves OUTPUT.partial beside the output; the same command goes on from there.
+    """
     from spectral import SpectralProfiler
     from spectral.errors import SpectralError
 
     texts = read_texts(text)
     if not output.parent.is_dir():
         raise SpectralError(f"--output: the folder {output.parent} does not exist; create it first.")
-    profiler = SpectralProfiler(seed=seed, progress=report_progress)
-    profile = profiler.profile_from_model(model, texts=texts, tokens=tokens)
+    partial = output.with_name(output.name + ".partial")
+    profiler = SpectralProfiler(seed=seed, progress=Progress(), checkpoint=partial)
+    profile = profiler.profile_from_model(model, quantize=quantize, device=device, texts=texts, tokens=tokens)
     profile.save(output)
     typer.echo(json.dumps(profile.to_dict(), indent=2) if as_json else f"{profile.summary()}\nwritten to {output}")
 

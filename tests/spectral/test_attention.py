@@ -206,3 +206,38 @@ def test_misuse_is_refused() -> None:
         store.close(row)
     with pytest.raises(CacheError, match="open rows"):
         store.begin([(row, 1)])
+
+
+@pytest.mark.parametrize("bits", [(10, 8), (8, 8)])
+def test_squeezing_a_live_store_keeps_rows_and_frees_bytes(bits: tuple[int, int]) -> None:
+    """After a squeeze the store holds what its codes and windows hold at the coarser setting, and streams go on."""
+    loaded = random_model("gemma2")
+    fine = random_codebook(loaded.shape, [6, 4, 3], window_bits=bits[0])
+    coarse = random_codebook(loaded.shape, [4, 2, 1], window_bits=bits[1])
+    store = PageStore(loaded.shape, fine)
+    rows = [store.open() for _ in range(2)]
+    texts = sequences(2, [150, 90])
+    forward(loaded, store, [(row, ids[:70]) for row, ids in zip(rows, texts, strict=True)])
+    expected = [
+        a.squeeze(pool[rows[0].pages], b)
+        for pool, a, b in zip(store.pools, fine.layers, coarse.layers, strict=True)
+        if pool is not None
+    ]
+    window = store.windows[1].read(torch.tensor([rows[0].slot]))
+    lengths, pages = [row.length for row in rows], [list(row.pages) for row in rows]
+    before = store.nbytes
+    freed = store.squeeze(coarse)
+    assert freed == before - store.nbytes > 0
+    assert ([row.length for row in rows], [row.pages for row in rows]) == (lengths, pages)
+    held = [pool[rows[0].pages] for pool in store.pools if pool is not None]
+    assert all(torch.equal(a, b) for a, b in zip(held, expected, strict=True))
+    again = store.windows[1].read(torch.tensor([rows[0].slot]))
+    torch.testing.assert_close(again, window, rtol=0, atol=0.006 * float(window.abs().max()))
+    forward(loaded, store, [(row, ids[70:90]) for row, ids in zip(rows, texts, strict=True)])
+    for token in texts[0][90:]:
+        forward(loaded, store, [(rows[0], [token])])
+    store.check()
+    with pytest.raises(CacheError, match="not coarser"):
+        store.squeeze(fine)
+    with pytest.raises(CacheError, match="one profile"):
+        PageStore(loaded.shape).squeeze(coarse)
