@@ -4,48 +4,74 @@
         [--windows 5] [--baselines all] [--profile FILE] [--no-recall] [--json FILE]
 
 Without --profile the model is profiled first: on --calibration files, or on text that it writes itself. Comparisons are
-calibrated on the same kind of text. The verdict puts each of our settings beside the rivals that spend at least as many
-bytes: the best of those that spend at most half as much again, with attention on their codes and of any kind, and the
-best of all that spend more, however much.
+calibrated on the same kind of text. The verdict puts each of our settings beside the best rivals at its bytes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 BAND = 1.5
-"""A rival is at the same budget if it spends between one and BAND times our bytes."""
+"""A rival is near a budget if it spends between one and BAND times our bytes."""
+
+
+def family(name: str) -> str:
+    """A method's name without its setting: "kvtc-8x" -> "kvtc", "spectra-perhead-2bit" -> "spectra-perhead"."""
+    words = name.split("-")
+    return (
+        "-".join(w for w in words if not w[-1:].isdigit() and not w[:1].isdigit() and not w[:-1][-1:].isdigit()) or name
+    )
+
+
+def at_budget(rows: list[dict[str, Any]], nbytes: float) -> tuple[str, float] | None:
+    """The best method at exactly `nbytes` per token: its points joined by straight lines in log bytes and log KL.
+
+    A method takes part where the budget lies between two of its settings.
+    """
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        points.setdefault(family(row["name"]), []).append((row["bytes_per_token"], max(row["kl_mean"], 1e-12)))
+    best: tuple[str, float] | None = None
+    for name, found in points.items():
+        found.sort()
+        for (low, worse), (high, better) in zip(found, found[1:], strict=False):
+            if low <= nbytes <= high and high > low:
+                share = (math.log(nbytes) - math.log(low)) / (math.log(high) - math.log(low))
+                kl = math.exp(math.log(worse) + share * (math.log(better) - math.log(worse)))
+                if best is None or kl < best[1]:
+                    best = name, kl
+    return best
 
 
 def verdict(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each of our settings the best rivals, and our KL as a share of theirs."""
+    """For each of our settings the best rivals, and our KL as a share of theirs.
+
+    on_codes, any: the best measured row that spends between one and BAND times our bytes, with attention on its codes
+    and of any kind; on_codes_at_budget, any_at_budget: the best method at exactly our bytes (`at_budget`).
+    """
     ours = [row for row in rows if row["ours"]]
     rivals = [row for row in rows if not row["ours"] and row["name"] != "exact"]
     out = []
     for row in ours:
         entry: dict[str, Any] = {"setting": row["name"], "ratio": row["ratio"], "kl_mean": row["kl_mean"]}
-        spending = [r for r in rivals if r["bytes_per_token"] >= 0.995 * row["bytes_per_token"]]
-        near = [r for r in spending if r["bytes_per_token"] <= BAND * row["bytes_per_token"]]
-        kinds = {
-            "on_codes": [r for r in near if r["in_attention"]],
-            "any": near,
-            "on_codes_any_budget": [r for r in spending if r["in_attention"]],
-            "any_any_budget": spending,
-        }
-        for kind, found in kinds.items():
-            if found:
-                best = min(found, key=lambda r: r["kl_mean"])
-                entry[kind] = {
-                    "name": best["name"],
-                    "ratio": best["ratio"],
-                    "kl_mean": best["kl_mean"],
-                    "share": row["kl_mean"] / max(best["kl_mean"], 1e-12),
-                }
+        nbytes = row["bytes_per_token"]
+        for kind, group in (("on_codes", [r for r in rivals if r["in_attention"]]), ("any", rivals)):
+            near = [r for r in group if 0.995 * nbytes <= r["bytes_per_token"] <= BAND * nbytes]
+            if near:
+                best = min(near, key=lambda r: r["kl_mean"])
+                entry[kind] = {"name": best["name"], "ratio": best["ratio"], "kl_mean": best["kl_mean"]}
+            level = at_budget(group, nbytes)
+            if level is not None:
+                entry[f"{kind}_at_budget"] = {"name": level[0], "ratio": row["ratio"], "kl_mean": level[1]}
+        for found in entry.values():
+            if isinstance(found, dict):
+                found["share"] = row["kl_mean"] / max(found["kl_mean"], 1e-12)
         out.append(entry)
     return out
 
@@ -112,7 +138,7 @@ def main() -> None:
     print(report.table())
     for entry in result["verdict"]:
         line = f"{entry['setting']:>8} {entry['ratio']:6.2f} KL {entry['kl_mean']:.5f}"
-        for kind in ("on_codes", "any", "on_codes_any_budget", "any_any_budget"):
+        for kind in ("on_codes", "on_codes_at_budget", "any", "any_at_budget"):
             if kind in entry:
                 best = entry[kind]
                 line += f" | {kind} {best['name']} {best['ratio']:.2f}x {best['kl_mean']:.5f}: {best['share']:.2f}"

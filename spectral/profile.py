@@ -68,7 +68,8 @@ class LadderRow:
     @classmethod
     def from_dict(cls, facts: dict[str, Any]) -> LadderRow:
         """The inverse of `to_dict`. Raises TypeError for facts that are no row's."""
-        return cls(**{k: math.nan if v is None else v for k, v in facts.items()})
+        known: dict[str, Any] = {k: math.nan if v is None else v for k, v in facts.items()}
+        return cls(**known)
 
     def bytes_per_token(self, context: int) -> float:
         """All-in bytes per token of one sequence of `context` tokens."""

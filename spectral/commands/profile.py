@@ -15,7 +15,7 @@ app = typer.Typer(help="Make and inspect spectral profiles.", no_args_is_help=Tr
 
 
 class Progress:
-    """Progress on stderr: a bar with the time left that is overwritten on a terminal, else a line per finished stage."""
+    """Progress on stderr: a bar with the time left, overwritten on a terminal; else a line per finished stage."""
 
     def __init__(self) -> None:
         self.stage, self.began, self.first = "", 0.0, 0.0
