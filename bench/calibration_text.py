@@ -1,4 +1,4 @@
-"""What the calibration text costs in KL: the model's own text, mixed text, and single domains; and what squeezing costs.
+"""What the calibration text costs in KL (the model's own text, mixed text, single domains), and what squeezing costs.
 
     python bench/calibration_text.py MODEL --mixed FILE ... --domain FILE [--domain FILE] --text FILE ...
         [--tokens 65536] [--context 4096] [--settings 4x,8x,16x] [--json FILE]
