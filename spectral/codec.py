@@ -26,6 +26,7 @@ from spectral.errors import SettingError
 
 if TYPE_CHECKING:
     from spectral.basis import Unit
+    from spectral.bits import Table
     from spectral.frames import BlockFrame
 
 
@@ -54,7 +55,7 @@ class UnitCodec(torch.nn.Module):
         self,
         unit: Unit,
         widths: np.ndarray,
-        tables: Mapping[int, np.ndarray],
+        tables: Mapping[int, Table],
         *,
         page_tokens: int,
         key_dim: int,
@@ -85,10 +86,11 @@ class UnitCodec(torch.nn.Module):
         self.dct = tensor(dct_matrix(page_tokens))
         self.channels = unit.decode.shape[1]
         # Quantizer: thresholds of every width, and for every field the values of each byte.
-        self._thresholds = {w: tensor((tables[w][1:] + tables[w][:-1]) / 2) for w in self.layout.places}
+        self._thresholds = {w: tensor(tables[w].cuts) for w in self.layout.places}
         self._places = {w: torch.tensor(place, device=device) for w, place in self.layout.places.items()}
         self._values = [
-            tensor(field_values(s.width, s.field, tables[s.width])[byte_fields(s.bits)]) for s in self.layout.segments
+            tensor(field_values(s.width, s.field, tables[s.width].levels)[byte_fields(s.bits)])
+            for s in self.layout.segments
         ]
         self._scatter = self._scatter_index(device)
 
@@ -169,13 +171,13 @@ class LayerCodec(torch.nn.Module):
 
     Args:
         units: (unit, widths [classes, R]) in the order of their heads, covering heads 0 .. H - 1.
-        tables: quantizer levels by width; frame: of the keys.
+        tables: quantizers by width; frame: of the keys.
     """
 
     def __init__(
         self,
         units: list[tuple[Unit, np.ndarray]],
-        tables: Mapping[int, np.ndarray],
+        tables: Mapping[int, Table],
         frame: BlockFrame,
         *,
         key_dim: int,
@@ -246,8 +248,8 @@ class LayerCodec(torch.nn.Module):
     def squeeze(self, pages: torch.Tensor, coarser: LayerCodec) -> torch.Tensor:
         """Pages of this setting [n, page_nbytes] re-encoded at another setting of the same profile.
 
-        Settings share bases, deviations and (nearly nested) tables, so codes map to codes: nothing is decoded, and the
-        result is close to what encoding at the other setting would have given.
+        Settings share bases, deviations and nested tables, so codes map to codes: nothing is decoded, and the result is
+        what encoding at the other setting would have given (nearly, for latents that had 8 bits).
         """
         parts = []
         for unit, bounds, other in zip(self.units, self._bounds, coarser.units, strict=True):

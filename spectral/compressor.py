@@ -75,9 +75,9 @@ class SpectralKVCompressor:
         self._mean = tensor(projection.mean)  # [d]
         self._encode = tensor(basis.encode[:, order] / scale)  # [d, rank]: latents in standard deviations, by width
         self._decode = tensor(basis.decode[:, order] * scale)  # [d, rank]
-        self._thresholds = {w: tensor((self._tables[w][1:] + self._tables[w][:-1]) / 2) for w in self._counts}
+        self._thresholds = {w: tensor(self._tables[w].cuts) for w in self._counts}
         self._bytes = {
-            (w, field): tensor(field_values(w, field, self._tables[w])[byte_fields(size)])
+            (w, field): tensor(field_values(w, field, self._tables[w].levels)[byte_fields(size)])
             for w in self._counts
             for field, size in FIELDS[w]
         }

@@ -12,7 +12,16 @@ import numpy as np
 import torch
 
 from spectral.basis import Unit, regularised, weighted_basis
-from spectral.bits import CHANNEL_GROUP, WIDTHS, allocate, dct_matrix, fit_tables, frequency_classes, page_layout
+from spectral.bits import (
+    CHANNEL_GROUP,
+    WIDTHS,
+    Table,
+    allocate,
+    dct_matrix,
+    fit_tables,
+    frequency_classes,
+    page_layout,
+)
 from spectral.errors import SettingError
 from spectral.profile import CONTEXT, LadderRow, LayerProfile, Widths
 from spectral.shapes import ModelShape
@@ -31,13 +40,13 @@ class Fitted:
     """Bases and tables, and the error of every run of `CHANNEL_GROUP` latents at every width.
 
     Attributes:
-        layers: index -> LayerProfile; tables: levels by width.
+        layers: index -> LayerProfile; tables: quantizers by width.
         errors: [len(WIDTHS), n] nats per token; sizes: [n] codes per token of an item;
         where: per item (layer, unit, class, run).
     """
 
     layers: dict[int, LayerProfile]
-    tables: dict[int, np.ndarray]
+    tables: dict[int, Table]
     errors: np.ndarray
     sizes: np.ndarray
     where: list[tuple[int, int, int, int]]
@@ -90,7 +99,7 @@ def _fit_unit(layer: LayerStatistics, number: int, statistics: Statistics, page_
 
 
 def _error_curves(
-    unit: Unit, latent: np.ndarray, tables: dict[int, np.ndarray], page_tokens: int
+    unit: Unit, latent: np.ndarray, tables: dict[int, Table], page_tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Measured loss of a unit's runs at every width: [len(WIDTHS), classes, runs] nats per token, and codes per token
     [classes, runs]. Latents beyond the last whole run never get bits."""
@@ -107,9 +116,9 @@ def _error_curves(
             if width == 0:
                 wrong = x
             else:
-                levels = torch.tensor(tables[width], dtype=torch.float32)
-                near = torch.bucketize(normal, (levels[1:] + levels[:-1]) / 2)
-                wrong = (normal - levels[near]) * deviation
+                levels = torch.tensor(tables[width].levels, dtype=torch.float32)
+                code = torch.bucketize(normal, torch.tensor(tables[width].cuts, dtype=torch.float32))
+                wrong = (normal - levels[code]) * deviation
             square = wrong.square().mean(0, dtype=torch.float64).sum(0).numpy() / page_tokens
             errors[w, c] = (importance * square).reshape(runs, CHANNEL_GROUP).sum(1)
     sizes = np.array([[CHANNEL_GROUP * len(rows) / page_tokens] * runs for rows in classes])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spectral.basis import Unit
-from spectral.bits import frequency_classes
+from spectral.bits import Table, frequency_classes
 from spectral.errors import ProfileError, SettingError
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class SpectralProfile:
 
     Attributes:
         layers: per layer of the model; None for layers with sliding attention, which stay exact.
-        tables: quantizer levels by width, for coefficients of unit deviation; bits: setting -> widths.
+        tables: quantizers by width, for coefficients of unit deviation; bits: setting -> widths.
         frame: "block": keys are turned back to their block of `block_tokens` tokens; "post_rope": they are not.
     """
 
@@ -109,7 +109,7 @@ class SpectralProfile:
     fingerprint: str
     token_nbytes: int
     layers: list[LayerProfile | None]
-    tables: dict[int, np.ndarray]
+    tables: dict[int, Table]
     bits: dict[str, Widths]
     ladder: list[LadderRow]
     default: str

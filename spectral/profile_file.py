@@ -3,8 +3,9 @@
 The header's metadata holds one JSON document and its checksum ("spectral"). Tensors, for compressed layer l and unit u:
 `l.u.mean` float32 [D], `l.u.decode` float16 [D, D] (columns of unit length), `l.u.scale` float32 [D] (their lengths),
 `l.u.variance` float32 [D], `l.u.deviation` float32 [classes, D]; `l.frequencies` float32 [r / 2] if keys are turned;
-`table.w` float32 [2^w]; and for setting i `setting.i.l.u` uint8 [classes, D]. The dual basis is not stored: it is the
-inverse of the decoder as stored, so that rounding the decoder costs no bias.
+`table.w.levels` float32 [2^w] and `table.w.cuts` float32 [2^w - 1]; and for setting i `setting.i.l.u` uint8
+[classes, D]. The dual basis is not stored: it is the inverse of the decoder as stored, so that rounding the decoder
+costs no bias.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spectral.basis import Unit
-from spectral.bits import CHANNEL_GROUP, UNIFORM_FROM, WIDTHS, frequency_classes
+from spectral.bits import CHANNEL_GROUP, UNIFORM_FROM, WIDTHS, Table, frequency_classes
 from spectral.errors import ProfileError
 
 if TYPE_CHECKING:
@@ -81,8 +82,9 @@ def _tensors(profile: SpectralProfile) -> dict[str, np.ndarray]:
                 widths = profile.bits[row.name][index]
                 assert widths is not None
                 tensors[f"setting.{i}.{where}"] = np.ascontiguousarray(widths[number], dtype=np.uint8)
-    for width, levels in profile.tables.items():
-        tensors[f"table.{width}"] = levels.astype(np.float32)
+    for width, table in profile.tables.items():
+        tensors[f"table.{width}.levels"] = table.levels.astype(np.float32)
+        tensors[f"table.{width}.cuts"] = table.cuts.astype(np.float32)
     return tensors
 
 
@@ -247,13 +249,17 @@ def _read_layer(tensors: dict[str, np.ndarray], index: int, facts: dict[str, Any
     return LayerProfile(units, key_dim, value_dim, frequencies)
 
 
-def _read_table(tensors: dict[str, np.ndarray], width: int) -> np.ndarray:
-    levels = _numbers(tensors, f"table.{width}", (2**width,), np.float32)
-    if (np.diff(levels) <= 0).any() or np.abs(levels + levels[::-1]).max() > 1e-5 * levels[-1]:
-        raise ProfileError(f"table.{width}: levels must ascend and be symmetric around zero")
+def _read_table(tensors: dict[str, np.ndarray], width: int) -> Table:
+    levels = _numbers(tensors, f"table.{width}.levels", (2**width,), np.float32)
+    cuts = _numbers(tensors, f"table.{width}.cuts", (2**width - 1,), np.float32)
+    for x in (levels, cuts):
+        if (np.diff(x) <= 0).any() or np.abs(x + x[::-1]).max() > 1e-5 * levels[-1]:
+            raise ProfileError(f"table.{width}: levels and cuts must ascend and be symmetric around zero")
+    if (cuts <= levels[:-1]).any() or (cuts >= levels[1:]).any():
+        raise ProfileError(f"table.{width}: a cut must lie between the levels beside it")
     if width >= UNIFORM_FROM and np.abs(np.diff(levels, 2)).max() > 1e-4 * levels[-1]:
         raise ProfileError(f"table.{width}: levels must be uniform")
-    return levels
+    return Table(levels, cuts)
 
 
 def _read_widths(tensors: dict[str, np.ndarray], setting: int, where: str, unit: Unit, classes: int) -> np.ndarray:

@@ -173,7 +173,7 @@ def _missing(tensors, _):  # type: ignore[no-untyped-def]
 
 
 def _table(tensors, _):  # type: ignore[no-untyped-def]
-    tensors["table.2"][0] = 5
+    tensors["table.2.levels"][0] = 5
 
 
 def _version(_, document):  # type: ignore[no-untyped-def]
