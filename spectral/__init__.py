@@ -13,6 +13,9 @@ __version__ = "0.1.0"
 _NAMES = {
     "SpectralProfile": "spectral.profile",
     "SpectralProfiler": "spectral.calibrate",
+    "SpectralCache": "spectral.cache",
+    "SpectralKVCompressor": "spectral.compressor",
+    "profile_from_tensors": "spectral.from_tensors",
     "PageStore": "spectral.pages",
     "InferenceEngine": "spectral.inference",
     "Engine": "spectral.engine.engine",
@@ -23,16 +26,22 @@ __all__ = [
     "Engine",
     "InferenceEngine",
     "PageStore",
+    "SpectralCache",
     "SpectralError",
+    "SpectralKVCompressor",
     "SpectralProfile",
     "SpectralProfiler",
     "__version__",
+    "profile_from_tensors",
 ]
 
 if TYPE_CHECKING:
+    from spectral.cache import SpectralCache
     from spectral.calibrate import SpectralProfiler
+    from spectral.compressor import SpectralKVCompressor
     from spectral.engine.engine import Engine
     from spectral.errors import SpectralError
+    from spectral.from_tensors import profile_from_tensors
     from spectral.inference import InferenceEngine
     from spectral.pages import PageStore
     from spectral.profile import SpectralProfile

@@ -337,7 +337,8 @@ def _append(batch: StepBatch, layer: int, index: int, key: torch.Tensor, value: 
         paged = torch.cat([old[:, : sealed - first], window.as_kept(new)], 1)  # [H, n * P, d + dv]
         paged = paged.unflatten(1, (len(granted), page_tokens)).transpose(0, 1)
         number = torch.arange(len(row.pages), len(row.pages) + len(granted), device=device)
-        pages = codec.encode(*paged.split([key.shape[-1], value.shape[-1]], -1), number)
+        keys, values = paged.split([key.shape[-1], value.shape[-1]], -1)
+        pages = codec.encode(keys, values, number)
         pool[torch.tensor(granted, device=device)] = pages
     kept = [p for p in range(row.length, end) if p < window.sinks or p >= sealed]
     if kept:

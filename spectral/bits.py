@@ -237,7 +237,7 @@ def page_layout(widths: np.ndarray, page_tokens: int) -> PageLayout:
 
 
 def field_values(width: int, field: str, levels: np.ndarray) -> np.ndarray:
-    """What each value of a field contributes: float64 [2^bits of the field] (see FIELDS: high + low, magnitude * sign)."""
+    """What each value of a field contributes, float64 [2^bits of the field] (FIELDS: high + low, magnitude * sign)."""
     if field == "high":
         return levels[:: 2**2] - levels[0]
     if field == "low":

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 
 from spectral.errors import ModelError
-from spectral.fit import fit, ladder
-from spectral.profile import SpectralProfile
+from spectral.fit import default_by_energy, fit, ladder
+from spectral.profile import LadderRow, SpectralProfile
+from spectral.profile_file import as_stored
 from spectral.statistics import Collector, Statistics, sample_tokens
 
 if TYPE_CHECKING:
@@ -73,8 +74,8 @@ class SpectralProfiler:
     checkpoint: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.target_energy is not None and not 0 < self.target_energy < 1:
-            raise ModelError(f"target_energy must be between 0 and 1, got {self.target_energy}")
+        if self.target_energy is not None and not 0 < self.target_energy <= 1:
+            raise ModelError(f"target_energy must be above 0 and at most 1, got {self.target_energy}")
         if self.window % self.page_tokens or self.recent % self.page_tokens:
             raise ModelError("window and recent must be multiples of page_tokens")
 
@@ -121,12 +122,39 @@ class SpectralProfiler:
             ladder=rows,
             default=self._default(rows),
             block_tokens=self.block_tokens,
+            sliding=[shape.sliding for shape in loaded.shape.layers],
             provenance=self._provenance(loaded, statistics, texts is None, measure, windows),
         )
+        profile = as_stored(profile)
         self._measure(loaded, profile, measure)
         if self.checkpoint is not None:
             self.checkpoint.unlink(missing_ok=True)
         return profile
+
+    def profile(
+        self,
+        kv_tensors: Sequence[Sequence[torch.Tensor] | torch.Tensor | None],
+        *,
+        queries: Sequence[torch.Tensor | None] | None = None,
+        sliding: Sequence[int | None] | None = None,
+        model: str = "tensors",
+        fingerprint: str | None = None,
+    ) -> SpectralProfile:
+        """Profile given keys and values, without a model (see `spectral.from_tensors.profile_from_tensors`)."""
+        from spectral.from_tensors import profile_from_tensors
+
+        return profile_from_tensors(
+            kv_tensors,
+            queries=queries,
+            sliding=sliding,
+            target_energy=0.95 if self.target_energy is None else self.target_energy,
+            ratios=self.ratios,
+            sinks=self.sinks,
+            recent=self.recent,
+            page_tokens=self.page_tokens,
+            model=model,
+            fingerprint=fingerprint,
+        )
 
     # -- stages ---------------------------------------------------------------------------------------------------
 
@@ -183,10 +211,9 @@ class SpectralProfiler:
                 state.save(statistics)
         return statistics
 
-    def _default(self, rows: list[Any]) -> str:
+    def _default(self, rows: list[LadderRow]) -> str:
         if self.target_energy is not None:
-            keeping = [row for row in rows if row.energy >= self.target_energy]
-            return (keeping or rows[:1])[-1].name
+            return default_by_energy(rows, self.target_energy)
         return min(rows, key=lambda row: abs(math.log(float(row.name[:-1]) / self.default_ratio))).name
 
     def _measure(self, loaded: LoadedModel, profile: SpectralProfile, windows: list[list[int]]) -> None:

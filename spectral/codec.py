@@ -96,7 +96,7 @@ class UnitCodec(torch.nn.Module):
         """For every coefficient of a page, which unpacked code it is: one past the last for those without bits."""
         places = list(self.layout.places.values())
         total = sum(place.size for place in places)
-        index = np.full(self.page_tokens * self.rank, total, dtype=np.int64)
+        index: np.ndarray = np.full(self.page_tokens * self.rank, total, dtype=np.int64)
         if places:
             index[np.concatenate(places)] = np.arange(total)
         return torch.tensor(index, device=device)
@@ -113,7 +113,7 @@ class UnitCodec(torch.nn.Module):
             codes = torch.bucketize(flat.index_select(1, place), self._thresholds[width]).to(torch.uint8)
             for segment in self.layout.segments:
                 if segment.width == width:
-                    parts.append(pack_fields(_field(codes, width, segment.field), segment.bits))
+                    parts.append(pack_fields(code_field(codes, width, segment.field), segment.bits))
         return torch.cat(parts, 1) if parts else torch.zeros((y.shape[0], 0), dtype=torch.uint8, device=y.device)
 
     def levels(self, packed: torch.Tensor) -> torch.Tensor:
@@ -123,15 +123,12 @@ class UnitCodec(torch.nn.Module):
         fields: dict[tuple[int, str], torch.Tensor] = {}
         for segment, values in zip(self.layout.segments, self._values, strict=True):
             # One look-up per byte yields all the fields in it: fewer operations than shifting and masking.
-            fields[segment.width, segment.field] = F.embedding(index[:, segment.start : segment.stop], values).flatten(1)
+            fields[segment.width, segment.field] = F.embedding(index[:, segment.start : segment.stop], values).flatten(
+                1
+            )
         parts = []
         for width in self.layout.places:
-            if width == 6:
-                parts.append(fields[6, "high"] + fields[6, "low"])
-            elif width == 3:
-                parts.append(fields[3, "magnitude"] * fields[3, "sign"])
-            else:
-                parts.append(fields[width, "code"])
+            parts.append(join_fields(width, {field: values for (w, field), values in fields.items() if w == width}))
         parts.append(torch.zeros((n, 1), device=packed.device))
         return torch.cat(parts, 1).index_select(1, self._scatter).view(n, self.page_tokens, self.rank)
 
@@ -146,9 +143,18 @@ class UnitCodec(torch.nn.Module):
         return latents @ basis.T + self.mean
 
 
-def _field(codes: torch.Tensor, width: int, field: str) -> torch.Tensor:
+def code_field(codes: torch.Tensor, width: int, field: str) -> torch.Tensor:
     """One field of uint8 codes (see spectral.bits.split_code, whose tensor twin this is)."""
     return _field_table(width, field, codes.device).index_select(0, codes.flatten().int()).view(codes.shape)
+
+
+def join_fields(width: int, fields: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What the fields of a width's codes contribute, put together (see spectral.bits.FIELDS)."""
+    if width == 6:
+        return fields["high"] + fields["low"]
+    if width == 3:
+        return fields["magnitude"] * fields["sign"]
+    return fields["code"]
 
 
 @cache
@@ -181,8 +187,18 @@ class LayerCodec(torch.nn.Module):
         if page_tokens < 8 or page_tokens & (page_tokens - 1):
             raise SettingError(f"page_tokens must be a power of two and at least 8, got {page_tokens}")
         self.frame, self.page_tokens, self.key_dim, self.value_dim = frame, page_tokens, key_dim, value_dim
-        options = {"page_tokens": page_tokens, "key_dim": key_dim, "value_dim": value_dim, "device": device}
-        self.units = torch.nn.ModuleList(UnitCodec(unit, widths, tables, **options) for unit, widths in units)
+        self.units = torch.nn.ModuleList(
+            UnitCodec(
+                unit,
+                widths,
+                tables,
+                page_tokens=page_tokens,
+                key_dim=key_dim,
+                value_dim=value_dim,
+                device=device,
+            )
+            for unit, widths in units
+        )
         ends = [0, *(unit.heads[1] for unit, _ in units)]
         if [unit.heads[0] for unit, _ in units] != ends[:-1]:
             raise SettingError("the units of a layer must cover its KV heads in order")
@@ -269,7 +285,7 @@ class OpenPages:
             mean = torch.matmul(q, unit.key_mean).flatten(2, 3).transpose(2, 3)  # [B, blocks, 1, h * G]
             if blocks > 1 and pages % per_block:
                 y = F.pad(y, (0, 0, 0, 0, 0, blocks * per_block - pages))
-            y = y.reshape(batch, blocks, -1, y.shape[-1])
+            y = y.reshape(batch, blocks, y.shape[1] * tokens // blocks, unit.rank)
             score = torch.matmul(y, latent.flatten(2, 3).transpose(2, 3))  # by frequency: [B, blocks, pages * P, h * G]
             score = torch.matmul(unit.dct.T, score.unflatten(2, (-1, tokens))) + mean[:, :, None]
             score = score.flatten(1, 3)[:, : pages * tokens].transpose(1, 2)

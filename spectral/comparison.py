@@ -72,7 +72,8 @@ def collect_stats(
 
     Raises ModelError for a model without RoPE or with full-attention layers of several shapes.
     """
-    from spectral.hf import last_hidden, observing, projections, rotary_tables, watching_inputs
+    from spectral.hf import observing
+    from spectral.hf_reading import last_hidden, projections, rotary_tables, watching_inputs
 
     if not windows:
         raise ModelError("the comparisons' calibration text is shorter than one window; give more of it")
@@ -236,8 +237,8 @@ class MethodCache:
             restored = tuple(x[number].transpose(0, 1) for x in self.static)
         else:
             places = torch.arange(self.length, device=key.device)
-            seen = (x[0].transpose(0, 1).float().contiguous() for x in (key, value))
-            restored = tuple(x.transpose(0, 1) for x in self.method.roundtrip(number, *seen, places))
+            keys, values = (x[0].transpose(0, 1).float().contiguous() for x in (key, value))
+            restored = tuple(x.transpose(0, 1) for x in self.method.roundtrip(number, keys, values, places))
         return cache_attention(
             query,
             (rounded[0], rounded[1]),
@@ -254,7 +255,8 @@ def method_blocks(exact: ExactPass, method: Baseline, first: int = 0) -> Blocks:
 
     Raises ModelError when the method codes layers together and the exact pass kept no keys and values.
     """
-    from spectral.hf import last_hidden, logits_of, observing
+    from spectral.hf import observing
+    from spectral.hf_reading import last_hidden, logits_of
 
     loaded, length = exact.loaded, len(exact.ids)
     static = None
@@ -292,5 +294,3 @@ def method_bytes(loaded: LoadedModel, method: Baseline, context: int) -> dict[st
         "ratio": loaded.shape.token_nbytes() * context / total,
         "ratio_without_window": shape.exact_nbytes(tokens) / payload if payload else None,
     }
-
-

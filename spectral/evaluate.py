@@ -1,152 +1,103 @@
-"""Quality through the cache: KL, top-1 agreement and perplexity against the exact cache, and the bytes that were held.
+"""`evaluate`: quality through the cache and the bytes it takes, for our settings and for published methods.
 
-Text is fed in short chunks through the page store, so that every prediction reads the compressed cache; a perplexity
-computed in one forward never would.
+One exact forward a window is the reference of everything. Our settings are read through the page store in short chunks,
+so that every prediction reads the compressed cache; a perplexity computed in one forward never would. Methods are read
+in one forward whose attention shows each query what their cache would hold (`spectral.comparison`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from spectral.errors import ModelError
-from spectral.pages import PageStore
+from spectral.scoring import CHUNK, Progress, codebooks_of, score_settings, skipped
 
 if TYPE_CHECKING:
-    from spectral.codec import Codebook
     from spectral.hf import LoadedModel
     from spectral.profile import SpectralProfile
+    from spectral.recall import RecallSequence
 
-Progress = Callable[[str, float], None]
-
-CHUNK = 8
-"""Tokens fed at once. Tokens of one chunk see each other exactly: the exact window is wider by about CHUNK / 2."""
-
-SKIP = 256
-"""Positions left out at the start of a window, where most of the context is exact in any cache (a quarter at most)."""
-
-
-def log_probs_through_cache(
-    loaded: LoadedModel, codebook: Codebook | None, ids: Sequence[int], *, chunk: int = CHUNK
-) -> tuple[torch.Tensor, int]:
-    """Log-probabilities float32 [n, vocab] of a token sequence read through a page store, and the bytes it held."""
-    from spectral.hf import attending
-
-    store = PageStore(loaded.shape, codebook, device=loaded.device)
-    row = store.open()
-    out = []
-    for begin in range(0, len(ids), chunk):
-        piece = list(ids[begin : begin + chunk])
-        batch = store.begin([(row, len(piece))])
-        with torch.inference_mode(), attending(loaded.model, batch):
-            logits = loaded.model(
-                input_ids=torch.tensor([piece], device=loaded.device),
-                position_ids=torch.arange(begin, begin + len(piece), device=loaded.device)[None],
-                use_cache=False,
-            ).logits[0]
-        batch.commit()
-        out.append(logits.float().log_softmax(-1))
-    nbytes = store.row_nbytes(row)
-    store.close(row)
-    return torch.cat(out), nbytes
-
-
-def exact_log_probs(loaded: LoadedModel, ids: Sequence[int]) -> torch.Tensor:
-    """Log-probabilities float32 [n, vocab] with an uncompressed cache in the model's own dtype (one forward)."""
-    with torch.inference_mode():
-        logits = loaded.model(input_ids=torch.tensor([list(ids)], device=loaded.device), use_cache=False).logits[0]
-    return logits.float().log_softmax(-1)
-
-
-def compare(exact: torch.Tensor, other: torch.Tensor, ids: Sequence[int]) -> dict[str, torch.Tensor]:
-    """Per position: KL(exact || other) in nats, top-1 agreement, both negative log-likelihoods of the next token."""
-    skip = min(SKIP, len(ids) // 4)
-    target = torch.tensor(list(ids[1:]), device=exact.device)[:, None]
-    return {
-        "kl": (exact.exp() * (exact - other)).sum(-1)[skip:].clamp_min(0.0),
-        "top1": (exact.argmax(-1) == other.argmax(-1)).float()[skip:],
-        "nll": -other[:-1].gather(1, target)[skip:, 0],
-        "exact_nll": -exact[:-1].gather(1, target)[skip:, 0],
-    }
-
-
-def score_settings(
-    loaded: LoadedModel,
-    profile: SpectralProfile | None,
-    windows: Sequence[Sequence[int]],
-    settings: Sequence[str],
-    *,
-    progress: Progress | None = None,
-    chunk: int = CHUNK,
-) -> dict[str, dict[str, float]]:
-    """Mean figures of every setting ("exact" allowed) over windows of token ids."""
-    collected: dict[str, list[dict[str, torch.Tensor]]] = {name: [] for name in settings}
-    held: dict[str, list[float]] = {name: [] for name in settings}
-    codebooks: dict[str, Codebook | None] = {}
-    for name in settings:
-        if name == "exact":
-            codebooks[name] = None
-        elif profile is None:
-            raise ModelError(f"setting {name!r} needs a profile; this model has none: build one or use exact")
-        else:
-            codebooks[name] = profile.codebook(name, device=loaded.device)
-    for number, window in enumerate(windows):
-        exact = exact_log_probs(loaded, window)
-        for at, name in enumerate(settings):
-            other, nbytes = log_probs_through_cache(loaded, codebooks[name], window, chunk=chunk)
-            collected[name].append(compare(exact, other, window))
-            held[name].append(nbytes / len(window))
-            if progress is not None:
-                progress("measuring", (number * len(settings) + at + 1) / (len(windows) * len(settings)))
-    out = {}
-    for name, parts in collected.items():
-        joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-        out[name] = {
-            "kl_mean": float(joined["kl"].mean()),
-            "kl_p99": float(joined["kl"].double().quantile(0.99)),
-            "top1": float(joined["top1"].mean()),
-            "perplexity": math.exp(float(joined["nll"].mean())),
-            "exact_perplexity": math.exp(float(joined["exact_nll"].mean())),
-            "bytes_per_token": sum(held[name]) / len(held[name]),
-            "scored_tokens": float(joined["kl"].numel()),
-        }
-    return out
+__all__ = ["EvalReport", "evaluate", "score_settings"]
 
 
 @dataclass
 class EvalReport:
-    """What `spectral eval` prints: one row per setting, and where the figures come from."""
+    """What `spectral eval` prints: one row per contender, and where the figures come from.
+
+    Attributes:
+        context, windows, scored_tokens, seed, texts: what was scored; tokens_sha256: of the windows' token ids (equal
+            ones were scored on the same text); chunk: tokens fed at once for our settings.
+        token_nbytes: bf16 bytes of one token; basis_nbytes: the profile's bases.
+        rows: per contender name, source, ours, in_attention, bytes_per_token (at the scored context),
+            bytes_per_token_at, ratio, ratio_without_window, basis_nbytes, kl_mean, kl_p99, top1, top5_overlap,
+            perplexity, exact_perplexity, kl_by_position, recall, recall_by_distance.
+        calibration: of the comparisons, None without any; recall: how it was asked, None if it was not.
+        provenance: versions, commit, hardware, command.
+    """
 
     model: str
     context: int
+    windows: int
+    scored_tokens: int
+    seed: int
+    chunk: int
+    texts: str
+    tokens_sha256: str
     token_nbytes: int
     basis_nbytes: int
-    texts: str
+    profile: dict[str, Any]
     rows: list[dict[str, Any]]
-    versions: dict[str, str] = field(default_factory=dict)
+    calibration: dict[str, Any] | None = None
+    recall: dict[str, Any] | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    spectrum: list[Any] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
+        """JSON-ready and strict: what is not finite is None."""
+        provenance = dict(self.provenance)
+        out = {key: value for key, value in vars(self).items() if key not in {"provenance", "spectrum"}}
+        return strict({**out, **provenance})
 
     def table(self) -> str:
         """The rows as aligned text."""
-        head = f"{'setting':>8} {'bytes/token':>12} {'ratio':>6} {'KL mean':>9} {'KL p99':>8} {'top-1':>7} {'ppl':>9}"
+        wide = max(8, *(len(row["name"]) for row in self.rows))
+        head = (
+            f"{'setting':>{wide}} {'bytes/token':>12} {'ratio':>6} {'KL mean':>9} {'KL p99':>8} {'top-1':>7} "
+            f"{'top-5':>6} {'ppl':>9} {'recall':>7} {'bases':>10}  in attention"
+        )
         lines = [
-            f"{self.model}: {self.context} tokens of context, {self.texts}; "
-            f"bf16 holds {self.token_nbytes} bytes/token; bases {self.basis_nbytes / 2**20:.2f} MiB beside it",
+            f"{self.model}: {self.context} tokens of context, {self.texts}; bf16 holds {self.token_nbytes} bytes/token",
             head,
         ]
         for row in self.rows:
+            recall = "" if row.get("recall") is None else f"{row['recall']:.0%}"
             lines.append(
-                f"{row['name']:>8} {row['bytes_per_token']:12.1f} {row['ratio']:6.2f} {row['kl_mean']:9.5f} "
-                f"{row['kl_p99']:8.4f} {row['top1']:7.2%} {row['perplexity']:9.4f}"
+                f"{row['name']:>{wide}} {row['bytes_per_token']:12.1f} {row['ratio']:6.2f} {row['kl_mean']:9.5f} "
+                f"{row['kl_p99']:8.4f} {row['top1']:7.2%} {row['top5_overlap']:6.1%} {row['perplexity']:9.4f} "
+                f"{recall:>7} {row['basis_nbytes'] / 2**20:6.2f} MiB  {'yes' if row['in_attention'] else 'no'}"
+            )
+        if self.recall and next((row["recall"] for row in self.rows if row["name"] == "exact"), 1):
+            return "\n".join(lines)
+        if self.recall:
+            lines.append(
+                "The exact cache recalls nothing either: this model cannot do the task, and recall says nothing."
             )
         return "\n".join(lines)
+
+
+def strict(value: Any) -> Any:
+    """The same value with every float that JSON cannot hold (NaN, infinities) replaced by None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(item) for item in value]
+    return value
 
 
 def evaluate(
@@ -157,26 +108,72 @@ def evaluate(
     context: int = 1024,
     settings: Sequence[str] | None = None,
     max_windows: int = 4,
+    baselines: str | Sequence[str] | None = None,
+    calibration_texts: Sequence[str] | None = None,
+    calibration_tokens: int = 16_384,
+    recall: bool = False,
     seed: int = 1,
+    chunk: int = CHUNK,
     progress: Progress | None = None,
 ) -> EvalReport:
-    """Measure settings of a profile on a model.
+    """Measure settings of a profile, and published methods, on a model.
 
     Args:
         model: folder, hub name, or a model in memory; profile: None takes the shipped one.
         texts: evaluation text; None lets the model write its own with a seed that calibration does not use.
         context: tokens of one window; max_windows: windows at most.
         settings: ladder names; None is "exact" and the whole ladder.
-    """
-    from spectral.calibrate import token_windows
-    from spectral.hf import load_model
-    from spectral.profile import SpectralProfile as Profile
-    from spectral.resources import profile_path
-    from spectral.selftext import self_generated
+        baselines: names of `spectral.baselines`, "all", or None for none.
+        calibration_texts: what the comparisons are calibrated on, `calibration_tokens` tokens at most; None lets the
+            model write it, which is also what a profile is made from by default.
+        recall: ask hidden facts as well, one sequence a window; chunk: tokens fed at once for our settings.
 
+    Raises ModelError, ProfileError, SettingError or SpectralError (unknown comparison) before anything is measured.
+    """
+    from spectral.baselines import get
+    from spectral.contest import Contest
+    from spectral.hf import load_model
+    from spectral.provenance import provenance
+
+    methods = get(baselines if isinstance(baselines, str) else list(baselines)) if baselines is not None else []
     loaded = load_model(model) if isinstance(model, str) else model
     if context < 64 or context > loaded.context_length:
         raise ModelError(f"context must be between 64 and the model's {loaded.context_length} tokens, got {context}")
+    if chunk < 1 or max_windows < 1:
+        raise ModelError(f"chunk and max_windows must be at least 1, got {chunk} and {max_windows}")
+    profile = _profile_of(loaded, profile)
+    names = list(settings) if settings else ["exact", *(row.name for row in profile.ladder)]
+    names = [name if name == "exact" else profile.resolve(name) for name in names]
+    windows, origin = _windows(loaded, texts, context, max_windows, seed, progress)
+    sequences = _recall_sequences(loaded, windows, seed) if recall else []
+    contest = Contest(loaded, codebooks_of(loaded, profile, names), methods, chunk=chunk, progress=progress)
+    calibration = contest.calibrate(context, calibration_texts, calibration_tokens, seed) if methods else None
+    contest.score(windows, sequences)
+
+    return EvalReport(
+        model=profile.model,
+        context=context,
+        windows=len(windows),
+        scored_tokens=len(windows) * (context - skipped(context)),
+        seed=seed,
+        chunk=chunk,
+        texts=f"{len(windows)} windows of {origin}",
+        tokens_sha256=hashlib.sha256(str(windows).encode()).hexdigest(),
+        token_nbytes=loaded.shape.token_nbytes(),
+        basis_nbytes=profile.basis_nbytes,
+        profile={"content_hash": profile.content_hash, "provenance": profile.provenance},
+        rows=contest.rows(context, profile.basis_nbytes),
+        calibration=calibration,
+        recall=_recall_facts(sequences),
+        provenance=provenance(str(loaded.device)),
+        spectrum=profile.to_dict()["spectrum"],
+    )
+
+
+def _profile_of(loaded: LoadedModel, profile: SpectralProfile | None) -> SpectralProfile:
+    from spectral.profile import SpectralProfile as Profile
+    from spectral.resources import profile_path
+
     if profile is None:
         path = profile_path(loaded.name)
         if path is None:
@@ -185,32 +182,44 @@ def evaluate(
             )
         profile = Profile.load(path)
     profile.check_model(loaded)
+    return profile
+
+
+def _windows(
+    loaded: LoadedModel,
+    texts: Sequence[str] | None,
+    context: int,
+    count: int,
+    seed: int,
+    progress: Progress | None,
+) -> tuple[list[list[int]], str]:
+    """Windows of token ids, and what they are made of."""
+    from spectral.calibrate import token_windows
+    from spectral.selftext import self_generated
+
     origin = "given text"
     if texts is None:
-        texts = self_generated(loaded, tokens=(max_windows + 2) * context, seed=seed, progress=progress)
-        texts = ["\n".join(texts)]
+        texts = ["\n".join(self_generated(loaded, tokens=(count + 2) * context, seed=seed, progress=progress))]
         origin = f"text written by the model itself (seed {seed})"
-    windows = token_windows(loaded, texts, context, max_windows * context, seed)
+    windows = token_windows(loaded, texts, context, count * context, seed)
     if not windows:
         raise ModelError(
             f"the text is shorter than one window of {context} tokens; give more text or a smaller context"
         )
-    names = list(settings) if settings else ["exact", *(row.name for row in profile.ladder)]
-    names = [name if name == "exact" else profile.resolve(name) for name in names]
-    figures = score_settings(loaded, profile, windows, names, progress=progress)
-    rows = []
-    for name in names:
-        row: dict[str, Any] = {"name": name, "ours": name != "exact", "in_attention": True, **figures[name]}
-        row["ratio"] = loaded.shape.token_nbytes() / row["bytes_per_token"]
-        rows.append(row)
-    import transformers
+    return windows, origin
 
-    return EvalReport(
-        model=profile.model,
-        context=context,
-        token_nbytes=loaded.shape.token_nbytes(),
-        basis_nbytes=profile.basis_nbytes,
-        texts=f"{len(windows)} windows of {origin}",
-        rows=rows,
-        versions={"torch": torch.__version__, "transformers": transformers.__version__},
-    )
+
+def _recall_sequences(loaded: LoadedModel, windows: list[list[int]], seed: int) -> list[RecallSequence]:
+    from spectral.recall import recall_sequence
+
+    return [recall_sequence(loaded.tokenizer, window, seed + number) for number, window in enumerate(windows)]
+
+
+def _recall_facts(sequences: list[RecallSequence]) -> dict[str, Any] | None:
+    if not sequences:
+        return None
+    return {
+        "sequences": len(sequences),
+        "asked": sum(len(sequence.facts) for sequence in sequences),
+        "distractors": sum(sequence.distractors for sequence in sequences),
+    }

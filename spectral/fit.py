@@ -23,7 +23,7 @@ TABLE_SAMPLE = 2_000_000
 """Coefficients on which quantizer tables are fitted, at most."""
 
 FINE_WINDOW_BELOW = 8.0
-"""All-in ratios below this keep 10 bits of recent tokens, coarser settings 8: there the window's own error would rule."""
+"""All-in ratios below this keep 10 bits of recent tokens, the rest 8: there the window's own error would rule."""
 
 
 @dataclass
@@ -68,9 +68,7 @@ def fit(statistics: Statistics, page_tokens: int) -> Fitted:
     return Fitted(layers, tables, np.concatenate(errors, 1), np.concatenate(sizes), where)
 
 
-def _fit_unit(
-    layer: LayerStatistics, number: int, statistics: Statistics, page_tokens: int
-) -> tuple[Unit, np.ndarray]:
+def _fit_unit(layer: LayerStatistics, number: int, statistics: Statistics, page_tokens: int) -> tuple[Unit, np.ndarray]:
     """One unit's basis, and its sample as latents of unit variance: float32 [pages, P, R]."""
     sums, (first, last) = layer.units[number], layer.heads[number]
     mean = (sums.total / statistics.tokens).numpy()
@@ -134,13 +132,16 @@ def ladder(
     full = [layer for layer in shape.layers if layer.sliding is None]
     token_nbytes = sum(layer.token_nbytes() for layer in full)
     pages = (CONTEXT - sinks - recent) // page_tokens
-    rows, bits = [], {}
+    rows: list[LadderRow] = []
+    bits: dict[str, Widths] = {}
     for ratio in ratios:
         window_bits = 10 if ratio < FINE_WINDOW_BELOW else 8
         held = sum(slot_nbytes(layer, sinks, recent + page_tokens, window_bits) for layer in full)
         page_budget = (token_nbytes * CONTEXT / ratio - held) / pages
         if page_budget <= 0:
-            raise SettingError(f"{ratio:g}x cannot be reached: the exact window alone takes more; use fewer recent tokens")
+            raise SettingError(
+                f"{ratio:g}x cannot be reached: the exact window alone takes more; use fewer recent tokens"
+            )
         picked = allocate(fitted.errors, fitted.sizes, page_budget * 8 / page_tokens)
         widths = _widths(fitted, shape, picked)
         page_nbytes = sum(page_layout(w, page_tokens).nbytes for layer in widths for w in layer or [])
@@ -162,6 +163,12 @@ def ladder(
         rows.append(row)
         bits[row.name] = widths
     return rows, bits
+
+
+def default_by_energy(rows: Sequence[LadderRow], target_energy: float) -> str:
+    """The coarsest setting that keeps `target_energy` of the weighted variance; the finest where none does."""
+    keeping = [row.name for row in rows if row.energy >= target_energy]
+    return keeping[-1] if keeping else rows[0].name
 
 
 def _energy(fitted: Fitted, picked: np.ndarray) -> float:

@@ -1,8 +1,9 @@
-"""The only file that touches transformers' attention and model internals.
+"""What touches transformers' attention and model internals; `spectral.hf_reading` reads a model's parts.
 
 Models run unmodified: transformers calls the attention function registered as "spectral" with post-RoPE queries, keys
 and values. Inside `attending(batch)` that function appends to and reads from a page store; inside `observing(...)` it
-shows them to a profiler first; otherwise it is exact causal attention.
+shows them to a profiler first; from a `SpectralCache` it gets codes and attends over those; otherwise it is exact
+attention. (`spectral/cache.py` derives from transformers' cache classes: the one exception to the first sentence.)
 """
 
 from __future__ import annotations
@@ -10,18 +11,18 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.masking_utils import AttentionMaskInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from spectral.attention import attend, causal_attention, softcapped
+from spectral.attention import attend
+from spectral.coded import CodedStates, dense_attention
 from spectral.errors import ModelError
 from spectral.pages import LayerShape, ModelShape, StepBatch
 
@@ -55,6 +56,8 @@ def _attention(
     """transformers' attention interface: query [B, Hq, N, d], key/value [B, H, N, d] -> [B, N, Hq, dv]."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: int = module.layer_idx  # type: ignore[assignment]
+    if isinstance(key, CodedStates):  # from a SpectralCache
+        return key.update.attend(query, attention_mask, scaling=scale, softcap=softcap), None
     batch = _BATCH.get()
     if batch is not None:
         return attend(batch, layer, query, key, value, scaling=scale, softcap=softcap), None
@@ -63,17 +66,43 @@ def _attention(
         answer = observer(layer, query, key, value, scale, softcap)
         if answer is not None:
             return answer.transpose(1, 2), None
-    out = causal_attention(query, key, value, scaling=scale, softcap=softcap, sliding=sliding_window)
+    out = dense_attention(query, key, value, attention_mask, scaling=scale, softcap=softcap, sliding=sliding_window)
     return out.transpose(1, 2), None
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """The attention function knows which tokens each query sees: no mask is built."""
-    return
+def _mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    attention_mask: torch.Tensor | None = None,
+    use_vmap: bool = False,
+    **rest: Any,
+) -> torch.Tensor | None:
+    """transformers' mask interface. The attention function knows what is causal: it needs to be told of padding only.
+
+    Returns None without padding; bool [B, kv_length], True for tokens; or bool [B, 1, q_length, kv_length] where the
+    model adds to the mask (use_vmap) or the keys have places that are still empty (a static cache).
+    """
+    if _BATCH.get() is not None:
+        return None
+    if use_vmap or bool(q_offset + q_length != kv_offset + kv_length):
+        sizes = {"q_length": q_length, "kv_length": kv_length, "q_offset": q_offset, "kv_offset": kv_offset}
+        return sdpa_mask(
+            **sizes, attention_mask=attention_mask, use_vmap=use_vmap, **{**rest, "allow_is_causal_skip": False}
+        )
+    if attention_mask is None:
+        return None
+    short = kv_offset + kv_length - attention_mask.shape[-1]
+    if short > 0:
+        attention_mask = torch.nn.functional.pad(attention_mask, (0, short))
+    attention_mask = attention_mask[:, kv_offset : kv_offset + kv_length]
+    return None if bool(attention_mask.all()) else attention_mask
 
 
 AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, _no_mask)
+AttentionMaskInterface.register(NAME, _mask)
 
 
 @contextmanager
@@ -125,23 +154,25 @@ class LoadedModel:
         return sum(seen.values())
 
 
-def _text_config(model: Any) -> Any:
+def text_config(model: Any) -> Any:
     """The configuration of a model's language part (multimodal models keep several)."""
     config = model.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+    return config.gettext_config() if hasattr(config, "gettext_config") else config
+
+
+def attention_modules(model: Any) -> dict[int, Any]:
+    """Layer index -> attention module (with `k_proj` and `v_proj`, or a fused `qkv_proj`)."""
+    projecting = (m for m in model.modules() if hasattr(m, "k_proj") or hasattr(m, "qkv_proj"))
+    return {m.layer_idx: m for m in projecting if hasattr(m, "layer_idx")}
 
 
 def model_shape(model: Any) -> ModelShape:
     """The attention layers of a decoder-only model. Raises ModelError for kinds that Spectral cannot serve."""
-    config = _text_config(model)
+    config = text_config(model)
     kind = str(getattr(config, "model_type", "?"))
     if kind in UNSUPPORTED:
         raise ModelError(f"{kind} is not supported: {UNSUPPORTED[kind]}")
-    modules = {
-        m.layer_idx: m
-        for n, m in model.named_modules()
-        if hasattr(m, "layer_idx") and hasattr(m, "k_proj") or hasattr(m, "layer_idx") and hasattr(m, "qkv_proj")
-    }
+    modules = attention_modules(model)
     count = int(config.num_hidden_layers)
     if sorted(modules) != list(range(count)):
         raise ModelError(
@@ -166,7 +197,7 @@ def model_shape(model: Any) -> ModelShape:
 def fingerprint(model: Any) -> str:
     """SHA-256 over the architecture and the trained norm vectors: differs between models and revisions, and stays the
     same under weight quantization (which leaves norms alone)."""
-    config = _text_config(model)
+    config = text_config(model)
     keys = (
         "model_type",
         "hidden_size",
@@ -258,7 +289,7 @@ def load_model(
 def wrap_model(name: str, model: Any, tokenizer: Any, *, quantization: str = "none") -> LoadedModel:
     """A LoadedModel around a model that exists already (its attention is set to Spectral's)."""
     model.set_attn_implementation(NAME)
-    config = _text_config(model)
+    config = text_config(model)
     ends: set[int] = set()
     for source in (getattr(model, "generation_config", None), config, tokenizer):
         value = getattr(source, "eos_token_id", None)
@@ -274,163 +305,3 @@ def wrap_model(name: str, model: Any, tokenizer: Any, *, quantization: str = "no
         device=next(model.parameters()).device,
         quantization=quantization,
     )
-
-
-# == what the evaluation reads of a model: its rotary tables, its projections, its hidden states ========================
-
-
-@dataclass
-class Projections:
-    """One attention layer's projections per head, float32 on the CPU.
-
-    Attributes:
-        key [H, d, hidden], value [H, dv, hidden], output [Hq, dv, hidden]: W_K, W_V, W_O.
-        key_bias [H, d], value_bias [H, dv]: zeros where the layer has none.
-        key_norm: True if a norm stands between W_K and RoPE.
-    """
-
-    key: torch.Tensor
-    value: torch.Tensor
-    output: torch.Tensor
-    key_bias: torch.Tensor
-    value_bias: torch.Tensor
-    key_norm: bool
-
-
-class _Found(Exception):
-    """Ends a forward as soon as its hook has what it wanted."""
-
-
-def attention_modules(loaded: LoadedModel) -> dict[int, torch.nn.Module]:
-    """Layer index -> its attention module (with `k_proj` and `v_proj`, or with a fused `qkv_proj`)."""
-    return {
-        int(m.layer_idx): m  # type: ignore[arg-type]
-        for m in loaded.model.modules()
-        if hasattr(m, "layer_idx") and (hasattr(m, "k_proj") or hasattr(m, "qkv_proj"))
-    }
-
-
-@torch.no_grad()
-def rotary_tables(loaded: LoadedModel, layer: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [length, r] float32 as the model hands them to a layer when it reads `length` tokens at once."""
-    found: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def take(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tables = kwargs.get("position_embeddings", args[1] if len(args) > 1 else None)
-        if isinstance(tables, tuple):
-            found.append(tables)
-        raise _Found
-
-    handle = attention_modules(loaded)[layer].register_forward_pre_hook(take, with_kwargs=True)
-    try:
-        loaded.model(input_ids=torch.zeros((1, length), dtype=torch.long, device=loaded.device), use_cache=False)
-    except _Found:
-        pass
-    finally:
-        handle.remove()
-    if not found:
-        raise ModelError(f"{loaded.name}: layer {layer} is not handed rotary tables; comparisons need RoPE")
-    cos, sin = found[0]
-    return cos[0].float().cpu(), sin[0].float().cpu()
-
-
-def rope_frequencies(loaded: LoadedModel, layer: int) -> np.ndarray | None:
-    """RoPE frequencies of a layer in radians per token, float64 [r / 2], read off the model's own tables.
-
-    None for a layer without RoPE, or with another layout than half-split: its keys are then coded as they are.
-    """
-    try:
-        cos, sin = rotary_tables(loaded, layer, 2)
-    except ModelError:
-        return None
-    half = cos.shape[-1] // 2
-    if not half or not torch.equal(cos[1, :half], cos[1, half:]):
-        return None
-    return torch.atan2(sin[1, :half].double(), cos[1, :half].double()).numpy()
-
-
-@torch.no_grad()
-def projections(loaded: LoadedModel, layer: int) -> Projections:
-    """W_K, W_V and W_O of a layer. Asked of the modules by unit vectors, so quantized weights need no case of their own."""
-    module, shape = attention_modules(loaded)[layer], loaded.shape.layers[layer]
-    heads, queries = shape.kv_heads, loaded.shape.query_heads
-    parameter = next(loaded.model.parameters())
-    dtype = parameter.dtype if parameter.dtype.is_floating_point else torch.bfloat16
-
-    def matrix(linear: Any, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight [out, width] and bias [out]."""
-        bias = linear(torch.zeros((1, width), dtype=dtype, device=loaded.device))[0].float().cpu()
-        unit = torch.eye(width, dtype=dtype, device=loaded.device)
-        return linear(unit).float().cpu().T - bias[:, None], bias
-
-    hidden = loaded.shape.hidden_size
-    if hasattr(module, "qkv_proj"):
-        fused, bias = matrix(module.qkv_proj, hidden)
-        sizes = [queries * shape.key_dim, heads * shape.key_dim, heads * shape.value_dim]
-        _, key, value = fused.split(sizes)
-        _, key_bias, value_bias = bias.split(sizes)
-    else:
-        key, key_bias = matrix(module.k_proj, hidden)
-        value, value_bias = matrix(module.v_proj, hidden)
-    output, _ = matrix(module.o_proj, queries * shape.value_dim)
-    return Projections(
-        key=key.view(heads, shape.key_dim, hidden).contiguous(),
-        value=value.view(heads, shape.value_dim, hidden).contiguous(),
-        output=output.T.reshape(queries, shape.value_dim, -1).contiguous(),
-        key_bias=key_bias.view(heads, shape.key_dim),
-        value_bias=value_bias.view(heads, shape.value_dim),
-        key_norm=hasattr(module, "k_norm"),
-    )
-
-
-@contextmanager
-def watching_inputs(loaded: LoadedModel, watch: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
-    """Within: `watch(layer, hidden [N, hidden])` sees what every layer's key and value projections are given."""
-    handles = []
-    for layer, module in attention_modules(loaded).items():
-        linear: Any = module.qkv_proj if hasattr(module, "qkv_proj") else module.k_proj
-
-        def take(_: Any, args: tuple[Any, ...], at: int = layer) -> None:
-            watch(at, args[0].detach().flatten(0, -2))
-
-        handles.append(linear.register_forward_pre_hook(take))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def last_hidden(loaded: LoadedModel, ids: Sequence[int], positions: torch.Tensor | None = None) -> torch.Tensor:
-    """The final hidden states [N, hidden] of a sequence in one forward: a fraction of its logits' memory.
-
-    Raises ModelError when `logits_of` does not give this model's own logits.
-    """
-    found: list[torch.Tensor] = []
-
-    def take(_: Any, __: Any, output: Any) -> None:
-        found.append((output[0] if isinstance(output, tuple) else output.last_hidden_state)[0])
-
-    handle = loaded.model.get_decoder().register_forward_hook(take)
-    try:
-        with torch.inference_mode():
-            tokens = torch.tensor([list(ids)], device=loaded.device)
-            places = None if positions is None else positions[None].to(loaded.device)
-            own = loaded.model(input_ids=tokens, position_ids=places, use_cache=False, logits_to_keep=1).logits[0, -1]
-    finally:
-        handle.remove()
-    again = logits_of(loaded, found[0][-1:])[0]
-    if not torch.allclose(own.float(), again, rtol=1e-2, atol=1e-2 * float(own.abs().max())):
-        raise ModelError(f"{loaded.name}: its logits are not its output embedding of the last hidden state")
-    return found[0]
-
-
-def logits_of(loaded: LoadedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits float32 [n, vocab] of final hidden states [n, hidden]."""
-    config = _text_config(loaded.model)
-    with torch.inference_mode():
-        logits = loaded.model.get_output_embeddings()(hidden).float()
-        logits = logits * float(getattr(config, "logit_scale", None) or 1) / float(
-            getattr(config, "logits_scaling", None) or 1
-        )
-        return softcapped(logits, getattr(config, "final_logit_softcapping", None))

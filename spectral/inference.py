@@ -164,9 +164,7 @@ class InferenceEngine:
         """The answer to a conversation: [{"role": "user", "content": "..."}, ...]."""
         return "".join(self.stream(messages, max_tokens=max_tokens, **sampling))
 
-    def stream(
-        self, prompt: str | Sequence[Mapping[str, str]], max_tokens: int = 256, **sampling: Any
-    ) -> TextStream:
+    def stream(self, prompt: str | Sequence[Mapping[str, str]], max_tokens: int = 256, **sampling: Any) -> TextStream:
         """The same, piece by piece. Closing the stream early ends the generation and frees its cache.
 
         Raises RequestError for a prompt or a parameter that cannot be used, before the first piece.

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 def score_oneshot(exact: ExactPass, codebook: Codebook) -> dict[str, torch.Tensor]:
     """Per-position figures (spectral.scoring.Tally) of a setting on a window of tokens."""
-    from spectral.hf import last_hidden, logits_of, observing
+    from spectral.hf import observing
+    from spectral.hf_reading import last_hidden, logits_of
 
     loaded, book = exact.loaded, codebook
     length = len(exact.ids)
@@ -67,9 +68,10 @@ def _views(
     restored = kept.clone()
     if pages:
         span = slice(book.sinks, book.sinks + pages * book.page_tokens)
-        paged = kept[:, span].unflatten(1, (pages, -1)).transpose(0, 1).split([shape.key_dim, shape.value_dim], -1)
+        paged = kept[:, span].unflatten(1, (pages, -1)).transpose(0, 1)
+        keys, values = paged.split([shape.key_dim, shape.value_dim], -1)
         number = torch.arange(pages, device=tokens.device)
-        back = torch.cat(codec.decode(codec.encode(*paged, number), number), -1)  # [pages, H, P, d + dv]
+        back = torch.cat(codec.decode(codec.encode(keys, values, number), number), -1)  # [pages, H, P, d + dv]
         restored[:, span] = back.transpose(0, 1).flatten(1, 2)
     sizes = [shape.key_dim, shape.value_dim]
     return kept.split(sizes, -1), restored.split(sizes, -1)

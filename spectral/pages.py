@@ -135,14 +135,19 @@ class PageStore:
         for row, count in work:
             if not row.open or count <= 0:
                 raise CacheError("a step needs open rows and at least one new token for each")
-            needs.append(self.pages_at(row.length + count) - len(row.pages))
-        total = sum(needs)
-        if total > len(self._free_pages):
-            self._grow_pages(total - len(self._free_pages))
-        granted = [[self._free_pages.pop() for _ in range(need)] for need in needs]
+            # A row that was cut may have more pages than its length asks for: they are whole, so they stay.
+            needs.append(max(0, self.pages_at(row.length + count) - len(row.pages)))
+        taken = self._take(sum(needs))
+        granted = [[taken.pop() for _ in range(need)] for need in needs]
         return StepBatch(self, work, granted)
 
     # -- memory ---------------------------------------------------------------------------------------------------
+
+    def _take(self, count: int) -> list[int]:
+        """Free page ids, now the caller's, the next one last. Raises OutOfPages, with nothing changed."""
+        if count > len(self._free_pages):
+            self._grow_pages(count - len(self._free_pages))
+        return [self._free_pages.pop() for _ in range(count)][::-1]
 
     def _room(self, needed: int) -> None:
         if self.max_bytes is not None and self.nbytes + needed > self.max_bytes:
@@ -225,7 +230,9 @@ class PageStore:
         slots = list(self._rows) + self._free_slots
         assert sorted(slots) == list(range(self.slot_capacity)), "a slot is lost or owned twice"
         for row in self._rows.values():
-            assert len(row.pages) == self.pages_at(row.length), "a row's pages do not match its length"
+            assert len(row.pages) >= self.pages_at(row.length), "a row has fewer pages than its length needs"
+            whole = max(0, row.length - self.codebook.sinks) // self.codebook.page_tokens
+            assert len(row.pages) <= whole, "a row has pages beyond its length"
         for pool in self.pools:
             assert pool is None or pool.shape[0] == self.page_capacity, "pools differ in size"
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from spectral.codec import Codebook
+    from spectral.compressor import Projection
     from spectral.hf import LoadedModel
 
 CONTEXT = 4096
@@ -105,6 +106,7 @@ class SpectralProfile:
     block_tokens: int = 0
     provenance: dict[str, Any] = field(default_factory=dict)
     content_hash: str = ""
+    sliding: list[int | None] = field(default_factory=list)  # window of every layer in tokens; [] if none slides
 
     # -- settings -------------------------------------------------------------------------------------------------
 
@@ -115,6 +117,16 @@ class SpectralProfile:
             known = ", ".join(row.name for row in self.ladder)
             raise SettingError(f"setting {setting!r} is not in this profile's ladder: choose auto, exact, {known}")
         return name
+
+    def choose(self, setting: str = "auto", bits: float | None = None) -> str:
+        """ "exact" or a ladder row's name, for a setting or, where that is "auto", the closest to bits per element."""
+        if setting == "exact" or (setting == "auto" and bits == 16):
+            return "exact"
+        if setting != "auto" or bits is None:
+            return self.resolve(setting)
+        if not 0 < bits <= 16:
+            raise SettingError(f"bits must be above 0 and at most 16, got {bits!r}")
+        return min(self.ladder, key=lambda row: abs(row.bits_per_element - bits)).name
 
     def row(self, setting: str) -> LadderRow:
         """The ladder row of a setting (or "auto")."""
@@ -162,9 +174,7 @@ class SpectralProfile:
                 f"{loaded.name!r} (fingerprint {loaded.fingerprint[:12]}); build one with `spectral profile build`"
             )
         ours = [None if x is None else (x.kv_heads, x.key_dim, x.value_dim) for x in self.layers]
-        theirs = [
-            None if x.sliding is not None else (x.kv_heads, x.key_dim, x.value_dim) for x in loaded.shape.layers
-        ]
+        theirs = [None if x.sliding is not None else (x.kv_heads, x.key_dim, x.value_dim) for x in loaded.shape.layers]
         if ours != theirs:
             raise ProfileError(
                 f"this profile's layers do not fit {loaded.name!r}, although it names that model; "
@@ -199,12 +209,16 @@ class SpectralProfile:
         """
         if side not in ("key", "value"):
             raise ProfileError(f"side must be 'key' or 'value', got {side!r}")
-        found = self.layers[layer] if 0 <= layer < len(self.layers) else None
+        if not 0 <= layer < len(self.layers) or not 0 <= head < self.kv_heads:
+            raise ProfileError(
+                f"layer {layer}, head {head}: the profile of {self.model!r} has {len(self.layers)} layers "
+                f"and {self.kv_heads} KV heads"
+            )
+        found = self.layers[layer]
         if found is None:
-            known = [i for i, x in enumerate(self.layers) if x is not None]
-            raise ProfileError(f"layer {layer} is not in this profile; it has {known}")
-        if not 0 <= head < found.kv_heads:
-            raise ProfileError(f"head {head} is not in layer {layer}, which has KV heads 0 to {found.kv_heads - 1}")
+            raise ProfileError(
+                f"layer {layer} has sliding attention and stays exact: choose a layer with full attention"
+            )
         unit = next(u for u in found.units if u.heads[0] <= head < u.heads[1])
         dim = found.key_dim if side == "key" else found.value_dim
         start = (head - unit.heads[0]) * dim
@@ -213,6 +227,12 @@ class SpectralProfile:
         rows = slice(start, start + dim)
         encode, decode = unit.encode[rows], unit.decode[rows]
         return unit.mean[rows], (encode * unit.variance) @ encode.T, decode @ decode.T
+
+    def get_projection(self, layer: int, head: int, side: str = "key") -> Projection:
+        """Statistics of one KV head's keys or values (side: "key" or "value"), for a SpectralKVCompressor."""
+        from spectral.compressor import Projection
+
+        return Projection(layer, head, *self.head_statistics(layer, head, side))
 
     # -- reports --------------------------------------------------------------------------------------------------
 
@@ -267,6 +287,7 @@ class SpectralProfile:
             ],
             "ladder": [asdict(row) for row in self.ladder],
             "provenance": self.provenance,
+            **({"sliding": self.sliding} if any(self.sliding) else {}),
         }
 
     def summary(self) -> str:

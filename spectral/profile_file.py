@@ -14,6 +14,7 @@ import json
 import os
 import struct
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +84,17 @@ def _tensors(profile: SpectralProfile) -> dict[str, np.ndarray]:
     for width, levels in profile.tables.items():
         tensors[f"table.{width}"] = levels.astype(np.float32)
     return tensors
+
+
+def as_stored(profile: SpectralProfile) -> SpectralProfile:
+    """The profile with the rounding of its file: what is measured must be what is saved."""
+    tensors = _tensors(profile)
+    classes = len(frequency_classes(profile.ladder[0].page_tokens))
+    layers = [
+        None if facts is None else _read_layer(tensors, index, facts, classes)
+        for index, facts in enumerate(profile.metadata()["layers"])
+    ]
+    return replace(profile, layers=layers, tables={w: _read_table(tensors, w) for w in WIDTHS if w})
 
 
 def digest(document: str, tensors: dict[str, np.ndarray]) -> str:
@@ -167,7 +179,10 @@ def _read(source: Path) -> SpectralProfile:
         block_tokens=int(meta["block_tokens"]),
         provenance=dict(meta["provenance"]),
         content_hash=hashlib.sha256(source.read_bytes()).hexdigest(),
+        sliding=list(meta.get("sliding", [])),
     )
+    if profile.sliding and [w is None for w in profile.sliding] != [x is not None for x in profile.layers]:
+        raise ProfileError(f"sliding windows {profile.sliding} do not fit the layers")
     if not any(layer is not None for layer in profile.layers):
         raise ProfileError(f"profile {source} has no compressed layer")
     for i, row in enumerate(ladder):

@@ -66,7 +66,8 @@ class ExactPass:
     @classmethod
     def run(cls, loaded: LoadedModel, ids: Sequence[int], *, keep_cache: bool = False) -> ExactPass:
         """Read `ids`; with `keep_cache` keep the keys and values of full-attention layers as well."""
-        from spectral.hf import last_hidden, observing
+        from spectral.hf import observing
+        from spectral.hf_reading import last_hidden
 
         full = {i for i, layer in enumerate(loaded.shape.layers) if layer.sliding is None}
         keys: list[torch.Tensor] = []
@@ -85,7 +86,7 @@ class ExactPass:
 
     def log_probs(self, begin: int, end: int) -> torch.Tensor:
         """Log-probabilities float32 [end - begin, vocab] at positions [begin, end)."""
-        from spectral.hf import logits_of
+        from spectral.hf_reading import logits_of
 
         if not self._kept:
             vocab = logits_of(self.loaded, self.hidden[:1]).shape[1]

@@ -77,9 +77,7 @@ class LayerStatistics:
         if centre is not None and self.frequencies is not None:
             angle = centre[:, None] * torch.tensor(self.frequencies, device=key.device)
             key = turn(key, angle.cos().float(), -angle.sin().float())
-        return [
-            torch.cat([side[a:b].transpose(0, 1).flatten(1) for side in (key, value)], 1) for a, b in self.heads
-        ]
+        return [torch.cat([side[a:b].transpose(0, 1).flatten(1) for side in (key, value)], 1) for a, b in self.heads]
 
     def add(self, rows: list[torch.Tensor], keep: int, page_tokens: int) -> None:
         """Add a window's x; its first `keep` pages go into the sample."""
@@ -112,7 +110,7 @@ class Statistics:
     @classmethod
     def of(cls, loaded: LoadedModel, *, turned: bool) -> Statistics:
         """Empty statistics of a model's full-attention layers; `turned`: keys are turned back to their block."""
-        from spectral.hf import rope_frequencies
+        from spectral.hf_reading import rope_frequencies
 
         return cls(
             {
@@ -176,8 +174,8 @@ class Collector:
             return None
         per_block = self.block_tokens // self.page_tokens
         phase = int(np.random.default_rng([self.seed, number, 1]).integers(0, per_block))
-        page = np.arange(length) // self.page_tokens
-        block = (page + phase) // per_block
+        page: np.ndarray = np.arange(length) // self.page_tokens
+        block: np.ndarray = (page + phase) // per_block
         centre = ((block + 0.5) * per_block - phase) * self.page_tokens
         return torch.tensor(centre, dtype=torch.float64, device=self.loaded.device)
 
@@ -209,7 +207,8 @@ class Collector:
             near = self.recent + self.page_tokens // 2  # the exact window's mean length
             return split_attention(query, (key, value), leaves[layer], near, self.sinks, scaling, softcap)
 
-        from spectral.hf import last_hidden, observing
+        from spectral.hf import observing
+        from spectral.hf_reading import last_hidden
 
         if backward:
             with torch.enable_grad(), observing(observe):

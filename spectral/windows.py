@@ -8,6 +8,8 @@ place is an index into a slot: [0, S) are the sinks, the rest is the ring.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from spectral.shapes import LayerShape
@@ -30,13 +32,18 @@ class ExactWindow:
         """Grow or shrink to a number of slots, keeping the first ones."""
         self.store = resized(self.store, slots)
 
+    def copy(self, source: int, target: int) -> None:
+        """Copy everything in one slot into another."""
+        for tensor in self.tensors():
+            tensor[target] = tensor[source]
+
     def as_kept(self, x: torch.Tensor) -> torch.Tensor:
         """Numbers [..., d + dv] as a token that is not a sink comes back from the window, float32."""
         return x.to(self.store.dtype).float()
 
     def write(self, slot: torch.Tensor | int, place: torch.Tensor, tokens: torch.Tensor) -> None:
         """Store tokens [n, H, d + dv] at slot (one, or [n]) and place [n]."""
-        self.store[slot, :, place] = tokens.to(self.store.dtype)
+        self.store[every(slot, place), :, place] = tokens.to(self.store.dtype)
 
     def read(self, slot: torch.Tensor) -> torch.Tensor:
         """Everything in slots [B]: float32 [B, H, S + ring, d + dv]."""
@@ -81,7 +88,6 @@ class QuantizedWindow(ExactWindow):
         self.high = torch.zeros((*lead, numbers), dtype=torch.uint8, device=device)
         self.low = torch.zeros((*lead, numbers // 4 if bits == 10 else 0), dtype=torch.uint8, device=device)
         self.scale = torch.zeros((*lead, numbers // self.groups), dtype=torch.float16, device=device)
-        self._shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=device)
 
     def resize(self, slots: int) -> None:
         """Grow or shrink to a number of slots, keeping the first ones."""
@@ -110,18 +116,15 @@ class QuantizedWindow(ExactWindow):
 
     def write(self, slot: torch.Tensor | int, place: torch.Tensor, tokens: torch.Tensor) -> None:
         """Store tokens [n, H, d + dv] at slot (one, or [n]) and place [n]."""
-        sink = place < self.sinks
+        slot, sink = every(slot, place), place < self.sinks
         if sink.any():
-            chosen = slot[sink] if isinstance(slot, torch.Tensor) else slot
-            super().write(chosen, place[sink], tokens[sink])
-            if isinstance(slot, torch.Tensor):
-                slot = slot[~sink]
-            place, tokens = place[~sink], tokens[~sink]
+            super().write(slot[sink], place[sink], tokens[sink])
+            slot, place, tokens = slot[~sink], place[~sink], tokens[~sink]
         code, scale = self._quantize(tokens)
         code = code.add_(2 ** (self.bits - 1)).to(torch.int16)
         at = place - self.sinks
         if self.bits == 10:
-            low = (code & 3).to(torch.uint8).unflatten(-1, (-1, 4)) << self._shifts
+            low = (code & 3).to(torch.uint8).unflatten(-1, (-1, 4)) << _shifts(code.device)
             self.low[slot, :, at] = low.sum(-1, dtype=torch.uint8)
             code = code >> 2
         self.high[slot, :, at] = code.to(torch.uint8)
@@ -130,7 +133,7 @@ class QuantizedWindow(ExactWindow):
     def _numbers(self, high: torch.Tensor, low: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         code = high.float()
         if self.bits == 10:
-            code = code.mul_(4).add_(((low.unsqueeze(-1) >> self._shifts) & 3).flatten(-2))
+            code = code.mul_(4).add_(((low.unsqueeze(-1) >> _shifts(low.device)) & 3).flatten(-2))
         return self._dequantize(code.sub_(2 ** (self.bits - 1)), scale)
 
     def read(self, slot: torch.Tensor) -> torch.Tensor:
@@ -147,6 +150,12 @@ class QuantizedWindow(ExactWindow):
             kept = self.store[slot[:, None], :, place.clamp_max(self.sinks - 1)].float()
             out = torch.where(sink[..., None, None], kept, out)
         return out.transpose(1, 2)
+
+
+@cache
+def _shifts(device: torch.device) -> torch.Tensor:
+    """Shift of each of the four two-bit fields of a byte."""
+    return torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=device)
 
 
 def make_window(
@@ -171,6 +180,11 @@ def slot_nbytes(shape: LayerShape, sinks: int, ring: int, bits: int, itemsize: i
     low = shape.kv_heads * (shape.head_numbers // 4) if bits == 10 else 0
     scales = 2 * numbers // scale_group(shape.key_dim, shape.value_dim)
     return sinks * shape.token_nbytes(itemsize) + ring * (numbers + low + scales)
+
+
+def every(slot: torch.Tensor | int, place: torch.Tensor) -> torch.Tensor:
+    """A slot for every place."""
+    return slot if isinstance(slot, torch.Tensor) else torch.full_like(place, slot)
 
 
 def resized(old: torch.Tensor, slots: int) -> torch.Tensor:

@@ -162,7 +162,8 @@ def main() -> int:
               "Name another: make serve PYTHON=python3.12", file=sys.stderr)
         return 2
     parser = argparse.ArgumentParser(description="Create the environment and install Spectral into it.")
-    parser.add_argument("--extra", action="append", default=[], choices=["dev", "gpu", "ray"], help="install an extra")
+    extras = ["dev", "gpu", "plots", "ray"]
+    parser.add_argument("--extra", action="append", default=[], choices=extras, help="install an extra")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="where the environment is")
     options = parser.parse_args()
     try:

@@ -15,10 +15,12 @@ from collections.abc import Callable
 from functools import partial
 
 from spectral.baselines.base import Baseline, CalibrationStats, ExactWindow, LayerStats, Shape
+from spectral.baselines.blockmax import BlockMax
 from spectral.baselines.eigen_attention import EigenAttention
 from spectral.baselines.fp8 import Fp8
 from spectral.baselines.jarviskv import JarvisPublished, JarvisRepaired
 from spectral.baselines.kivi import Kivi
+from spectral.baselines.kvquant import KvQuant
 from spectral.baselines.kvtc import Kvtc
 from spectral.baselines.oscar import Oscar
 from spectral.baselines.palu import Palu
@@ -45,21 +47,26 @@ _FACTORIES: tuple[Factory, ...] = (
     partial(JarvisRepaired, share=0.25, bits=3),
     *(partial(TurboQuant, bits=bits) for bits in (4, 3, 2, 1)),
     *(partial(TurboQuant, bits=bits, qjl=True) for bits in (4, 3, 2)),
-    *(partial(Kivi, bits=bits) for bits in (4, 2)),
-    *(partial(PerToken, bits=bits) for bits in (4, 2)),
-    *(partial(HadamardInt, bits=bits) for bits in (4, 2)),
-    *(partial(Oscar, bits=bits) for bits in (4, 2)),
+    *(partial(TurboQuant, bits=bits, outliers=0.25) for bits in (3, 2)),
+    *(partial(Kivi, bits=bits) for bits in (4, 3, 2)),
+    *(partial(KvQuant, bits=bits) for bits in (4, 3, 2)),
+    *(partial(PerToken, bits=bits) for bits in (4, 3, 2)),
+    *(partial(BlockMax, bits=bits) for bits in (8, 4)),
+    *(partial(HadamardInt, bits=bits) for bits in (4, 3, 2)),
+    *(partial(Oscar, bits=bits) for bits in (4, 3, 2)),
+    *(partial(Oscar, bits=bits, tuned=True) for bits in (3, 2)),
     *(partial(Spectra, bits=bits) for bits in (4.0, 3.0, 2.0, 1.5, 1.0)),
     *(partial(Spectra, bits=bits, per_head=True) for bits in (4.0, 2.0, 1.0)),
     partial(Svdq, schedule=(8, 4, 4, 2, 0, 0, 0, 0), value_bits=16),
     partial(Svdq, schedule=(8, 4, 4, 2, 0, 0, 0, 0), value_bits=4),
     partial(Svdq, schedule=(4, 4, 2, 0, 0, 0, 0, 0), value_bits=2),
     *(partial(Kvtc, ratio=ratio) for ratio in (4.0, 8.0, 16.0, 32.0)),
-    *(partial(EigenAttention, share=share) for share in (0.6, 0.25)),
+    *(partial(EigenAttention, share=share) for share in (0.6, 0.25, 0.125)),
     partial(Xkv, key_share=1 / 8, value_share=3 / 16),
     partial(Xkv, key_share=3 / 32, value_share=9 / 64),
     *(partial(Think, prune=prune) for prune in (0.4, 0.5)),
-    partial(Palu, share=0.5, bits=3),
+    partial(Palu, share=0.7, bits=4),
+    *(partial(Palu, share=0.5, bits=bits) for bits in (4, 3, 2)),
     WindowOnly,
     partial(WindowOnly, ratio=8.0),
 )

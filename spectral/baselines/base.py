@@ -2,7 +2,7 @@
 
 The protocol of an evaluator:
     method.fit(stats, shape)                     once per model; `stats` holds the calibration sample
-    window = method.exact(context)               these tokens stay exact (bf16) and are counted as such
+    window = method.exact_of(side, context)      the tokens that a query sees exactly (bf16), its own included
     keys_hat, values_hat = method.roundtrip_all(keys, values, positions)      what attention sees of all other tokens
     method.nbytes(context, shape)                everything one sequence of that many tokens holds
     method.basis_nbytes(shape)                   what the model holds once, whatever the number of sequences
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -78,6 +78,7 @@ class LayerStats:
         key_norm: True if a norm stands between W_K and RoPE (Qwen3, Gemma 3): W_K then does not describe the keys.
         output_weight: [Hq, d, hidden] W_O per query head, or None. No method here reads it; it is there for
             comparisons that weight values by the output.
+        key_bias, value_bias: [H, d] float32 biases of the projections (Qwen2), or None where there are none.
     """
 
     keys: torch.Tensor
@@ -88,13 +89,17 @@ class LayerStats:
     hidden_moment: torch.Tensor | None = None
     key_norm: bool = False
     output_weight: torch.Tensor | None = None
+    key_bias: torch.Tensor | None = None
+    value_bias: torch.Tensor | None = None
+    _query_moment: torch.Tensor | None = field(init=False, default=None, repr=False)
 
     def query_moment(self) -> torch.Tensor:
         """[H, d, d]: sum of q q^T over the sample and over the query heads that read each KV head."""
-        tokens, heads, dim = self.queries.shape
-        kv_heads = self.keys.shape[1]
-        grouped = self.queries.view(tokens, kv_heads, heads // kv_heads, dim).double()
-        return torch.einsum("nhgd,nhge->hde", grouped, grouped).float()
+        if self._query_moment is None:
+            kv_heads, dim = self.keys.shape[1:]
+            grouped = self.queries.unflatten(1, (kv_heads, -1)).transpose(0, 1).reshape(kv_heads, -1, dim).double()
+            self._query_moment = (grouped.mT @ grouped).float()
+        return self._query_moment
 
 
 @dataclass
@@ -112,6 +117,8 @@ class CalibrationStats:
     positions: torch.Tensor
     cos: torch.Tensor
     sin: torch.Tensor
+    memo: dict[str, Any] = field(init=False, default_factory=dict, repr=False)
+    """What one setting of a method has computed and its other settings can use."""
 
     def check(self, shape: Shape) -> None:
         """Raise ValueError unless the sample is of this shape."""
@@ -192,13 +199,21 @@ class Baseline(ABC):
         self.prepare(stats, shape)
 
     def exact(self, context: int) -> ExactWindow:
-        """Which of `context` tokens stay exact."""
+        """Which of `context` tokens the query at the last of them sees exactly, on both sides."""
         sinks = min(self.sinks, context)
         return ExactWindow(sinks, min(self.recent, context - sinks))
 
+    def exact_of(self, side: Side, context: int) -> ExactWindow:
+        """The same of one side: a method may keep more values than keys."""
+        return self.exact(context)
+
+    def held(self, context: int) -> ExactWindow:
+        """The tokens counted as bf16 in `nbytes`: the mean where the window fills and empties as the text grows."""
+        return self.exact(context)
+
     def nbytes(self, context: int, shape: Shape) -> int:
         """All bytes of one sequence: packed codes, scales, zero points, norms, per-prompt bases, padding, window."""
-        window = self.exact(context).tokens
+        window = self.held(context).tokens
         return shape.exact_nbytes(window) + self.payload_nbytes(context - window, shape)
 
     @property
@@ -252,6 +267,12 @@ class Baseline(ABC):
         self._fitted()
         assert self.stats is not None
         return self.stats.cos, self.stats.sin
+
+
+def filling_window(sinks: int, most: int, context: int) -> ExactWindow:
+    """A window that grows to `most` recent tokens, is then quantized as a whole, and starts again at one."""
+    sinks = min(sinks, context)
+    return ExactWindow(sinks, (context - sinks - 1) % most + 1 if context > sinks else 0)
 
 
 def check_tensor(name: str, x: torch.Tensor, want: tuple[int, ...]) -> None:

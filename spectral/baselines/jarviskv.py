@@ -47,7 +47,7 @@ class JarvisPublished(Baseline):
         for layer in stats.layers:
             keys = layer.keys.double()
             axes = eigenbasis(torch.einsum("nhd,nhe->hde", keys, keys))[0][..., :rank]
-            self._basis.append(axes @ rotation)
+            self._basis.append(axes @ rotation.to(axes.device))
 
     def encode(self, layer: int, side: Side, x: torch.Tensor, positions: torch.Tensor) -> Stored:
         if side == "value":
@@ -113,7 +113,7 @@ class JarvisRepaired(Baseline):
                 mean = x.mean(0)
                 centred = (x - mean).double()
                 axes = eigenbasis(torch.einsum("nhd,nhe->hde", centred, centred))[0]
-                self._basis[index, side] = (mean, axes[..., : self._rank(shape)] @ rotation)
+                self._basis[index, side] = (mean, axes[..., : self._rank(shape)] @ rotation.to(axes.device))
 
     def encode(self, layer: int, side: Side, x: torch.Tensor, positions: torch.Tensor) -> Stored:
         mean, basis = (t.to(x.device) for t in self._basis[layer, side])

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from spectral.baselines.base import Baseline, ExactWindow, Shape, Side
+from spectral.baselines.base import Baseline, ExactWindow, Shape, Side, filling_window
 from spectral.baselines.quantizers import affine_decode, affine_encode, fitting_group
 from spectral.baselines.store import Stored, packed_nbytes
 
@@ -16,7 +16,8 @@ from spectral.baselines.store import Stored, packed_nbytes
 class Kivi(Baseline):
     """KIVI at `bits`; scale and zero point are fp16.
 
-    The most recent `recent` tokens stay exact, and with them the tokens that do not fill a group of keys yet.
+    Keys stay exact until there are `recent` of them and are then quantized together, in groups of `group` tokens: a
+    query sees 1 to `recent` exact keys. Of the values the last `recent` are exact: one is quantized at every step.
     """
 
     source: ClassVar[str] = "arXiv:2402.02750 (2024)"
@@ -32,9 +33,21 @@ class Kivi(Baseline):
         return f"kivi-{self.bits}bit"
 
     def exact(self, context: int) -> ExactWindow:
-        window = super().exact(context)
-        partial = (context - window.tokens) % self.group
-        return ExactWindow(window.sinks, window.recent + partial)
+        return filling_window(self.sinks, self.recent, context)
+
+    def exact_of(self, side: Side, context: int) -> ExactWindow:
+        return self.exact(context) if side == "key" else super().exact(context)
+
+    def held(self, context: int) -> ExactWindow:
+        """The mean of both sides: half a residual of keys and a whole one of values."""
+        sinks = min(self.sinks, context)
+        return ExactWindow(sinks, min(3 * self.recent // 4, context - sinks))
+
+    def nbytes(self, context: int, shape: Shape) -> int:
+        sinks = min(self.sinks, context)
+        keys, values = (sinks + min(count, context - sinks) for count in (self.recent // 2, self.recent))
+        exact = shape.exact_nbytes(keys + values) // 2
+        return exact + self._key_nbytes(context - keys, shape) + self._value_nbytes(context - values, shape)
 
     def encode(self, layer: int, side: Side, x: torch.Tensor, positions: torch.Tensor) -> Stored:
         tokens, heads, dim = x.shape
@@ -56,7 +69,12 @@ class Kivi(Baseline):
         return codes.float() * scale.float()[owner] + zero.float()[owner]
 
     def payload_nbytes(self, tokens: int, shape: Shape) -> int:
-        codes = packed_nbytes(tokens * shape.width, self.bits)
-        key_groups = -(-tokens // self.group) * shape.width
-        value_groups = tokens * shape.width // fitting_group(shape.head_dim, self.group)
-        return shape.layers * (2 * codes + 4 * (key_groups + value_groups))
+        return self._key_nbytes(tokens, shape) + self._value_nbytes(tokens, shape)
+
+    def _key_nbytes(self, tokens: int, shape: Shape) -> int:
+        groups = -(-tokens // self.group) * shape.width
+        return shape.layers * (packed_nbytes(tokens * shape.width, self.bits) + 4 * groups)
+
+    def _value_nbytes(self, tokens: int, shape: Shape) -> int:
+        groups = tokens * shape.width // fitting_group(shape.head_dim, self.group)
+        return shape.layers * (packed_nbytes(tokens * shape.width, self.bits) + 4 * groups)

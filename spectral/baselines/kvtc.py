@@ -96,13 +96,21 @@ class Kvtc(Baseline):
     def prepare(self, stats: CalibrationStats, shape: Shape) -> None:
         self.deflate_gain = 1.0
         for side in SIDES:
-            x = torch.cat([frame(stats, layer, side).flatten(1) for layer in range(shape.layers)], 1)  # [N, P]
-            mean = x.mean(0)
-            axes = principal_axes(x - mean, MAX_RANK)
-            pick = torch.linspace(0, len(x) - 1, min(PLAN_TOKENS, len(x))).round().long()
-            latent = ((x - mean)[pick.to(x.device)] @ axes).cpu()
-            groups = plan_groups(format_errors(latent), latent.shape[1], self._budget(shape))
-            self._sides[side] = _Transform(mean, axes, groups)
+            if f"kvtc {side}" not in stats.memo:
+                stats.memo[f"kvtc {side}"] = self._transform(stats, shape, side)
+            mean, axes, errors = stats.memo[f"kvtc {side}"]
+            self._sides[side] = _Transform(mean, axes, plan_groups(errors, axes.shape[1], self._budget(shape)))
+
+    @staticmethod
+    def _transform(
+        stats: CalibrationStats, shape: Shape, side: Side
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[tuple[int, str], torch.Tensor]]:
+        """mean [P], axes [P, R] and the formats' errors: the same for every ratio."""
+        x = torch.cat([frame(stats, layer, side).flatten(1) for layer in range(shape.layers)], 1)  # [N, P]
+        mean = x.mean(0)
+        axes = principal_axes(x - mean, MAX_RANK)
+        pick = torch.linspace(0, len(x) - 1, min(PLAN_TOKENS, len(x))).round().long()
+        return mean, axes, format_errors(((x - mean)[pick.to(x.device)] @ axes).cpu())
 
     def _budget(self, shape: Shape) -> int:
         """Bits per token and side."""

@@ -34,6 +34,15 @@ def affine_decode(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) 
     return codes.float() * scale.float()[..., None] + zero.float()[..., None]
 
 
+CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+
+
+def best_clip(x: torch.Tensor, bits: int) -> float:
+    """The `clip` among CLIPS with which `affine_encode` restores groups x [..., g] with the least squared error."""
+    errors = [float((affine_decode(*affine_encode(x, bits, clip=clip)) - x).pow(2).sum()) for clip in CLIPS]
+    return CLIPS[errors.index(min(errors))]
+
+
 @cache
 def gaussian_step(bits: int) -> float:
     """Step, in standard deviations, of the best uniform mid-rise quantizer of a Gaussian with 2^bits levels."""

@@ -91,6 +91,15 @@ def frame(stats: CalibrationStats, layer: int, side: Side) -> torch.Tensor:
     return unrope(sample.keys, stats.positions, stats.cos, stats.sin) if side == "key" else sample.values
 
 
+def projection_bias(stats: CalibrationStats, layer: int, side: Side) -> torch.Tensor:
+    """The constant [H, d] that a method on the weights need not compress: the projection's bias, added after it."""
+    sample = stats.layers[layer]
+    bias = sample.key_bias if side == "key" else sample.value_bias
+    if bias is None or (side == "key" and sample.key_norm):
+        return torch.zeros(sample.keys.shape[1:], device=sample.keys.device)
+    return bias
+
+
 def projection_moment(stats: CalibrationStats, layer: int, side: Side) -> torch.Tensor:
     """Second moment [H*d, H*d] of pre-RoPE keys or of values, from the weights: W E[h h^T] W^T.
 
@@ -100,7 +109,7 @@ def projection_moment(stats: CalibrationStats, layer: int, side: Side) -> torch.
     sample: LayerStats = stats.layers[layer]
     weight = sample.key_weight if side == "key" else sample.value_weight
     if weight is None or sample.hidden_moment is None or (side == "key" and sample.key_norm):
-        flat = frame(stats, layer, side).flatten(1).double()
+        flat = (frame(stats, layer, side) - projection_bias(stats, layer, side)).flatten(1).double()
         return flat.T @ flat / len(flat)
     flat = weight.flatten(0, 1).double()
     return flat @ sample.hidden_moment.double() @ flat.T

@@ -50,8 +50,14 @@ def show(
     file: Path = typer.Argument(..., help="A profile (.safetensors)."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
-    """Show what a profile holds: the model it fits and its ladder of settings."""
+    """Show what a profile holds: the model it fits, its ladder of settings, and each layer's spectrum."""
     from spectral import SpectralProfile
+    from spectral.sparkline import DECADES, spectrum_lines
 
     profile = SpectralProfile.load(file)
-    typer.echo(json.dumps(profile.to_dict(), indent=2) if as_json else profile.summary())
+    if as_json:
+        typer.echo(json.dumps(profile.to_dict(), indent=2))
+        return
+    typer.echo(profile.summary())
+    typer.echo(f"\nVariance by latent channel, largest first (log scale, {DECADES:g} decades):")
+    typer.echo("\n".join(spectrum_lines(profile.to_dict()["spectrum"])))

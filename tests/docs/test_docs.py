@@ -69,7 +69,18 @@ def test_names_that_the_readme_imports_exist() -> None:
         assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
 
 
-@pytest.mark.parametrize("name", ["SpectralProfile", "SpectralProfiler", "InferenceEngine", "SpectralError"])
+PUBLIC = [
+    "SpectralProfile",
+    "SpectralProfiler",
+    "SpectralCache",
+    "SpectralKVCompressor",
+    "profile_from_tensors",
+    "InferenceEngine",
+    "SpectralError",
+]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
 def test_public_names_import(name: str) -> None:
     import spectral
 

@@ -56,6 +56,11 @@ def test_library_block(tmp_path: Path) -> None:
     assert "Paris" in run_python(block("python", "InferenceEngine("), tmp_path, 120)
 
 
+def test_cache_block(tmp_path: Path) -> None:
+    printed = run_python(block("python", "SpectralCache("), tmp_path, 120)
+    assert "Paris" in printed and "bytes" in printed
+
+
 def test_profiler_block(tmp_path: Path) -> None:
     code = block("python", "SpectralProfiler(")
     # Given text, and few tokens, instead of text by the model: the block is to be run, not to make a good profile.

@@ -16,8 +16,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from spectral.basis import Basis, block_diagonal, weighted_basis
+from spectral.basis import Unit, weighted_basis
+from spectral.bits import frequency_classes, gaussian_tables
 from spectral.codec import Codebook, LayerCodec
+from spectral.frames import BlockFrame
 from spectral.hf import LoadedModel, wrap_model
 from spectral.pages import ModelShape
 
@@ -62,40 +64,66 @@ def random_model(family: str, seed: int = 0) -> LoadedModel:
     return wrap_model(family, model, NoTokenizer())
 
 
-def random_basis(heads: int, dim: int, seed: int) -> Basis:
-    """A basis of random, decaying statistics."""
+def random_unit(heads: tuple[int, int], dim: int, seed: int, page: int = 16) -> Unit:
+    """A unit of random, decaying statistics, latents of unit variance."""
     rng = np.random.default_rng(seed)
-    size = heads * dim
-    mixing = rng.normal(size=(size, size)) * (0.9 ** np.arange(size))
-    metric = np.stack(
-        [(lambda a: a @ a.T / dim + 0.1 * np.eye(dim))(rng.normal(size=(dim, dim))) for _ in range(heads)]
-    )
-    return weighted_basis(rng.normal(size=size), mixing @ mixing.T, block_diagonal(metric))
+    size = (heads[1] - heads[0]) * 2 * dim
+    mixing = rng.normal(size=(size, size)) * (0.95 ** np.arange(size))
+    skew = rng.normal(size=(size, size))
+    basis = weighted_basis(rng.normal(size=size), mixing @ mixing.T, skew @ skew.T / size + 0.1 * np.eye(size))
+    scale = np.sqrt(np.maximum(basis.variance, 1e-9))
+    deviation = rng.uniform(0.5, 1.5, size=(len(frequency_classes(page)), size))
+    return Unit(heads, basis.mean, basis.decode * scale, basis.encode / scale, basis.variance, deviation)
+
+
+def cycling_widths(widths: list[int], channels: int, page: int) -> np.ndarray:
+    """[classes, channels]: runs of 16 latents cycle through the widths, shifted by one in every class."""
+    runs = channels // 16
+    return np.stack(
+        [
+            np.repeat([widths[(run + c) % len(widths)] for run in range(runs)], 16).tolist() + [0] * (channels % 16)
+            for c in range(len(frequency_classes(page)))
+        ]
+    ).astype(np.uint8)
 
 
 def random_codec(
-    heads: int, dim: int, widths: list[int], *, page: int = 16, gain: bool = False, seed: int = 0
+    heads: int,
+    dim: int,
+    widths: list[int],
+    *,
+    page: int = 16,
+    seed: int = 0,
+    units: int = 1,
+    block: int = 0,
+    sinks: int = 4,
 ) -> LayerCodec:
-    """A layer codec whose channels cycle through the given widths, finest first."""
-    size = heads * dim
-    bits = np.array(sorted((widths[i % len(widths)] for i in range(size)), reverse=True))
-    return LayerCodec(
-        random_basis(heads, dim, seed),
-        random_basis(heads, dim, seed + 1),
-        bits,
-        bits,
-        kv_heads=heads,
-        page_tokens=page,
-        gain=gain,
-    )
+    """A layer codec whose latents cycle through the given widths; `units` of equal size; `block` tokens of a frame."""
+    run = heads // units
+    parts = []
+    for number in range(units):
+        unit = random_unit((number * run, (number + 1) * run), dim, seed + number, page)
+        parts.append((unit, cycling_widths(widths, unit.variance.size, page)))
+    frequencies = 0.5 ** np.arange(dim // 2)
+    frame = BlockFrame(frequencies, block_tokens=block, page_tokens=page, sinks=sinks)
+    return LayerCodec(parts, gaussian_tables(), frame, key_dim=dim, value_dim=dim, page_tokens=page)
 
 
 def random_codebook(
-    shape: ModelShape, widths: list[int], *, sinks: int = 4, window: int = 16, page: int = 8, gain: bool = False
+    shape: ModelShape,
+    widths: list[int],
+    *,
+    sinks: int = 4,
+    window: int = 16,
+    page: int = 8,
+    block: int = 32,
+    window_bits: int = 16,
 ) -> Codebook:
     """A setting with random bases for every full layer of a model."""
     layers = [
-        None if layer.sliding else random_codec(layer.kv_heads, layer.key_dim, widths, page=page, gain=gain, seed=i)
+        None
+        if layer.sliding
+        else random_codec(layer.kv_heads, layer.key_dim, widths, page=page, seed=i, block=block, sinks=sinks)
         for i, layer in enumerate(shape.layers)
     ]
-    return Codebook("test", "hash", sinks, window, page, layers)
+    return Codebook("test", "hash", sinks, window, page, layers, window_bits=window_bits)

@@ -69,12 +69,12 @@ def test_exact_setting_equals_the_models_own_forward(family: str) -> None:
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("gain", [False, True])
-def test_attention_reads_sinks_pages_and_recent_tokens(gain: bool, softcap: float | None) -> None:
+@pytest.mark.parametrize(("units", "block"), [(1, 0), (2, 16)])
+def test_attention_reads_sinks_pages_and_recent_tokens(units: int, block: int, softcap: float | None) -> None:
     """Against dense attention over what the store holds: sinks and recent tokens exact, pages as they decode."""
     heads, groups, dim, sinks, window, page = 2, 3, 8, 4, 16, 8
     shape = ModelShape((LayerShape(heads, dim, dim),), heads * groups, 32)
-    codec = random_codec(heads, dim, [6, 4, 3, 2, 1, 0], page=page, gain=gain)
+    codec = random_codec(heads, dim, [6, 4, 3, 2, 1, 0], page=page, units=units, block=block)
     store = PageStore(shape, Codebook("test", "", sinks, window, page, [codec]), window_dtype=torch.float32)
     rows = [store.open() for _ in range(3)]
     dense: list[list[torch.Tensor]] = [[torch.zeros(heads, 0, dim)] * 2 for _ in rows]
@@ -94,7 +94,9 @@ def test_attention_reads_sinks_pages_and_recent_tokens(gain: bool, softcap: floa
             visible = len(row.pages) if n == 1 else held[i]  # a chunk reads the pages that were there before it
             for number, page_id in enumerate(row.pages[:visible]):
                 at = slice(sinks + number * page, sinks + (number + 1) * page)
-                for x, decoded in zip(read, codec.decode(store.pools[0][[page_id]]), strict=True):
+                for x, decoded in zip(
+                    read, codec.decode(store.pools[0][[page_id]], torch.tensor([number])), strict=True
+                ):
                     x[:, at] = decoded[0]
             expected = dense_attention(query[0, :, span], *read, past[i], softcap)
             torch.testing.assert_close(out[span], expected, rtol=1e-3, atol=1e-3)
@@ -133,12 +135,36 @@ def test_encoded_pages_never_change() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+@pytest.mark.parametrize("bits", [8, 10, 16])
+def test_chunks_and_single_tokens_make_the_same_cache(bits: int) -> None:
+    """Pages and windows do not depend on how the tokens came, also where the window rounds them."""
+    shape = ModelShape((LayerShape(2, 8, 8),), 4, 32)
+    codec = random_codec(2, 8, [4, 3, 2, 1], page=8, block=16)
+    book = Codebook("test", "", 4, 16, 8, [codec], window_bits=bits)
+    query, key, value = torch.randn(1, 4, 61, 8), torch.randn(1, 2, 61, 8), torch.randn(1, 2, 61, 8)
+    held = []
+    for sizes in ([61], [1] * 61, [3, 40, 1, 1, 16]):
+        store = PageStore(shape, book)
+        row, at = store.open(), 0
+        for n in sizes:
+            batch = store.begin([(row, n)])
+            span = slice(at, at + n)
+            attend(batch, 0, query[:, :, span], key[:, :, span], value[:, :, span], scaling=0.3)
+            batch.commit()
+            at += n
+        recent = torch.tensor([store.windows[0].index(p) for p in [*range(4), *range(44, 61)]])
+        held.append((store.pools[0][row.pages], store.windows[0].read(torch.tensor([row.slot]))[:, :, recent]))
+    for pages, tokens in held[1:]:
+        assert torch.equal(pages, held[0][0])
+        assert torch.equal(tokens, held[0][1])
+
+
 def test_bytes_reported_are_bytes_allocated() -> None:
     loaded = random_model("gemma2")
-    store = PageStore(loaded.shape, random_codebook(loaded.shape, [4, 2]))
+    store = PageStore(loaded.shape, random_codebook(loaded.shape, [4, 2], window_bits=8))
     row = store.open()
     forward(loaded, store, [(row, sequences(1, [77])[0])])
-    tensors = [p for p in store.pools if p is not None] + [t for w in store.windows for t in (w.keys, w.values)]
+    tensors = [p for p in store.pools if p is not None] + [t for w in store.windows for t in w.tensors()]
     assert store.nbytes == sum(t.numel() * t.element_size() for t in tensors)
     assert store.bytes_per_token(77) == pytest.approx(store.row_nbytes(row) / 77)
     assert store.used_nbytes <= store.nbytes

@@ -9,12 +9,14 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from spectral.calibrate import SpectralProfiler, split_attention, token_windows
+from spectral.calibrate import SpectralProfiler, token_windows
 from spectral.errors import ModelError, ProfileError, SettingError
 from spectral.evaluate import evaluate, score_settings
 from spectral.hf import LoadedModel
 from spectral.pages import PageStore
-from spectral.profile import SpectralProfile, _digest
+from spectral.profile import SpectralProfile
+from spectral.profile_file import digest
+from spectral.statistics import Collector, Statistics, split_attention
 from tests.spectral.helpers import NoTokenizer, random_model
 
 
@@ -41,7 +43,10 @@ def small_profiler(**changes: object) -> SpectralProfiler:
         "measure_tokens": 256,
         "recent": 16,
         "page_tokens": 8,
-        "ladder_bits": (5.0, 2.0, 0.8),
+        "fisher_tokens": 1024,
+        "measure_window": 256,
+        "block_tokens": 64,
+        "ratios": (3.0, 6.0, 12.0),
         **changes,
     }
     return SpectralProfiler(**options)  # type: ignore[arg-type]
@@ -67,8 +72,8 @@ def test_ladder_is_measured_and_monotone(profile: SpectralProfile, model: Loaded
         store = PageStore(model.shape, profile.codebook(row.name))
         assert store.bytes_per_token(400) == pytest.approx(row.bytes_per_token(400))
     assert profile.resolve("auto") == profile.default
-    with pytest.raises(SettingError, match="3x"):
-        profile.resolve("3x")
+    with pytest.raises(SettingError, match="7x"):
+        profile.resolve("7x")
 
 
 def test_calibration_is_deterministic(model: LoadedModel, profile: SpectralProfile, tmp_path: Path) -> None:
@@ -102,8 +107,8 @@ def test_round_trip(profile: SpectralProfile, model: LoadedModel, tmp_path: Path
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     x = torch.randn(2, 2, 8, 16)
     name = profile.default
-    fresh = SpectralProfile.load(path).codebook(name).layers[0]
-    assert torch.equal(fresh.encode(x, x), loaded.codebook(name).layers[0].encode(x, x))  # type: ignore[union-attr]
+    pages = [p.codebook(name).layers[0].encode(x, x, torch.arange(2)) for p in (SpectralProfile.load(path), loaded)]  # type: ignore[union-attr]
+    assert torch.equal(*pages)
 
 
 def test_another_models_profile_is_refused(profile: SpectralProfile) -> None:
@@ -131,28 +136,44 @@ def _rewrite(path: Path, change) -> None:  # type: ignore[no-untyped-def]
     document = json.loads(json.loads(metadata["spectral"])["document"])
     change(tensors, document)
     text = json.dumps(document, sort_keys=True)
-    sealed = json.dumps({"document": text, "sha256": _digest(text, tensors)})
+    sealed = json.dumps({"document": text, "sha256": digest(text, tensors)})
     save_file(tensors, path, metadata={"spectral": sealed})
 
 
 def _nan(tensors, _):  # type: ignore[no-untyped-def]
-    tensors["0.k.mean"][0] = np.nan
+    tensors["0.0.mean"][0] = np.nan
 
 
 def _shape(tensors, _):  # type: ignore[no-untyped-def]
-    tensors["1.v.decode"] = tensors["1.v.decode"][:-1]
+    tensors["1.0.decode"] = tensors["1.0.decode"][:-1]
 
 
 def _skewed(tensors, _):  # type: ignore[no-untyped-def]
-    tensors["1.k.decode"][:, 0] *= 2
+    tensors["1.0.decode"][:, 0] *= 2
+
+
+def _singular(tensors, _):  # type: ignore[no-untyped-def]
+    tensors["1.0.decode"][:, 0] = tensors["1.0.decode"][:, 1]
 
 
 def _widths(tensors, _):  # type: ignore[no-untyped-def]
-    tensors["setting.0.bits"][0, 0, 0] = 7
+    tensors["setting.0.0.0"][0, :16] = 7
+
+
+def _ragged(tensors, _):  # type: ignore[no-untyped-def]
+    tensors["setting.0.0.0"][0, 0] = (tensors["setting.0.0.0"][0, 0] + 1) % 3
+
+
+def _smaller(tensors, _):  # type: ignore[no-untyped-def]
+    tensors["setting.0.0.0"][:] = 1
 
 
 def _missing(tensors, _):  # type: ignore[no-untyped-def]
-    del tensors["2.v.metric"]
+    del tensors["2.0.scale"]
+
+
+def _table(tensors, _):  # type: ignore[no-untyped-def]
+    tensors["table.2"][0] = 5
 
 
 def _version(_, document):  # type: ignore[no-untyped-def]
@@ -167,10 +188,14 @@ def _upside_down(_, document):  # type: ignore[no-untyped-def]
     ("change", "message"),
     [
         (_nan, "not finite"),
-        (_shape, "shapes"),
-        (_skewed, "orthonormal"),
+        (_shape, "1.0.decode"),
+        (_skewed, "unit length"),
+        (_singular, "singular"),
         (_widths, "widths"),
-        (_missing, "2.v.metric"),
+        (_ragged, "every run"),
+        (_smaller, "pages of"),
+        (_missing, "2.0.scale"),
+        (_table, "ascend"),
         (_version, "format 99"),
         (_upside_down, "finest to coarsest"),
     ],
@@ -234,15 +259,92 @@ def test_evaluate_reads_through_the_cache(model: LoadedModel, profile: SpectralP
         evaluate(model, profile, texts=["short"], context=200)
 
 
-def test_statistics_cover_later_positions(model: LoadedModel) -> None:
-    """Values do not turn with position and keys do: offsets change the keys' statistics only."""
+def _read(model: LoadedModel, windows: list[list[int]], statistics: Statistics) -> None:
+    collector = Collector(
+        model, seed=0, sinks=4, recent=16, page_tokens=8, block_tokens=64, fisher_tokens=512, sample_tokens=256
+    )
+    while statistics.windows < len(windows):
+        collector.read(statistics, windows)
+
+
+def test_statistics_resume_where_they_stopped(model: LoadedModel) -> None:
     windows = token_windows(model, [TEXT], 128, 1024, seed=0)
-    early = small_profiler(positions=128)._collect(model, windows)
-    spread = small_profiler(positions=512)._collect(model, windows)
-    for layer in early:
-        scale = float(early[layer].key_moment.abs().max())
-        torch.testing.assert_close(early[layer].value_moment, spread[layer].value_moment, rtol=1e-3, atol=1e-2)
-        assert float((early[layer].key_moment - spread[layer].key_moment).abs().max()) > 0.01 * scale
+    whole, first, second = (Statistics.of(model, turned=True) for _ in range(3))
+    _read(model, windows, whole)
+    _read(model, windows[:3], first)  # the share of windows with a backward pass depends on how many there are
+    first = Statistics.of(model, turned=True)
+    collector = Collector(
+        model, seed=0, sinks=4, recent=16, page_tokens=8, block_tokens=64, fisher_tokens=512, sample_tokens=256
+    )
+    for _ in range(3):
+        collector.read(first, windows)
+    second.restore({name: tensor.clone() for name, tensor in first.tensors().items()})
+    _read(model, windows, second)
+    for name, tensor in whole.tensors().items():
+        torch.testing.assert_close(second.tensors()[name], tensor, rtol=0, atol=0)
+
+
+def test_an_interrupted_profile_goes_on(model: LoadedModel, profile: SpectralProfile, tmp_path: Path) -> None:
+    import spectral.calibrate as calibrate
+
+    class Stop(Exception):
+        pass
+
+    def stop(stage: str, fraction: float) -> None:
+        if stage == "statistics" and fraction > 0.6:
+            raise Stop
+
+    saved, pause = tmp_path / "state", calibrate.SAVE_SECONDS
+    calibrate.SAVE_SECONDS = 0.0
+    try:
+        with pytest.raises(Stop):
+            small_profiler(checkpoint=saved, progress=stop).profile_from_loaded(model, texts=[TEXT])
+        assert saved.is_file()
+        seen: list[float] = []
+        again = small_profiler(
+            checkpoint=saved, progress=lambda s, f: seen.append(f) if s == "statistics" else None
+        ).profile_from_loaded(model, texts=[TEXT])
+    finally:
+        calibrate.SAVE_SECONDS = pause
+    assert min(seen) > 1 / 16, "it began again"
+    assert not saved.exists()
+    assert again.save(tmp_path / "a").read_bytes() == profile.save(tmp_path / "b").read_bytes()
+
+
+def test_one_forward_scores_what_the_store_shows_token_by_token(model: LoadedModel, profile: SpectralProfile) -> None:
+    from spectral.oneshot import score_oneshot
+    from spectral.scoring import ExactPass, score_store
+
+    ids = ByteTokenizer()(TEXT)["input_ids"][:200]
+    exact = ExactPass.run(model, ids)
+    for row in profile.ladder:
+        book = profile.codebook(row.name)
+        stepped, nbytes = score_store(exact, book, chunk=1)
+        once = score_oneshot(exact, book)
+        assert nbytes == pytest.approx(row.bytes_per_token(200))
+        torch.testing.assert_close(once["kl"], stepped["kl"], rtol=2e-2, atol=1e-5)
+
+
+def test_a_default_that_keeps_the_asked_energy(model: LoadedModel, profile: SpectralProfile) -> None:
+    energies = [row.energy for row in profile.ladder]
+    assert energies == sorted(energies, reverse=True)
+    middle = (energies[1] + energies[2]) / 2
+    assert small_profiler(target_energy=middle)._default(profile.ladder) == profile.ladder[1].name
+    assert small_profiler(target_energy=0.999999)._default(profile.ladder) == profile.ladder[0].name
+    with pytest.raises(ModelError, match="target_energy"):
+        small_profiler(target_energy=1.5)
+
+
+def test_head_statistics_and_maps(profile: SpectralProfile) -> None:
+    mean, metric, covariance = profile.head_statistics(0, 1, "value")
+    assert mean.shape == (16,) and metric.shape == covariance.shape == (16, 16)
+    assert np.linalg.eigvalsh(metric).min() > 0 and np.linalg.eigvalsh(covariance).min() > -1e-9
+    bits = profile.bits_map()[0]
+    assert bits is not None and bits.shape[0] == 8
+    assert sum(int(b.sum()) for b in profile.bits_map() if b is not None) == 8 * profile.row("auto").page_nbytes
+    for wrong in ((9, 0, "key"), (0, 5, "key"), (0, 0, "query")):
+        with pytest.raises(ProfileError):
+            profile.head_statistics(*wrong)
 
 
 def test_many_short_texts_make_windows(model: LoadedModel) -> None:
@@ -252,7 +354,7 @@ def test_many_short_texts_make_windows(model: LoadedModel) -> None:
 
 
 def test_too_little_text_is_refused(model: LoadedModel) -> None:
-    with pytest.raises(ModelError, match="at least 256 tokens"):
+    with pytest.raises(ModelError, match="at least 512 tokens"):
         small_profiler().profile_from_loaded(model, texts=["too short"])
 
 

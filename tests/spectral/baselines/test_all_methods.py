@@ -57,10 +57,10 @@ def test_bytes_are_those_of_the_packed_representation(
             assert packed == method.measured_nbytes
         monkeypatch.undo()
     context = 1000
-    window = method.exact(context)
-    assert method.nbytes(context, SHAPE) == window.tokens * 4 * SHAPE.layers * SHAPE.width + method.payload_nbytes(
-        context - window.tokens, SHAPE
-    )
+    window = method.held(context)
+    all_in = window.tokens * 4 * SHAPE.layers * SHAPE.width + method.payload_nbytes(context - window.tokens, SHAPE)
+    # KIVI holds more values than keys: counted side by side, and group by group on each.
+    assert method.nbytes(context, SHAPE) == (pytest.approx(all_in, rel=0.01) if name.startswith("kivi") else all_in)
     assert method.payload_nbytes(0, SHAPE) == 0
 
 
@@ -120,22 +120,29 @@ def test_names_sources_and_windows(name: str, methods: dict[str, Baseline]) -> N
     assert method.nbytes(4096, SHAPE) < SHAPE.exact_nbytes(4096)
     wider = dataclasses.replace(method, recent=method.recent + 64)
     if not getattr(method, "ratio", None) or not method.drops_tokens:
-        assert wider.exact(4096).recent == method.exact(4096).recent + 64
+        assert max(wider.exact(n).recent for n in range(4000, 4300)) == 64 + max(
+            method.exact(n).recent for n in range(4000, 4300)
+        )
 
 
 LADDERS = [
     ["turboquant-1bit", "turboquant-2bit", "turboquant-3bit", "turboquant-4bit", "fp8-e4m3"],
     ["turboquant-qjl-2bit", "turboquant-qjl-3bit", "turboquant-qjl-4bit"],
-    ["kivi-2bit", "kivi-4bit"],
-    ["pertoken-int2", "pertoken-int4"],
-    ["hadamard-int2", "hadamard-int4"],
-    ["oscar-int2", "oscar-int4"],
+    ["turboquant-2.25bit", "turboquant-3.25bit"],
+    ["kivi-2bit", "kivi-3bit", "kivi-4bit"],
+    ["kvquant-nuq2", "kvquant-nuq3", "kvquant-nuq4"],
+    ["pertoken-int2", "pertoken-int3", "pertoken-int4"],
+    ["llamacpp-q4_0", "llamacpp-q8_0"],
+    ["hadamard-int2", "hadamard-int3", "hadamard-int4"],
+    ["oscar-int2", "oscar-int3", "oscar-int4"],
+    ["oscar-int2-tuned", "oscar-int3-tuned"],
+    ["palu-r0.5-2bit", "palu-r0.5-3bit", "palu-r0.5-4bit"],
     ["spectra-1bit", "spectra-1.5bit", "spectra-2bit", "spectra-3bit", "spectra-4bit"],
     ["spectra-perhead-1bit", "spectra-perhead-2bit", "spectra-perhead-4bit"],
     ["svdq-1.25bit-v2", "svdq-2.25bit-v4", "svdq-2.25bit-v16"],
     ["kvtc-32x", "kvtc-16x", "kvtc-8x", "kvtc-4x"],
     ["jarviskv-repaired-r0.25-b3", "jarviskv-repaired-r0.5-b3", "jarviskv-repaired-r0.75-b3"],
-    ["eigen-attention-0.25", "eigen-attention-0.6"],
+    ["eigen-attention-0.125", "eigen-attention-0.25", "eigen-attention-0.6"],
     ["xkv-4-r0.117", "xkv-4-r0.156"],
     ["think-0.5", "think-0.4"],
 ]
@@ -154,12 +161,12 @@ def test_more_bytes_mean_less_error(ladder: list[str], methods: dict[str, Baseli
 
 
 def test_published_windows() -> None:
-    got = {name: (m.exact(100_000).sinks, m.exact(100_000).recent) for name in NAMES for m in [make(name)]}
-    # 100,000 - 128 is a whole number of KIVI's groups of 32.
-    assert got["kivi-2bit"] == (0, 128) and make("kivi-2bit").exact(1000).recent == 128 + 8
-    assert got["pertoken-int4"] == (0, 128) and got["oscar-int2"] == (64, 256) and got["kvtc-16x"] == (4, 128)
+    got = {name: (m.exact(128_000).sinks, m.exact(128_000).recent) for name in NAMES for m in [make(name)]}
+    # A whole number of residuals of 128: KIVI's keys and QuantizedCache are about to be quantized.
+    assert got["kivi-2bit"] == got["pertoken-int4"] == (0, 128)
+    assert got["oscar-int2"] == (64, 256) and got["kvtc-16x"] == (4, 128)
     assert got["think-0.4"] == (0, 32) and got["fp8-e4m3"] == (0, 0)
-    assert got["window-only"] == (4, 64) and got["window-only-8x"] == (4, 12_496)
+    assert got["window-only"] == (4, 64) and got["window-only-8x"] == (4, 15_996)
     assert got["turboquant-2bit"] == got["spectra-2bit"] == (HOUSE_SINKS, HOUSE_RECENT)
 
 
@@ -170,6 +177,7 @@ def test_ratios_of_a_larger_model_are_the_published_ones() -> None:
     assert ratio["kivi-2bit"] == pytest.approx(16 / 3, abs=0.03)
     assert ratio["hadamard-int4"] == pytest.approx(16 / 4.25, abs=0.01)
     assert ratio["fp8-e4m3"] == 2.0
+    assert ratio["kvquant-nuq3"] == pytest.approx(16 / 3.33, abs=0.05)
     assert ratio["think-0.4"] == pytest.approx(1.25, abs=0.01) and ratio["think-0.5"] == pytest.approx(4 / 3, abs=0.01)
     assert ratio["eigen-attention-0.6"] == pytest.approx(1.67, abs=0.02)
     assert ratio["xkv-4-r0.117"] == pytest.approx(8.5, rel=0.05)

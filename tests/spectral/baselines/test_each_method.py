@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import cast
 
 import pytest
 import torch
 
-from spectral.baselines import CalibrationStats, Shape
+from spectral.baselines import CalibrationStats, LayerStats, Shape
+from spectral.baselines.blockmax import BlockMax
 from spectral.baselines.eigen_attention import EigenAttention
 from spectral.baselines.fp8 import Fp8
 from spectral.baselines.jarviskv import JarvisPublished, JarvisRepaired
 from spectral.baselines.kivi import Kivi
+from spectral.baselines.kvquant import KvQuant, fitted_levels
 from spectral.baselines.oscar import CLIP, Oscar, score_weighted_moment
 from spectral.baselines.palu import Palu
 from spectral.baselines.pertoken import HadamardInt, PerToken
 from spectral.baselines.spectra import Spectra
 from spectral.baselines.svdq import Svdq
 from spectral.baselines.think import Think
-from spectral.baselines.transforms import rope, unrope
+from spectral.baselines.transforms import hadamard, rope, unrope
 from spectral.baselines.turboquant import TurboQuant, qjl_decode, qjl_encode
 from spectral.baselines.window import WindowOnly
 from spectral.baselines.xkv import Xkv
@@ -54,6 +57,119 @@ def test_kivi_reproduces_group_extremes_and_groups_as_published(world: World) ->
     outlier[:, 0, 3] += 100.0  # an outlying key channel costs the other channels nothing
     again, _ = method.roundtrip(0, outlier, x, torch.arange(64))
     assert torch.equal(again[:, 1], keys[:, 1]) and torch.equal(again[:, 0, 4:], keys[:, 0, 4:])
+
+
+def test_kivi_keeps_a_filling_residual_of_keys_and_a_sliding_one_of_values() -> None:
+    method = Kivi()
+    keys = [method.exact_of("key", n).recent for n in (1, 127, 128, 129, 256, 257, 1000)]
+    assert keys == [1, 127, 128, 1, 128, 1, 1000 - 7 * 128]
+    assert all((n - method.exact_of("key", n).recent) % 128 == 0 for n in range(1, 1000))
+    assert [method.exact_of("value", n).recent for n in (1, 128, 129, 1000)] == [1, 128, 128, 128]
+    # On average over a residual's life 64 keys and 128 values are bf16.
+    exact = SHAPE.exact_nbytes(1) // 2 * (64 + 128)
+    assert method.nbytes(1000, SHAPE) == exact + method._key_nbytes(936, SHAPE) + method._value_nbytes(872, SHAPE)
+
+
+def test_quantized_cache_quantizes_its_residual_at_once() -> None:
+    method = PerToken()
+    assert [method.exact(n).recent for n in (1, 127, 128, 129, 256, 300)] == [1, 127, 128, 1, 128, 44]
+    assert method.held(1000).recent == 64 and HadamardInt().held(1000).recent == HadamardInt().exact(1001).recent == 32
+
+
+def test_quantized_cache_is_that_of_transformers(world: World, prompt: Prompt) -> None:
+    """Its residual as transformers runs it, token by token: what each step returns for the tokens before."""
+    from transformers.cache_utils import QuantizedLayer
+
+    class Marked(QuantizedLayer):
+        def _quantize(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
+            return tensor.round()  # a stand-in: whole numbers were quantized
+
+        def _dequantize(self, tensor: torch.Tensor) -> torch.Tensor:
+            return tensor
+
+    layer = Marked(residual_length=16)
+    keys = torch.rand(1, 1, 60, 4) * 0.4 + 0.05
+    layer.update(keys[:, :, :16], keys[:, :, :16])  # a prompt is quantized as a whole
+    method = PerToken(recent=16)
+    for n in range(17, 61):
+        seen = layer.update(keys[:, :, n - 1 : n], keys[:, :, n - 1 : n])[0]
+        exact = (seen[0, 0, :, 0] != seen[0, 0, :, 0].round()).sum()
+        assert int(exact) == method.exact(n).recent, n
+
+
+def test_llamacpp_blocks(world: World) -> None:
+    method = fitted(BlockMax(bits=4), world)
+    x = torch.randn(20, 2, 32, generator=torch.Generator().manual_seed(0))
+    stored = method.encode(0, "key", x, torch.arange(20))
+    turned = x @ hadamard(32)
+    peak = turned.gather(-1, turned.abs().argmax(-1, keepdim=True))[..., 0]
+    assert torch.allclose(stored.floats["scale"].float()[..., 0], -peak / 8, rtol=1e-3)
+    assert int(stored.codes["codes"][0].min()) == 0, "the largest element is the lowest code"
+    assert method.nbytes(32, SHAPE) * 16 == SHAPE.exact_nbytes(32) * 4.5
+    assert fitted(BlockMax(bits=8), world).nbytes(32, SHAPE) * 16 == SHAPE.exact_nbytes(32) * 8.5
+
+
+def test_turboquant_gives_loud_channels_a_quantizer_of_their_own(world: World, prompt: Prompt) -> None:
+    method = cast(TurboQuant, fitted(TurboQuant(bits=2, outliers=0.25), world))
+    assert method.name == "turboquant-2.25bit" and [len(p.rotation) for p in method._parts] == [8, 24]
+    energy = world.stats.layers[1].values.pow(2).mean(0)
+    loud = method._order[1, "value"][:, :8]
+    assert float(energy.gather(1, loud).min(1).values[0]) >= float(energy[0].sort().values[-8]) - 1e-6
+    spiky = prompt[0].clone()
+    spiky[..., :4] *= 20
+    stats = dataclasses.replace(world.stats, layers=[_louder(layer) for layer in world.stats.layers])
+    errors = []
+    for candidate in (TurboQuant(bits=2, outliers=0.25), TurboQuant(bits=2)):
+        candidate.fit(stats, SHAPE)
+        back = candidate.roundtrip_all(spiky, prompt[1], prompt[2])[0]
+        errors.append(relative_error(spiky[..., 4:], back[..., 4:]))
+    assert errors[0] < errors[1] / 3
+
+
+def _louder(layer: LayerStats) -> LayerStats:
+    keys = layer.keys.clone()
+    keys[..., :4] *= 20
+    return dataclasses.replace(layer, keys=keys)
+
+
+def test_kvquant_keeps_outliers_as_they_are_and_channels_apart(world: World, prompt: Prompt) -> None:
+    keys, values, positions = prompt
+    method = cast(KvQuant, fitted(KvQuant(bits=3), world))
+    spiky = unrope(keys[0], positions, world.cos, world.sin)
+    spiky[7, 1, 5] = 500.0
+    turned = rope(spiky, positions, world.cos, world.sin)
+    stored = method.encode(0, "key", turned, positions)
+    assert 500.0 in stored.floats["outliers"].tolist() and int(stored.floats["counts"][7]) >= 1
+    back = unrope(method.decode(0, "key", stored, positions), positions, world.cos, world.sin)
+    assert float(back[7, 1, 5]) == pytest.approx(500.0, rel=1e-3)
+    others = torch.ones(TOKENS, 2, 32, dtype=torch.bool)
+    others[7, 1, 5] = False
+    assert relative_error(spiky[others], back[others]) < 0.05
+    kept = method.encode(0, "value", values[0], positions)
+    assert kept.floats["counts"].tolist() == [2] * TOKENS, "one at either end of every token"
+    assert relative_error(values, method.roundtrip_all(keys, values, positions)[1]) < relative_error(
+        values, fitted(PerToken(bits=3), world).roundtrip_all(keys, values, positions)[1]
+    )
+
+
+def test_fitted_levels_are_a_weighted_k_means() -> None:
+    x = torch.tensor([9.1, 0.0, 0.1, 1.0, 1.1, 5.0, 5.1, 9.0])
+    levels = fitted_levels(x, torch.tensor([1.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]), 2)
+    assert torch.allclose(levels, torch.tensor([0.025, 1.05, 5.05, 9.05]), atol=1e-6)
+
+
+def test_palu_adds_a_projections_bias_after_the_latent(world: World, prompt: Prompt) -> None:
+    """A key bias must cost nothing: the published method folds only the weight."""
+    keys, values, positions = prompt
+    bias = 30 * torch.randn(2, 32, generator=torch.Generator().manual_seed(3))
+    shifted = rope(unrope(keys[0], positions, world.cos, world.sin) + bias, positions, world.cos, world.sin)
+    layers = [dataclasses.replace(layer, key_bias=bias) for layer in world.stats.layers]
+    method = Palu(share=0.5, bits=8)
+    method.fit(dataclasses.replace(world.stats, layers=layers), SHAPE)
+    plain = fitted(Palu(share=0.5, bits=8), world).roundtrip(0, keys[0], values[0], positions)[0]
+    back = method.roundtrip(0, shifted, values[0], positions)[0]
+    turned = rope(bias.expand_as(keys[0]), positions, world.cos, world.sin)
+    assert torch.allclose(back - turned, plain, atol=1e-3)
 
 
 def test_hadamard_tames_an_outlying_channel(world: World, prompt: Prompt) -> None:
@@ -143,6 +259,10 @@ def test_oscar_rotations_are_orthogonal_and_diagonalise_the_moments(world: World
     assert float((diagonal.amax(-1) / diagonal.amin(-1)).max()) == pytest.approx(1.0, abs=1e-3)
     stored = method.encode(0, "key", prompt[0][0], prompt[2])
     assert CLIP["key"] < 1 and int(stored.codes["codes"][0].max()) == 255
+    tuned = fitted(Oscar(bits=2, tuned=True), world).roundtrip_all(*prompt)
+    plain = fitted(Oscar(bits=2), world).roundtrip_all(*prompt)
+    for x, a, b in zip(prompt, tuned, plain, strict=False):
+        assert relative_error(x, a) < relative_error(x, b)
     shared = cast(Oscar, fitted(Oscar(per_head=False), world))
     assert torch.equal(shared._rotation[0, "key"][0], shared._rotation[0, "key"][1])
     assert shared.basis_nbytes(SHAPE) * 2 == method.basis_nbytes(SHAPE)
@@ -159,7 +279,8 @@ def test_oscar_weights_values_by_the_scores_they_draw(world: World) -> None:
 def test_spectra_leaves_weak_channels_without_bits(world: World, prompt: Prompt) -> None:
     method = cast(Spectra, fitted(Spectra(bits=1.5), world))
     plan = method._plans[0, "key"]
-    assert int(plan.bits.sum()) == int(1.5 * SHAPE.width) and plan.bits.tolist()[-1] == 0
+    spent = sum(int(method._plans[layer, "key"].bits.sum()) for layer in range(SHAPE.layers))
+    assert spent == SHAPE.layers * int(1.5 * SHAPE.width) and plan.bits.tolist()[-1] == 0
     assert torch.allclose(plan.basis.T @ plan.basis, torch.eye(SHAPE.width), atol=1e-4)
     joint = fitted(Spectra(bits=2.0), world).roundtrip_all(*prompt)[0]
     per_head = fitted(Spectra(bits=2.0, per_head=True), world).roundtrip_all(*prompt)[0]

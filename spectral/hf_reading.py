@@ -1,0 +1,152 @@
+"""What profiling and evaluation read of a model: rotary tables, projections, hidden states, logits.
+
+Beside `spectral.hf` the only file that knows the insides of transformers' models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from spectral.attention import softcapped
+from spectral.errors import ModelError
+from spectral.hf import LoadedModel, attention_modules, text_config
+
+
+@dataclass
+class Projections:
+    """One attention layer's W_K [H, d, hidden], W_V [H, dv, hidden], W_O [Hq, dv, hidden] and biases [H, d] and [H, dv]
+    (zeros where it has none), float32 on the CPU. `key_norm`: a norm stands between W_K and RoPE."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+    output: torch.Tensor
+    key_bias: torch.Tensor
+    value_bias: torch.Tensor
+    key_norm: bool
+
+
+class _Found(Exception):
+    """Ends a forward as soon as its hook has what it wanted."""
+
+
+@torch.no_grad()
+def rotary_tables(loaded: LoadedModel, layer: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [length, r] float32 as the model hands them to a layer when it reads `length` tokens at once."""
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def take(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tables = kwargs.get("position_embeddings", args[1] if len(args) > 1 else None)
+        if isinstance(tables, tuple):
+            found.append(tables)
+        raise _Found
+
+    handle = attention_modules(loaded.model)[layer].register_forward_pre_hook(take, with_kwargs=True)
+    try:
+        with suppress(_Found):
+            loaded.model(input_ids=torch.zeros((1, length), dtype=torch.long, device=loaded.device), use_cache=False)
+    finally:
+        handle.remove()
+    if not found:
+        raise ModelError(f"{loaded.name}: layer {layer} is not handed rotary tables; comparisons need RoPE")
+    return found[0][0][0].float().cpu(), found[0][1][0].float().cpu()
+
+
+def rope_frequencies(loaded: LoadedModel, layer: int) -> np.ndarray | None:
+    """RoPE frequencies of a layer in radians per token, float64 [r / 2], read off the model's own tables.
+
+    None for a layer without RoPE, or with another layout than half-split: its keys are then coded as they are.
+    """
+    try:
+        cos, sin = rotary_tables(loaded, layer, 2)
+    except ModelError:
+        return None
+    half = cos.shape[-1] // 2
+    if not half or not torch.equal(cos[1, :half], cos[1, half:]):
+        return None
+    return torch.atan2(sin[1, :half].double(), cos[1, :half].double()).numpy()
+
+
+@torch.no_grad()
+def projections(loaded: LoadedModel, layer: int) -> Projections:
+    """W_K, W_V and W_O of a layer, asked of its modules by unit vectors: quantized weights are no special case."""
+    module, shape = attention_modules(loaded.model)[layer], loaded.shape.layers[layer]
+    heads, queries, hidden = shape.kv_heads, loaded.shape.query_heads, loaded.shape.hidden_size
+    dtype = loaded.model.get_input_embeddings().weight.dtype
+
+    def matrix(linear: Any, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight [out, width] and bias [out]."""
+        bias = linear(torch.zeros((1, width), dtype=dtype, device=loaded.device))[0].float().cpu()
+        unit = torch.eye(width, dtype=dtype, device=loaded.device)
+        return linear(unit).float().cpu().T - bias[:, None], bias
+
+    if hasattr(module, "qkv_proj"):
+        fused, bias = matrix(module.qkv_proj, hidden)
+        sizes = [queries * shape.key_dim, heads * shape.key_dim, heads * shape.value_dim]
+        _, key, value = fused.split(sizes)
+        _, key_bias, value_bias = bias.split(sizes)
+    else:
+        key, key_bias = matrix(module.k_proj, hidden)
+        value, value_bias = matrix(module.v_proj, hidden)
+    output, _ = matrix(module.o_proj, queries * shape.value_dim)
+    return Projections(
+        key=key.reshape(heads, shape.key_dim, hidden),
+        value=value.reshape(heads, shape.value_dim, hidden),
+        output=output.T.reshape(queries, shape.value_dim, -1),
+        key_bias=key_bias.view(heads, shape.key_dim),
+        value_bias=value_bias.view(heads, shape.value_dim),
+        key_norm=hasattr(module, "k_norm"),
+    )
+
+
+@contextmanager
+def watching_inputs(loaded: LoadedModel, watch: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+    """Within: `watch(layer, hidden [N, hidden])` sees what every layer's key and value projections are given."""
+    handles = []
+    for layer, module in attention_modules(loaded.model).items():
+        linear = module.qkv_proj if hasattr(module, "qkv_proj") else module.k_proj
+
+        def take(_: Any, args: tuple[Any, ...], at: int = layer) -> None:
+            watch(at, args[0].detach().flatten(0, -2))
+
+        handles.append(linear.register_forward_pre_hook(take))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def last_hidden(loaded: LoadedModel, ids: Sequence[int]) -> torch.Tensor:
+    """The final hidden states [N, hidden] of a sequence in one forward: a fraction of its logits' memory. Raises
+    ModelError when `logits_of` does not give this model's own logits."""
+    found: list[torch.Tensor] = []
+
+    def take(_: Any, __: Any, output: Any) -> None:
+        found.append((output[0] if isinstance(output, tuple) else output.last_hidden_state)[0])
+
+    handle = loaded.model.get_decoder().register_forward_hook(take)
+    try:
+        with torch.inference_mode():
+            tokens = torch.tensor([list(ids)], device=loaded.device)
+            own = loaded.model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits[0, -1]
+    finally:
+        handle.remove()
+    again = logits_of(loaded, found[0][-1:])[0]
+    if not torch.allclose(own.float(), again, rtol=1e-2, atol=1e-2 * float(own.abs().max())):
+        raise ModelError(f"{loaded.name}: its logits are not its output embedding of the last hidden state")
+    return found[0]
+
+
+def logits_of(loaded: LoadedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits float32 [n, vocab] of final hidden states [n, hidden]."""
+    config = text_config(loaded.model)
+    with torch.inference_mode():
+        logits = loaded.model.get_output_embeddings()(hidden).float()
+        logits *= (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
+        return softcapped(logits, getattr(config, "final_logit_softcapping", None))
