@@ -4,9 +4,9 @@ Codes come out of the quantizer nearly uniform, so a general compressor sees noi
 lie side by side. What order-0 redundancy there is (docs/cold-tier.md) shows when each field of many pages is coded by
 itself; zstd's Huffman stage then takes it at memory-like speed. Pages come back bit for bit.
 
-Blob: magic, version, number of pages, bytes of a page, digest of the codec's layout | per stream: compressed or raw, its
-length | the streams | BLAKE2b-128 of everything before. A stream is never shorter than 1/16 of what it stands for: the
-size of the blob bounds what a forged one can make a reader allocate.
+Blob: magic, version, number of pages, bytes of a page, digest of the codec's layout | per stream: compressed or raw,
+its length | the streams | BLAKE2b-128 of everything before. A stream is never shorter than 1/16 of what it stands for:
+the size of the blob bounds what a forged one can make a reader allocate.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _tensor_digest(tensor: torch.Tensor) -> bytes:
 
 
 def seal_streams(columns: Sequence[np.ndarray], count: int, row_nbytes: int, identity: bytes) -> bytes:
-    """Streams uint8 [count, any] -> a blob (see the module's docstring). `identity`: 16 bytes that the reader repeats."""
+    """Streams uint8 [count, any] -> a blob (see the module's docstring). `identity`: 16 bytes readers must name."""
     squeeze = zstandard.ZstdCompressor(
         compression_params=zstandard.ZstdCompressionParameters.from_level(
             _LEVEL, format=zstandard.FORMAT_ZSTD1_MAGICLESS, write_content_size=False
