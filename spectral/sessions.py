@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import struct
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -21,6 +20,8 @@ import torch
 
 from spectral.archive import MAX_SHRINK, archive_pages, archive_tensor, restore_pages, restore_tensor
 from spectral.errors import CacheError, SessionError
+from spectral.files import atomic_file
+from spectral.linked import Chain, Links
 
 if TYPE_CHECKING:
     from spectral.pages import PageStore, Row
@@ -45,7 +46,15 @@ WHAT = {
 """Header entries that a store must share with a file, and what to call them."""
 
 
-def save_row(store: PageStore, row: Row, tokens: Sequence[int], path: str | os.PathLike[str], *, model: str) -> Path:
+def save_row(
+    store: PageStore,
+    row: Row,
+    tokens: Sequence[int],
+    path: str | os.PathLike[str],
+    *,
+    model: str,
+    links: Links | None = None,
+) -> Path:
     """Write a row to a file, atomically: a half-written session is never seen. The row stays as it is.
 
     Args:
@@ -53,41 +62,37 @@ def save_row(store: PageStore, row: Row, tokens: Sequence[int], path: str | os.P
         tokens: ids of the sequence, at least row.length of them (the newest may not have been fed yet).
         path: the file; an older one is replaced.
         model: fingerprint of the model (LoadedModel.fingerprint).
+        links: predictors of the setting (spectral.link_fit): smaller pages, more work. Loading needs them again.
 
     Returns:
         The path.
 
     Raises:
-        CacheError: the row is closed, or there are fewer tokens than it holds. OSError: the file cannot be written.
+        CacheError: the row is closed, there are fewer tokens than it holds, or the links are another setting's.
+        OSError: the file cannot be written.
     """
     if not row.open:
         raise CacheError("this row is closed")
     if len(tokens) < row.length:
         raise CacheError(f"the row holds {row.length} tokens and {len(tokens)} ids were given")
-    header = {**_identity(store, model), "length": row.length, "pages": len(row.pages), "tokens": len(tokens)}
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
-    try:
-        # The file keeps the temporary's mode, 0600: a conversation is its owner's business.
-        with os.fdopen(handle, "wb") as file:
-            _write(file, header, _sections(store, row, tokens))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _sync_folder(target.parent)
-    return target
+    chain = Chain(store.codebook, links) if links is not None else None
+    counts = {"length": row.length, "pages": len(row.pages), "tokens": len(tokens)}
+    header = {**_identity(store, model), **counts, "links": links.digest if links is not None else ""}
+    # Mode 0600: a conversation is its owner's business.
+    with atomic_file(path, mode=0o600) as file:
+        _write(file, header, _sections(store, row, tokens, chain))
+    return Path(path)
 
 
-def load_row(store: PageStore, path: str | os.PathLike[str], *, model: str) -> tuple[Row, list[int]]:
+def load_row(
+    store: PageStore, path: str | os.PathLike[str], *, model: str, links: Links | None = None
+) -> tuple[Row, list[int]]:
     """A saved row in a store again, and the token ids that were given with it. Logits continue as if never saved.
 
     Args:
         store: of the same model and setting (of the same profile) as the one that the row was saved from.
         path: the file; model: fingerprint of the model that the store serves.
+        links: those that the file was saved with, if any; not used for a file saved without.
 
     Raises:
         SessionError: not a session, damaged, or of another model, profile, setting or version; the message says which.
@@ -98,11 +103,12 @@ def load_row(store: PageStore, path: str | os.PathLike[str], *, model: str) -> t
         header = _read_header(file, end)
         _check_identity(header, _identity(store, model))
         length, pages, count = _lengths(header, store, end)
+        chain = _chain(header, store, links)
         sections = _read_sections(file, end)
         ids = restore_tensor(_next(sections), torch.empty(count, dtype=torch.int32)).tolist()
         row = store.admit(length, pages)
         try:
-            _fill(store, row, sections)
+            _fill(store, row, sections, chain)
         except BaseException:
             store.close(row)
             raise
@@ -143,6 +149,16 @@ def _check_identity(header: dict[str, Any], ours: dict[str, Any]) -> None:
             raise SessionError(f"the session was saved with another {word}: {found}, and this store has {wanted}")
 
 
+def _chain(header: dict[str, Any], store: PageStore, links: Links | None) -> Chain | None:
+    digest = header.get("links")
+    if not digest:
+        return None
+    if links is None or links.digest != digest:
+        ours = "none were given" if links is None else f"those given are {_short(links.digest)}"
+        raise SessionError(f"the session was saved with the links {_short(digest)} and {ours}")
+    return Chain(store.codebook, links)
+
+
 def _lengths(header: dict[str, Any], store: PageStore, size: int) -> tuple[int, int, int]:
     """Tokens of the row, its pages and ids, checked before any memory is reserved for them."""
     length, pages, count = (_natural(header.get(name)) for name in ("length", "pages", "tokens"))
@@ -166,22 +182,24 @@ def _short(value: object) -> str:
 # == the sections ====================================================================================================
 
 
-def _sections(store: PageStore, row: Row, tokens: Sequence[int]) -> Iterator[bytes]:
+def _sections(store: PageStore, row: Row, tokens: Sequence[int], chain: Chain | None) -> Iterator[bytes]:
     """One at a time, so that a long row is never held twice."""
     yield archive_tensor(torch.tensor(list(tokens), dtype=torch.int32))
     for index, codec in enumerate(store.codebook.layers):
         for tensor in store.windows[index].slot_tensors(row.slot, row.length):
             yield archive_tensor(tensor)
         if codec is not None:
-            yield archive_pages(store.read_pages(index, row), codec)
+            pages = store.read_pages(index, row)
+            yield chain.archive(index, pages) if chain is not None else archive_pages(pages, codec)
 
 
-def _fill(store: PageStore, row: Row, sections: Iterator[bytes]) -> None:
+def _fill(store: PageStore, row: Row, sections: Iterator[bytes], chain: Chain | None) -> None:
     for index, codec in enumerate(store.codebook.layers):
         for tensor in store.windows[index].slot_tensors(row.slot, row.length):
             tensor.copy_(restore_tensor(_next(sections), tensor))
         if codec is not None:
-            pages = restore_pages(_next(sections), codec)
+            data = _next(sections)
+            pages = chain.restore(index, data) if chain is not None else restore_pages(data, codec)
             if len(pages) != len(row.pages):
                 raise SessionError(f"the session is damaged: {len(pages)} pages where {len(row.pages)} belong")
             store.write_pages(index, row, pages)
@@ -262,14 +280,3 @@ def _natural(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise SessionError("the session is damaged: its lengths make no sense")
     return value
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself last through a power cut, where folders can be synced at all."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

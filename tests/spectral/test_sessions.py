@@ -15,6 +15,7 @@ import torch
 
 from spectral.errors import CacheError, OutOfPages, SessionError
 from spectral.hf import LoadedModel, attending
+from spectral.link_fit import fit_links
 from spectral.pages import PageStore, Row
 from spectral.rows import cut_row
 from spectral.sessions import load_row, save_row
@@ -247,3 +248,21 @@ def test_saving_asks_for_an_open_row_and_all_of_its_tokens(tmp_path: Path) -> No
     with pytest.raises(CacheError, match="closed"):
         save_row(store, row, IDS[:17], tmp_path / "x", model="m")
     assert not list(tmp_path.iterdir())
+
+
+def test_with_links_a_row_continues_bit_for_bit_and_only_with_them(tmp_path: Path) -> None:
+    loaded = random_model("gemma3")
+    store = make_store(loaded, "8")
+    row = used_row(loaded, store, 131)
+    pages = [None if p is None else store.read_pages(i, row) for i, p in enumerate(store.pools)]
+    links = fit_links(store.codebook, pages)
+    path = save_row(store, row, IDS[:131], tmp_path / "a.session", model="m", links=links)
+    expected = generate(loaded, store, row, IDS[131])
+    fresh = make_store(loaded, "8")
+    back, _ = load_row(fresh, path, model="m", links=links)
+    assert torch.equal(generate(loaded, fresh, back, IDS[131]), expected)
+    with pytest.raises(SessionError, match="none were given"):
+        load_row(fresh, path, model="m")
+    plain = save_row(store, row, IDS[:171], tmp_path / "b.session", model="m")
+    load_row(fresh, plain, model="m", links=links)
+    fresh.check()
