@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import zstandard
 
 from spectral.archive import archive_pages, restore_pages
 from spectral.bits import frequency_classes
@@ -230,6 +231,14 @@ def measure_session(loaded: LoadedModel, book: Codebook, ids: Sequence[int]) -> 
     }
 
 
+def where_from() -> dict[str, Any]:
+    """Provenance with the compressor's version, and files by name: where they lay is nobody's business."""
+    facts = provenance()
+    facts["versions"]["zstandard"] = zstandard.__version__
+    facts["command"] = " ".join(Path(word).name if "/" in word else word for word in facts["command"].split(" "))
+    return facts
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
@@ -270,7 +279,7 @@ def main() -> None:
         "calibration_tokens": 2048 * len(train[names[0]]),
         "seed": options.seed,
         "rounds": options.rounds,
-        **provenance(),
+        **where_from(),
         "settings": {},
     }
     for name in names:
