@@ -5,6 +5,7 @@
     ├── SettingError            a setting that the profile's ladder does not have
     ├── CacheError              a cache was asked for something that it cannot do
     │   └── OutOfPages          the store has no room for this step
+    ├── SessionError            a saved session is damaged, or belongs to another model, profile or setting
     ├── ModelError              a model cannot be loaded, or its architecture is not supported
     └── RequestError            one request is refused; nothing else is affected
         ├── ContextLengthExceeded
@@ -47,6 +48,10 @@ class OutOfPages(CacheError):
 
 class ModelError(SpectralError):
     """A model that cannot be loaded or that Spectral does not support."""
+
+
+class SessionError(SpectralError):
+    """An archive or saved session that is damaged, or was made for another model, profile, setting or version."""
 
 
 class RequestError(SpectralError):

@@ -146,6 +146,34 @@ class PageStore:
         granted = [[taken.pop() for _ in range(need)] for need in needs]
         return StepBatch(self, work, granted)
 
+    def admit(self, length: int, pages: int) -> Row:
+        """A new row that claims a length and a number of pages, for a caller who fills both (a row saved elsewhere).
+
+        Raises OutOfPages, with nothing changed, when it does not fit.
+        """
+        row = self.open()
+        try:
+            row.pages = self._take(pages)
+        except CacheError:
+            self.close(row)
+            raise
+        row.length = length
+        return row
+
+    def read_pages(self, layer: int, row: Row) -> torch.Tensor:
+        """A copy of a row's pages in a layer that has any: uint8 [pages, page_nbytes], oldest first."""
+        return self._pool(layer)[torch.tensor(row.pages, dtype=torch.long, device=self.device)]
+
+    def write_pages(self, layer: int, row: Row, pages: torch.Tensor) -> None:
+        """Fill a new row's pages in a layer with uint8 [pages, page_nbytes]: for a row that was saved elsewhere."""
+        self._pool(layer)[torch.tensor(row.pages, dtype=torch.long, device=self.device)] = pages.to(self.device)
+
+    def _pool(self, layer: int) -> torch.Tensor:
+        pool = self.pools[layer]
+        if pool is None:
+            raise CacheError(f"layer {layer} has no pages: it stays exact in a rolling window")
+        return pool
+
     # -- memory ---------------------------------------------------------------------------------------------------
 
     def _take(self, count: int) -> list[int]:

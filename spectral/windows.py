@@ -72,6 +72,11 @@ class ExactWindow:
         """What is allocated."""
         return [getattr(self, name) for name in self.names]
 
+    def slot_tensors(self, slot: int, length: int) -> list[torch.Tensor]:
+        """Views of what a row of `length` tokens has filled of its slot, [H, places, ...] each. The other places may
+        hold tokens of an earlier row."""
+        return [self.store[slot, :, : min(length, self.sinks + self.ring)]]
+
     @property
     def slot_nbytes(self) -> int:
         """Bytes of one slot."""
@@ -105,6 +110,12 @@ class QuantizedWindow(ExactWindow):
         self.scale = torch.zeros((*lead, numbers // self.groups), dtype=torch.float16, device=device)
 
     names = ("store", "high", "low", "scale")
+
+    def slot_tensors(self, slot: int, length: int) -> list[torch.Tensor]:
+        """As `ExactWindow.slot_tensors`: the sinks, then the recent tokens' integers and scales."""
+        recent = min(max(length - self.sinks, 0), self.ring)
+        sinks = self.store[slot, :, : min(length, self.sinks)]
+        return [sinks, *(t[slot, :, :recent] for t in (self.high, self.low, self.scale))]
 
     def _quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [..., d + dv] -> integers as float32 of the same shape, scale fp16 [..., groups]."""
