@@ -63,7 +63,7 @@ class SpectralProfiler:
 
     target_energy: float | None = None
     seed: int = 0
-    tokens: int = 131_072
+    tokens: int = 65_536
     window: int = 1024
     fisher_tokens: int = 40_960
     block_tokens: int = 512

@@ -335,34 +335,36 @@ class ExactCodec(torch.nn.Module):
         """pages uint8 [n, page_nbytes] -> keys [n, H, P, d], values [n, H, P, dv], in the stored dtype."""
         n = pages.shape[0]
         shape = (n, self.kv_heads, self.page_tokens)
-        keys = pages[:, : self._key_bytes].contiguous().view(self.dtype).view(*shape, self.key_dim)
-        values = pages[:, self._key_bytes :].contiguous().view(self.dtype).view(*shape, self.value_dim)
+        keys = pages[:, : self._key_bytes].view(self.dtype).view(*shape, self.key_dim)
+        values = pages[:, self._key_bytes :].view(self.dtype).view(*shape, self.value_dim)
         return keys, values
 
     def open(self, pages: torch.Tensor) -> OpenExactPages:
         """As `LayerCodec.open`."""
         batch, count = pages.shape[:2]
-        sides = []
-        for x in self.decode(pages.flatten(0, 1), pages.new_zeros(0)):  # [B * m, H, P, dim]
-            x = x.float().view(batch, count, self.kv_heads, self.page_tokens, -1).transpose(1, 2)
-            sides.append(x.reshape(batch, self.kv_heads, count * self.page_tokens, -1))
+        sides = [x.float().unflatten(0, (batch, count)) for x in self.decode(pages.flatten(0, 1), pages.new_zeros(0))]
         return OpenExactPages(sides[0], sides[1])
 
 
 @dataclass
 class OpenExactPages:
-    """Keys [B, H, m * P, d] and values [B, H, m * P, dv], float32, behind the functions of `OpenPages`."""
+    """Keys [B, m, H, P, d] and values [B, m, H, P, dv], float32, behind the functions of `OpenPages`.
+
+    Pages stay where they are: only scores and weights, which are small, change their order.
+    """
 
     keys: torch.Tensor
     values: torch.Tensor
 
     def scores(self, query: torch.Tensor) -> torch.Tensor:
         """As `OpenPages.scores`."""
-        return torch.matmul(query, self.keys.transpose(2, 3))
+        by_page = torch.matmul(query[:, None], self.keys.transpose(3, 4))  # [B, m, H, G, P]
+        return by_page.permute(0, 2, 3, 1, 4).flatten(3)
 
     def mix(self, weight: torch.Tensor) -> torch.Tensor:
         """As `OpenPages.mix`."""
-        return torch.matmul(weight, self.values)
+        by_page = weight.unflatten(3, (self.values.shape[1], -1)).permute(0, 3, 1, 2, 4)  # [B, m, H, G, P]
+        return torch.matmul(by_page, self.values).sum(1)
 
 
 PageCodec = LayerCodec | ExactCodec

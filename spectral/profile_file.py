@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import struct
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ import numpy as np
 from spectral.basis import Unit
 from spectral.bits import CHANNEL_GROUP, UNIFORM_FROM, WIDTHS, Table, frequency_classes
 from spectral.errors import ProfileError
+from spectral.files import write_atomically
 
 if TYPE_CHECKING:
     from spectral.profile import LadderRow, LayerProfile, SpectralProfile
@@ -48,19 +48,7 @@ def write_profile(profile: SpectralProfile, path: str | os.PathLike[str]) -> Pat
     sealed = json.dumps({"document": document, "sha256": digest(document, tensors)}, sort_keys=True)
     data = save(tensors, metadata={"spectral": sealed})
     profile.content_hash = hashlib.sha256(data).hexdigest()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except OSError:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return target
+    return write_atomically(target, data, mode=0o644)
 
 
 def _tensors(profile: SpectralProfile) -> dict[str, np.ndarray]:

@@ -52,7 +52,7 @@ QUESTIONS = (
     "What is the climate of Iceland?",
 )
 
-ROWS = 32
+ROWS = 64
 PASSAGE = 384
 """Sequences sampled at once, and tokens after which a passage is ended and another begun."""
 
@@ -82,7 +82,9 @@ def self_generated(
 
     starts = prompts(loaded)
     generator = torch.Generator().manual_seed(seed)
-    store = PageStore(loaded.shape, device=loaded.device)
+    dtype = next(loaded.model.parameters()).dtype
+    exact = dtype if dtype.is_floating_point else torch.bfloat16
+    store = PageStore(loaded.shape, device=loaded.device, window_dtype=exact)
     passages: list[list[list[int]]] = [[] for _ in starts]
     live: list[tuple[int, Row, list[int]]] = []
     begun = made = 0

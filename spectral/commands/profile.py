@@ -48,7 +48,7 @@ def build(
     text: list[Path] | None = typer.Option(
         None, "--text", help="Calibration text, UTF-8; may be repeated (default: text by the model itself)."
     ),
-    tokens: int = typer.Option(131_072, "--tokens", min=1024, help="Calibration tokens."),
+    tokens: int = typer.Option(65_536, "--tokens", min=1024, help="Calibration tokens."),
     quantize: str | None = typer.Option(
         None, "--quantize", help="Load the weights as 4bit (nf4) or 8bit (int8); needs the gpu extra."
     ),
