@@ -56,7 +56,8 @@ class SpectralProfiler:
         sinks, recent, page_tokens: the exact window of every setting, in tokens.
         ratios: the ladder's all-in ratios, finest first.
         measure_tokens: tokens of held-back text on which the ladder is measured (a quarter of `tokens` at most), in
-            windows of `measure_window` or the model's context; recall is measured on `recall_windows` of them.
+            windows of `measure_window` or the model's context; recall is measured on `recall_windows` of them
+            (left out where the exact cache recalls nothing).
         progress: called with (stage, fraction).
         checkpoint: file that keeps the state of a run, so that the same call resumes it; removed at the end.
     """
@@ -257,17 +258,23 @@ class SpectralProfiler:
             row.perplexity, row.exact_perplexity = measured["perplexity"], measured["exact_perplexity"]
 
     def _recall_sequences(self, loaded: LoadedModel, windows: list[list[int]]) -> list[RecallSequence]:
-        """Facts hidden in the first `recall_windows` windows; none where the windows are too short for them."""
-        from spectral.recall import recall_sequence
+        """Facts hidden in the first `recall_windows` windows; none where the windows are too short for them, or where
+        the model recalls nothing with its exact cache either: then recall says nothing about a setting."""
+        from spectral.recall import recall_sequence, recalled
+        from spectral.scoring import ExactPass
 
-        try:
-            return [
-                recall_sequence(loaded.tokenizer, window, self.seed + number)
-                for number, window in enumerate(windows[: self.recall_windows])
-                if len(window) >= RECALL_FROM
-            ]
-        except ModelError:
-            return []
+        sequences, known = [], False
+        for number, window in enumerate(windows[: self.recall_windows]):
+            if len(window) < RECALL_FROM:
+                continue
+            try:
+                sequence = recall_sequence(loaded.tokenizer, window, self.seed + number)
+            except ModelError:
+                continue
+            logits = ExactPass.run(loaded, sequence.ids).log_probs(sequence.first, len(sequence.ids))
+            known = known or any(recalled(sequence, [(sequence.first, logits)]))
+            sequences.append(sequence)
+        return sequences if known else []
 
     # -- provenance and interruption ------------------------------------------------------------------------------
 

@@ -103,7 +103,7 @@ def test_without_a_profile_one_is_made_and_kept(
 
     def quick(_: SpectralProfiler, loaded: LoadedModel, **__: object) -> SpectralProfile:
         calls.append(1)
-        small = SpectralProfiler(window=64, measure_tokens=64, ladder_bits=(4.5, 2.0))
+        small = SpectralProfiler(window=64, measure_tokens=64, measure_window=64, ratios=(4.0, 8.0))
         texts = [" ".join(f"number {i} is followed by {i + 1}." for i in range(400))]
         return real(small, loaded, texts=texts, tokens=512)
 
@@ -132,7 +132,7 @@ def test_a_saved_profile_of_another_model_is_not_used(
     monkeypatch.setattr("spectral.engine.build.profile_path", lambda _: None)
     monkeypatch.setenv("SPECTRAL_PROFILES", str(tmp_path))
     assert find_profile(loaded) is None
-    small = SpectralProfiler(window=64, measure_tokens=64, ladder_bits=(2.0,))
+    small = SpectralProfiler(window=64, measure_tokens=64, measure_window=64, ratios=(8.0,))
     profile = small.profile_from_loaded(loaded, texts=["one two three four five " * 200], tokens=512)
     profile.save(saved_profile_path(loaded))
     assert find_profile(loaded) is not None

@@ -76,7 +76,7 @@ def test_the_engine_generates_from_codes(monkeypatch: pytest.MonkeyPatch) -> Non
         profile, store = engine.profile, engine._ready.engine.store
         assert profile is not None and engine.active_setting == profile.choose(bits=4)
         assert all(pool is not None and pool.dtype == torch.uint8 for pool in store.pools)
-        stream = engine.stream(PROMPT * 4, max_tokens=40, temperature=0, ignore_eos=True)
+        stream = engine.stream(PROMPT * 8, max_tokens=40, temperature=0, ignore_eos=True)
         text = next(stream)
         row = next(iter(store._rows.values()))
         text += "".join(stream)
@@ -86,7 +86,7 @@ def test_the_engine_generates_from_codes(monkeypatch: pytest.MonkeyPatch) -> Non
         assert calls["mix"] >= layers * 35
 
         monkeypatch.setattr(OpenPages, "mix", lambda self, *a: torch.zeros_like(mix(self, *a)))
-        assert engine.generate(PROMPT * 4, max_tokens=40, temperature=0, ignore_eos=True) != text
+        assert engine.generate(PROMPT * 8, max_tokens=40, temperature=0, ignore_eos=True) != text
 
 
 def test_the_engine_loads_on_request_and_answers() -> None:
