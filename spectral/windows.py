@@ -91,8 +91,8 @@ class ExactWindow:
 class QuantizedWindow(ExactWindow):
     """Sinks in a dtype, recent tokens as integers of 8 or 10 bits.
 
-    A number x of a group with largest magnitude a is stored as round(x / s) + 2^(bits - 1), s = a / (2^(bits - 1) - 1)
-    in fp16: the high eight bits in `high` [slots, H, ring, d + dv], the two low ones (if any) four to a byte in `low`.
+    A number x of a group with largest magnitude a is stored as round(x / s), s = a / (2^(bits - 1) - 1) in fp16: eight
+    bits in `high`, int8 [slots, H, ring, d + dv], and of ten bits the two low ones four to a byte in `low`, uint8.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class QuantizedWindow(ExactWindow):
         self.groups = scale_group(shape.key_dim, shape.value_dim)
         numbers = shape.head_numbers
         lead = (0, shape.kv_heads, ring)
-        self.high = torch.zeros((*lead, numbers), dtype=torch.uint8, device=device)
+        self.high = torch.zeros((*lead, numbers), dtype=torch.int8, device=device)
         self.low = torch.zeros((*lead, numbers // 4 if bits == 10 else 0), dtype=torch.uint8, device=device)
         self.scale = torch.zeros((*lead, numbers // self.groups), dtype=torch.float16, device=device)
 
@@ -144,30 +144,37 @@ class QuantizedWindow(ExactWindow):
         if not place.numel():
             return
         code, scale = self._quantize(tokens)
-        code = code.add_(2 ** (self.bits - 1)).to(torch.int16)
+        code = code.to(torch.int16)
         at = place - self.sinks
         if self.bits == 10:
             low = (code & 3).to(torch.uint8).unflatten(-1, (-1, 4)) << _shifts(code.device)
             set_places(tensors[2], slot, at, low.sum(-1, dtype=torch.uint8))
             code = code >> 2
-        set_places(tensors[1], slot, at, code.to(torch.uint8))
+        set_places(tensors[1], slot, at, code.to(torch.int8))
         set_places(tensors[3], slot, at, scale)
 
-    def _numbers(self, high: torch.Tensor, low: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        code = high.float()
+    def _fill(self, out: torch.Tensor, high: torch.Tensor, low: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Write the numbers of stored integers into out [..., d + dv] float32."""
+        out.copy_(high)
         if self.bits == 10:
-            code = code.mul_(4).add_(((low.unsqueeze(-1) >> _shifts(low.device)) & 3).flatten(-2))
-        return self._dequantize(code.sub_(2 ** (self.bits - 1)), scale)
+            out.mul_(4).add_(((low.unsqueeze(-1) >> _shifts(low.device)) & 3).flatten(-2))
+        out.unflatten(-1, (-1, self.groups)).mul_(scale.float().unsqueeze(-1))
+        return out
 
     def numbers(self, tensors: list[torch.Tensor]) -> torch.Tensor:
         """What the window's tensors stand for: float32 [..., H, S + ring, d + dv], new memory."""
-        recent = self._numbers(*tensors[1:])
-        return torch.cat([tensors[0].float(), recent], -2) if self.sinks else recent
+        kept, high = tensors[:2]
+        shape = (*high.shape[:-2], self.sinks + high.shape[-2], high.shape[-1])
+        out = torch.empty(shape, dtype=torch.float32, device=high.device)
+        out[..., : self.sinks, :] = kept
+        self._fill(out[..., self.sinks :, :], *tensors[1:])  # in place: this runs over every recent token in every step
+        return out
 
     def read_places(self, slot: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         """Tokens at slot [n] and places [n, t]: float32 [n, H, t, d + dv]."""
         at = (place - self.sinks).clamp_min(0)
-        out = self._numbers(*(t[slot[:, None], :, at] for t in (self.high, self.low, self.scale)))
+        high, low, scale = (t[slot[:, None], :, at] for t in (self.high, self.low, self.scale))
+        out = self._fill(torch.empty(high.shape, dtype=torch.float32, device=high.device), high, low, scale)
         sink = place < self.sinks
         if sink.any():
             kept = self.store[slot[:, None], :, place.clamp_max(self.sinks - 1)].float()
