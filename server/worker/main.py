@@ -2,7 +2,7 @@
 
 The main thread loads the model and runs the engine; with nothing to do it waits for its inbox. Beside it:
     reader   answers pings at once, however long a step takes, and ends the process when the gateway is gone
-    writer   sends what there is to say, several messages in one write where they queue up
+    writer   sends what the gateway does not take at once
     encoder  tokenizes long prompts, which may take seconds, while the engine goes on
 
 Exit statuses: 0 after Shutdown, or when the gateway closed its end; 1 if the inference thread failed; 2 on bytes that
@@ -54,18 +54,33 @@ Inbox = queue.SimpleQueue["wire.ToWorker | Encoded"]
 
 
 class Writer:
-    """Sends messages from a thread of its own, so that a slow gateway does not hold up a step."""
+    """Sends messages. What the socket takes at once is sent at once: waking a thread for every token would cost the
+    inference thread more than the write does. The rest goes to a thread of its own, so that a slow gateway does not
+    hold up a step."""
 
     def __init__(self, channel: wire.SocketChannel) -> None:
         self._channel = channel
-        self._outbox: queue.SimpleQueue[wire.ToParent | None] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._order = threading.Lock()
+        self._waiting = 0  # items of the outbox that are not sent yet
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._thread.start()
 
     def send(self, *messages: wire.ToParent) -> None:
-        """Queue messages; returns at once."""
-        for message in messages:
-            self._outbox.put(message)
+        """Send messages in the order of the calls; never waits for the gateway."""
+        if not messages:
+            return
+        with self._order:
+            if self._waiting:
+                rest = b"".join(wire.encode(message) for message in messages)
+            else:
+                try:
+                    rest = self._channel.send_at_once(*messages)
+                except OSError:
+                    os._exit(EXIT_OK)  # the gateway is gone; there is nobody to work for
+            if rest:
+                self._waiting += 1
+                self._outbox.put(rest)
 
     def finish(self, timeout_s: float = 5.0) -> None:
         """Send what is queued and stop."""
@@ -73,16 +88,13 @@ class Writer:
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        while True:
-            batch = [self._outbox.get()]
-            while not self._outbox.empty():
-                batch.append(self._outbox.get())
+        while (data := self._outbox.get()) is not None:
             try:
-                self._channel.send(*[m for m in batch if m is not None])
+                self._channel.send_bytes(data)
             except OSError:
-                os._exit(EXIT_OK)  # the gateway is gone; there is nobody to work for
-            if None in batch:
-                return
+                os._exit(EXIT_OK)
+            with self._order:
+                self._waiting -= 1
 
 
 class Reader:
@@ -150,10 +162,8 @@ class Worker:
         while self._receive():
             if not self._engine.has_work:
                 continue
-            for event in self._engine.step():
-                message = self._translate(event)
-                if message is not None:
-                    self._writer.send(message)
+            messages = [self._translate(event) for event in self._engine.step()]
+            self._writer.send(*[message for message in messages if message is not None])
             if not self._engine.has_work:
                 self._engine.store.trim()  # an idle model keeps no cache
                 self._report()

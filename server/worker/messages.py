@@ -321,9 +321,23 @@ class SocketChannel:
 
     def send(self, *messages: ToParent) -> None:
         """Send messages in one write. Raises OSError where the gateway is gone."""
+        self.send_bytes(b"".join(encode(message) for message in messages))
+
+    def send_at_once(self, *messages: ToParent) -> bytes:
+        """Send what the socket takes without waiting; returns the rest, for `send_bytes`. Raises OSError where the
+        gateway is gone."""
         frames = b"".join(encode(message) for message in messages)
         with self._send_lock:
-            self._socket.sendall(frames)
+            try:
+                sent = self._socket.send(frames, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                sent = 0
+        return frames[sent:]
+
+    def send_bytes(self, data: bytes) -> None:
+        """Send bytes of messages, waiting as long as it takes. Raises OSError where the gateway is gone."""
+        with self._send_lock:
+            self._socket.sendall(data)
 
     def receive(self) -> ToWorker | None:
         """The next message, waiting for it; None where the gateway closed its end. Raises BadFrame."""
