@@ -66,7 +66,8 @@ def test_profiler_block(tmp_path: Path) -> None:
     # Given text, and few tokens, instead of text by the model: the block is to be run, not to make a good profile.
     text = "".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*.md")))
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
-    short = code.replace("SpectralProfiler(seed=0)", "SpectralProfiler(seed=0, window=256, measure_tokens=512, measure_window=256)")
+    options = "seed=0, window=256, measure_tokens=512, measure_window=256"
+    short = code.replace("SpectralProfiler(seed=0)", f"SpectralProfiler({options})")
     arguments = 'texts=[open("text.txt", encoding="utf-8").read()], tokens=2048'
     short = short.replace("tokens=16_384", arguments)
     assert "window=256" in short and "tokens=2048" in short
