@@ -166,13 +166,16 @@ class TestGenerate:
         assert cache.layers[1].batch_size == 6
 
     def test_sampling(self, family: str, attention: str) -> None:
-        self.same(family, attention, tokens(2, 45), do_sample=True, num_return_sequences=2, top_k=20)
+        cache = self.same(family, attention, tokens(2, 45), do_sample=True, num_return_sequences=2, top_k=20)
+        assert cache.layers[1].batch_size == 4
 
     def test_prefill_in_chunks(self, family: str, attention: str) -> None:
-        self.same(family, attention, tokens(2, 45), prefill_chunk_size=16)
+        cache = self.same(family, attention, tokens(2, 45), prefill_chunk_size=16)
+        assert cache.layers[1].batch_size == 2
 
     def test_prompt_lookup(self, family: str, attention: str) -> None:
-        self.same(family, attention, tokens(1, 45).repeat(1, 2), prompt_lookup_num_tokens=5)
+        cache = self.same(family, attention, tokens(1, 45).repeat(1, 2), prompt_lookup_num_tokens=5)
+        assert cache.layers[1].batch_size == 1
 
     def test_draft_model(self, family: str, attention: str) -> None:
         draft = model(family, attention, seed=1)
