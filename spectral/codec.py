@@ -249,7 +249,8 @@ class LayerCodec(torch.nn.Module):
         """Pages of this setting [n, page_nbytes] re-encoded at another setting of the same profile.
 
         Settings share bases, deviations and nested tables, so codes map to codes: nothing is decoded, and the result is
-        what encoding at the other setting would have given (nearly, for latents that had 8 bits).
+        what encoding at the other setting would have given (nearly, for latents that had 8 bits; a latent that this
+        setting dropped stays dropped).
         """
         parts = []
         for unit, bounds, other in zip(self.units, self._bounds, coarser.units, strict=True):
