@@ -158,7 +158,7 @@ class LoadedModel:
 def text_config(model: Any) -> Any:
     """The configuration of a model's language part (multimodal models keep several)."""
     config = model.config
-    return config.gettext_config() if hasattr(config, "gettext_config") else config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def attention_modules(model: Any) -> dict[int, Any]:

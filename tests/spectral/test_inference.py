@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -141,3 +142,15 @@ def test_a_saved_profile_of_another_model_is_not_used(
     assert find_profile(loaded) is None
     with pytest.raises(ProfileError, match="made for"):
         find_profile(loaded, saved_profile_path(loaded))
+
+
+def test_a_models_language_part_is_found_in_a_nested_configuration() -> None:
+    """Multimodal models keep their text configuration inside another one."""
+    from transformers import Gemma3Config, Gemma3TextConfig
+
+    from spectral.hf import text_config
+
+    text = Gemma3TextConfig(vocab_size=96, hidden_size=32, num_hidden_layers=3, num_attention_heads=4)
+    nested = SimpleNamespace(config=Gemma3Config(text_config=text))
+    assert text_config(nested).num_hidden_layers == 3
+    assert text_config(SimpleNamespace(config=text)).num_hidden_layers == 3
