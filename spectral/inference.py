@@ -126,12 +126,7 @@ class InferenceEngine:
         return profile
 
     def _setting(self, profile: SpectralProfile | None) -> str:
-        if profile is None:
-            return "exact"
-        if self.setting != "auto" or self.bits is None:
-            return self.setting
-        bits = self.bits
-        return min(profile.ladder, key=lambda row: abs(row.bits_per_element - bits)).name
+        return "exact" if profile is None else profile.choose(self.setting, self.bits)
 
     @property
     def _ready(self) -> Built:
