@@ -247,35 +247,31 @@ class PageStore:
             pool if pool is None or a is None or b is None else squeezed(pool, a, b)
             for pool, a, b in zip(self.pools, old.layers, new.layers, strict=True)
         ]
-        if new.window_bits != old.window_bits:
-            self._coarsen_windows(new)
-        self.pools, self.codebook = pools, new
+        groups = self.groups if new.window_bits == old.window_bits else self._coarser_windows(new)
+        self.pools, self.groups, self.codebook = pools, groups, new
+        self.windows = [groups[number].windows[at] for _, (number, at) in sorted(self.group_of.items())]
         self._page_nbytes = new.page_nbytes()
         self._slot_nbytes = sum(window.slot_nbytes for window in self.windows)
         return before - self.nbytes
 
-    def _coarsen_windows(self, book: Codebook) -> None:
-        """Rewrite the windows of compressed layers with fewer bits."""
-        for group in self.groups:
-            window = group.windows[0]
-            layers = [i for i, found in enumerate(self.windows) if any(found is w for w in group.windows)]
-            if book.layers[layers[0]] is None:
+    def _coarser_windows(self, book: Codebook) -> list[WindowGroup]:
+        """The groups of windows with those of compressed layers rewritten with fewer bits."""
+        out = []
+        for number, group in enumerate(self.groups):
+            window, count = group.windows[0], len(group.windows)
+            if any(book.layers[layer] is None for layer, (found, _) in self.group_of.items() if found == number):
+                out.append(group)
                 continue
-            dtype = window.store.dtype
-            made = [
-                make_window(window.shape, window.sinks, window.ring, dtype, self.device, book.window_bits)
-                for _ in layers
-            ]
-            coarse = WindowGroup(made)
+            kind = window.shape, window.sinks, window.ring, window.store.dtype, self.device, book.window_bits
+            coarse = WindowGroup([make_window(*kind) for _ in range(count)])
             coarse.resize(self.slot_capacity)
             place = torch.arange(window.sinks + window.ring, device=self.device)
             for slot in self._rows:
                 slots = torch.full_like(place, slot)
-                tokens = group.read(0, len(layers), slots[:1])[:, 0]  # [layers, H, places, d + dv]
+                tokens = group.read(0, count, slots[:1])[:, 0]  # [layers, H, places, d + dv]
                 coarse.write(0, slots, place, tokens.transpose(1, 2))
-            self.groups[self.groups.index(group)] = coarse
-            for index, found in zip(layers, made, strict=True):
-                self.windows[index] = found
+            out.append(coarse)
+        return out
 
     @property
     def rows(self) -> int:
