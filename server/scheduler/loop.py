@@ -131,7 +131,7 @@ class Scheduler:
         return errors.shutting_down() if self._closing else errors.cancelled()
 
     def submit(
-        self, slot: Slot, worker: WorkerProcess, message: messages.Submit, seconds_left: float
+        self, slot: Slot, worker: WorkerProcess, message: messages.Submit | messages.Tokenize, seconds_left: float
     ) -> RequestStream:
         """Send a request to the worker; its messages arrive in the stream. Raises ApiError 429.
 
@@ -140,7 +140,8 @@ class Scheduler:
         limits = slot.settings.limits
         if len(slot.streams) >= 2 * (limits.max_queue + limits.max_concurrency):
             raise errors.queue_full("this model has too many open requests")
-        stream = RequestStream(message.request_id, seconds_left, message.sampling.n)
+        choices = message.sampling.n if isinstance(message, messages.Submit) else 1
+        stream = RequestStream(message.request_id, seconds_left, choices)
         if slot.worker is not worker:
             stream.put(None)
             return stream

@@ -8,7 +8,14 @@ from collections import deque
 from server.worker import messages
 
 STREAM_EVENTS = 4096
-StreamItem = messages.Accepted | messages.Rejected | messages.Delta | messages.Finished | messages.Failed
+StreamItem = (
+    messages.Accepted
+    | messages.Rejected
+    | messages.Tokenized
+    | messages.Delta
+    | messages.Finished
+    | messages.Failed
+)
 
 
 class SlowReader(Exception):

@@ -59,7 +59,7 @@ def load(spec: wire.Load, tell: Callable[[wire.ToParent], None]) -> tuple[Engine
 
 def describe(built: Built) -> wire.Ready:
     """The figures that the gateway shows. Bytes per token at the reference context, or the model's if it is shorter."""
-    from spectral.engine.chat import has_template
+    from spectral.engine.chat import has_template, tool_format
 
     engine, profile, row = built.engine, built.profile, built.row
     loaded = engine.loaded
@@ -80,6 +80,7 @@ def describe(built: Built) -> wire.Ready:
         dtype=str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
         quantization=loaded.quantization,
         chat_template=has_template(loaded.tokenizer),
+        tool_format=tool_format(loaded.tokenizer),
         eos_token_ids=sorted(loaded.eos_token_ids),
         vocab_size=engine.vocab_size,
         profile_id="" if profile is None else profile.content_hash,

@@ -21,17 +21,39 @@ def to_request(message: wire.Submit) -> types.GenerateRequest:
     if message.kind == "chat":
         if not message.messages:
             raise RequestError("messages must not be empty", param="messages")
-        turns = [types.Message(m.role, m.content) for m in message.messages]
-        return types.GenerateRequest(message.request_id, turns, params)
+        return types.GenerateRequest(message.request_id, _turns(message), params, tools=tuple(message.tools))
     if message.kind == "completion":
         return types.GenerateRequest(message.request_id, message.prompt, params)
     raise RequestError(f"kind must be chat or completion, got {message.kind!r}", param="kind")
 
 
-def text_length(message: wire.Submit) -> int:
+def to_encode(message: wire.Tokenize) -> types.GenerateRequest:
+    """What a Tokenize has to be encoded for. Raises RequestError."""
+    if message.kind == "chat":
+        return types.GenerateRequest(message.request_id, _turns(message), tools=tuple(message.tools))
+    if message.kind in ("completion", "ids"):
+        return types.GenerateRequest(message.request_id, message.prompt)
+    raise RequestError(f"kind must be chat, completion or ids, got {message.kind!r}", param="kind")
+
+
+def tokenized(request_id: str, tokens: list[int], tokenizer: Any) -> wire.Tokenized:
+    """The answer to a Tokenize; special tokens are shown."""
+    return wire.Tokenized(request_id, tokens, str(tokenizer.decode(tokens)))
+
+
+def _turns(message: wire.Submit | wire.Tokenize) -> list[types.Message]:
+    turns = []
+    for m in message.messages:
+        extra = {"tool_calls": m.tool_calls, "tool_call_id": m.tool_call_id, "name": m.name}
+        turns.append(types.Message(m.role, m.content, {name: value for name, value in extra.items() if value}))
+    return turns
+
+
+def text_length(message: wire.Submit | wire.Tokenize) -> int:
     """Characters that must be tokenized."""
     prompt = len(message.prompt) if isinstance(message.prompt, str) else 0
-    return prompt + sum(len(m.content) for m in message.messages)
+    described = len(str(message.tools)) if message.tools else 0
+    return prompt + described + sum(len(m.content) for m in message.messages)
 
 
 def rejected(request_id: str, error: Exception) -> wire.Rejected:

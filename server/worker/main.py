@@ -26,6 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from server.worker import child_wire
 from server.worker import messages as wire
+from server.worker.channel import SocketChannel
 from server.worker.child_load import load
 from spectral.engine import types
 from spectral.errors import ModelError, ProfileError, RequestError, SettingError
@@ -58,7 +59,7 @@ class Writer:
     inference thread more than the write does. The rest goes to a thread of its own, so that a slow gateway does not
     hold up a step."""
 
-    def __init__(self, channel: wire.SocketChannel) -> None:
+    def __init__(self, channel: SocketChannel) -> None:
         self._channel = channel
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._order = threading.Lock()
@@ -100,7 +101,7 @@ class Writer:
 class Reader:
     """Receives messages: pings are answered here, everything else goes to the inbox."""
 
-    def __init__(self, channel: wire.SocketChannel, writer: Writer) -> None:
+    def __init__(self, channel: SocketChannel, writer: Writer) -> None:
         self.inbox: Inbox = queue.SimpleQueue()
         self._channel, self._writer = channel, writer
         threading.Thread(target=self._run, name="reader", daemon=True).start()
@@ -123,26 +124,36 @@ class Reader:
 
 
 class Encoder:
-    """Tokenizes long prompts one after another and puts the outcome into the inbox."""
+    """Tokenizes long prompts one after another and puts the outcome into the inbox; answers Tokenize by itself."""
 
-    def __init__(self, engine: Engine, inbox: Inbox) -> None:
-        self._engine, self._inbox = engine, inbox
-        self._requests: queue.SimpleQueue[types.GenerateRequest] = queue.SimpleQueue()
+    def __init__(self, engine: Engine, inbox: Inbox, writer: Writer) -> None:
+        self._engine, self._inbox, self._writer = engine, inbox, writer
+        self._requests: queue.SimpleQueue[types.GenerateRequest | wire.Tokenize] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="encoder", daemon=True).start()
 
-    def put(self, request: types.GenerateRequest) -> None:
+    def put(self, request: types.GenerateRequest | wire.Tokenize) -> None:
         """Queue a request; returns at once."""
         self._requests.put(request)
 
     def _run(self) -> None:
         while True:
             request = self._requests.get()
+            if isinstance(request, wire.Tokenize):
+                self._writer.send(self._tokenize(request))
+                continue
             outcome: list[int] | Exception
             try:
                 outcome = self._engine.encode(request)
             except Exception as error:  # told to the client by the inference thread
                 outcome = error
             self._inbox.put(Encoded(request, outcome))
+
+    def _tokenize(self, message: wire.Tokenize) -> wire.ToParent:
+        try:
+            ids = self._engine.count(child_wire.to_encode(message))
+            return child_wire.tokenized(message.request_id, ids, self._engine.loaded.tokenizer)
+        except Exception as error:  # a tokenizer or template that breaks on one text must not end the others
+            return child_wire.rejected(message.request_id, error)
 
 
 class Worker:
@@ -151,7 +162,7 @@ class Worker:
     def __init__(self, engine: Engine, inbox: Inbox, writer: Writer) -> None:
         self._engine, self._inbox, self._writer = engine, inbox, writer
         self._translate = child_wire.EventTranslator(engine.loaded.tokenizer)
-        self._encoder = Encoder(engine, inbox)
+        self._encoder = Encoder(engine, inbox, writer)
         self._encoding: dict[str, bool] = {}  # requests at the encoder, and whether they were cancelled meanwhile
         self._stop_at: float | None = None
         self._stats_at = 0.0
@@ -191,6 +202,8 @@ class Worker:
     def _handle(self, message: wire.ToWorker | Encoded) -> None:
         if isinstance(message, wire.Submit):
             self._submit(message)
+        elif isinstance(message, wire.Tokenize):
+            self._encoder.put(message)
         elif isinstance(message, wire.Cancel):
             if message.request_id in self._encoding:
                 self._encoding[message.request_id] = True
@@ -252,7 +265,7 @@ class Worker:
         self._writer.send(child_wire.stats(self._engine.stats()))
 
 
-def serve(channel: wire.SocketChannel) -> int:
+def serve(channel: SocketChannel) -> int:
     """Run the whole life of a worker on a channel; returns its exit status."""
     writer = Writer(channel)
     reader = Reader(channel, writer)
@@ -289,7 +302,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     status = EXIT_DIED
     try:
-        status = serve(wire.SocketChannel.from_fd(arguments.fd))
+        status = serve(SocketChannel.from_fd(arguments.fd))
     except Exception:  # logged, and told to the gateway by the exit status
         log.exception("the inference thread failed")
     finally:

@@ -1,22 +1,19 @@
 """What the gateway and a worker say to each other: msgspec structs as msgpack, each behind a 4-byte big-endian length.
 
-The parent side reads with :func:`read_message` (asyncio); the child side uses :class:`SocketChannel` on a plain socket.
+The parent side reads with :func:`read_message` (asyncio); the child side uses server.worker.channel on a plain socket.
 A frame that cannot be decoded raises :class:`BadFrame`: a worker then ends, and the gateway replaces the worker.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-import select
-import socket
 import struct
-import threading
+from typing import Any
 
 import msgspec
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
-_LENGTH = struct.Struct(">I")
+LENGTH = struct.Struct(">I")
 
 
 class BadFrame(Exception):
@@ -36,11 +33,18 @@ class Limits(msgspec.Struct, frozen=True):
     prefill_chunk: int = 256
 
 
-class Message(msgspec.Struct, frozen=True):
-    """One chat message; `content` is plain text (the gateway has joined the parts)."""
+class Message(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One chat message; `content` is plain text (the gateway has joined the parts).
+
+    `tool_calls` of an assistant: [{"id", "type": "function", "function": {"name", "arguments": object}}].
+    `tool_call_id`, `name`: which call a tool's answer belongs to.
+    """
 
     role: str
     content: str
+    tool_calls: list[dict[str, Any]] = []
+    tool_call_id: str | None = None
+    name: str | None = None
 
 
 class Sampling(msgspec.Struct, frozen=True):
@@ -115,13 +119,27 @@ class Load(msgspec.Struct, tag="load", frozen=True):
 
 
 class Submit(msgspec.Struct, tag="submit", frozen=True):
-    """A request. kind "chat": `messages`; kind "completion": `prompt` (text or token ids)."""
+    """A request. kind "chat": `messages` and `tools` (as OpenAI has them); kind "completion": `prompt` (text, ids)."""
 
     request_id: str
     kind: str
     sampling: Sampling
     messages: list[Message] = []
     prompt: str | list[int] = ""
+    tools: list[dict[str, Any]] = []
+
+
+class Tokenize(msgspec.Struct, tag="tokenize", frozen=True):
+    """Turn a text into tokens or back, without generating; answered by Tokenized or Rejected.
+
+    kind "completion": `prompt`, a text; "chat": `messages` and `tools` through the chat template; "ids": `prompt`, ids.
+    """
+
+    request_id: str
+    kind: str
+    prompt: str | list[int] = ""
+    messages: list[Message] = []
+    tools: list[dict[str, Any]] = []
 
 
 class Cancel(msgspec.Struct, tag="cancel", frozen=True):
@@ -169,6 +187,8 @@ class Ready(msgspec.Struct, tag="ready", frozen=True):
     dtype: str = "float32"
     quantization: str = "none"
     chat_template: bool = True
+    tool_format: str = ""
+    """How the chat template writes calls of tools: "hermes", "mistral", "json"; "" where it does not know tools."""
     eos_token_ids: list[int] = []
     vocab_size: int = 0
     profile_id: str = ""
@@ -197,6 +217,14 @@ class Rejected(msgspec.Struct, tag="rejected", frozen=True):
     code: str
     message: str
     param: str | None = None
+
+
+class Tokenized(msgspec.Struct, tag="tokenized", frozen=True):
+    """Token ids, and the text that they decode to (special tokens included)."""
+
+    request_id: str
+    tokens: list[int]
+    text: str
 
 
 class Delta(msgspec.Struct, tag="delta", frozen=True):
@@ -245,8 +273,8 @@ class Stats(msgspec.Struct, tag="stats", frozen=True):
     finished: dict[str, int] = {}
 
 
-ToWorker = Load | Submit | Cancel | Ping | Shutdown
-ToParent = Loading | Ready | LoadFailed | Accepted | Rejected | Delta | Finished | Failed | Pong | Stats
+ToWorker = Load | Submit | Tokenize | Cancel | Ping | Shutdown
+ToParent = Loading | Ready | LoadFailed | Accepted | Rejected | Tokenized | Delta | Finished | Failed | Pong | Stats
 AnyMessage = ToWorker | ToParent
 
 _encoder = msgspec.msgpack.Encoder()
@@ -262,11 +290,11 @@ def encode(message: AnyMessage) -> bytes:
     body = _encoder.encode(message)
     if len(body) > MAX_FRAME_BYTES:
         raise BadFrame(f"a message of {len(body)} bytes is over the limit of {MAX_FRAME_BYTES}")
-    return _LENGTH.pack(len(body)) + body
+    return LENGTH.pack(len(body)) + body
 
 
-def _body_length(head: bytes) -> int:
-    length: int = _LENGTH.unpack(head)[0]
+def body_length(head: bytes) -> int:
+    length: int = LENGTH.unpack(head)[0]
     if length > MAX_FRAME_BYTES:
         raise BadFrame(f"a frame announces {length} bytes, over the limit of {MAX_FRAME_BYTES}")
     return length
@@ -291,7 +319,7 @@ def decode_to_worker(body: bytes) -> ToWorker:
 async def read_message(reader: asyncio.StreamReader) -> ToParent | None:
     """The worker's next message, or None at the end of the stream. Raises BadFrame."""
     try:
-        body = await reader.readexactly(_body_length(await reader.readexactly(_LENGTH.size)))
+        body = await reader.readexactly(body_length(await reader.readexactly(LENGTH.size)))
     except (asyncio.IncompleteReadError, ConnectionError):
         return None
     return decode_to_parent(body)
@@ -300,69 +328,3 @@ async def read_message(reader: asyncio.StreamReader) -> ToParent | None:
 def write_message(writer: asyncio.StreamWriter, message: ToWorker) -> None:
     """Queue one message to the worker; it does not wait: prompts are bounded by the body limit."""
     writer.write(encode(message))
-
-
-class SocketChannel:
-    """The child's end: a blocking socket. `send` may be called from several threads; receiving belongs to one."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._socket = sock
-        self._socket.setblocking(True)
-        self._send_lock = threading.Lock()
-
-    @classmethod
-    def from_fd(cls, fd: int) -> SocketChannel:
-        """Take over the descriptor given as `--fd N`.
-
-        Programs that the worker itself starts do not get it: an open copy would hide the worker's end from the gateway.
-        """
-        os.set_inheritable(fd, False)
-        return cls(socket.socket(fileno=fd))
-
-    def send(self, *messages: ToParent) -> None:
-        """Send messages in one write. Raises OSError where the gateway is gone."""
-        self.send_bytes(b"".join(encode(message) for message in messages))
-
-    def send_at_once(self, *messages: ToParent) -> bytes:
-        """Send what the socket takes without waiting; returns the rest, for `send_bytes`. Raises OSError where the
-        gateway is gone."""
-        frames = b"".join(encode(message) for message in messages)
-        with self._send_lock:
-            try:
-                sent = self._socket.send(frames, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                sent = 0
-        return frames[sent:]
-
-    def send_bytes(self, data: bytes) -> None:
-        """Send bytes of messages, waiting as long as it takes. Raises OSError where the gateway is gone."""
-        with self._send_lock:
-            self._socket.sendall(data)
-
-    def receive(self) -> ToWorker | None:
-        """The next message, waiting for it; None where the gateway closed its end. Raises BadFrame."""
-        head = self._exactly(_LENGTH.size)
-        if head is None:
-            return None
-        body = self._exactly(_body_length(head))
-        return None if body is None else decode_to_worker(body)
-
-    def poll(self, timeout_s: float) -> bool:
-        """True where receive() would find bytes (or the end) within `timeout_s` seconds."""
-        return bool(select.select([self._socket], [], [], timeout_s)[0])
-
-    def close(self) -> None:
-        """Close the socket; safe to call twice."""
-        self._socket.close()
-
-    def _exactly(self, count: int) -> bytes | None:
-        data = bytearray()
-        while len(data) < count:
-            try:
-                piece = self._socket.recv(count - len(data))
-            except ConnectionError:
-                return None
-            if not piece:
-                return None
-            data += piece
-        return bytes(data)

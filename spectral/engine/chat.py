@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -17,7 +18,21 @@ def has_template(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def encode_chat(tokenizer: Any, messages: list[Message]) -> list[int]:
+def tool_format(tokenizer: Any) -> str:
+    """How the template makes a model write its calls of tools; "" where the template does not know tools.
+
+    "hermes": <tool_call>{"name", "arguments"}</tool_call> (Hermes, Qwen); "mistral": [TOOL_CALLS] and a list;
+    "json": the answer is the call's JSON (Llama 3 and others).
+    """
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    if "tools" not in template:
+        return ""
+    if "[TOOL_CALLS]" in template:
+        return "mistral"
+    return "hermes" if "<tool_call>" in template else "json"
+
+
+def encode_chat(tokenizer: Any, messages: list[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
     """Token ids of a conversation with the opening of the answer. Raises RequestError naming what the template refused.
 
     "developer" is what newer clients call "system"; it becomes that where the template does not know it.
@@ -25,6 +40,12 @@ def encode_chat(tokenizer: Any, messages: list[Message]) -> list[int]:
     if not has_template(tokenizer):
         raise RequestError(
             "this model has no chat template; use the completions endpoint", param="messages", code="no_chat_template"
+        )
+    if tools and not tool_format(tokenizer):
+        raise RequestError(
+            "this model's chat template does not know tools; remove them, or choose a model trained with tools",
+            param="tools",
+            code="tools_not_supported",
         )
     knows_developer = "developer" in str(tokenizer.chat_template)
     turns = []
@@ -35,9 +56,11 @@ def encode_chat(tokenizer: Any, messages: list[Message]) -> list[int]:
                 param=f"messages[{i}].role",
             )
         role = "system" if message.role == "developer" and not knows_developer else message.role
-        turns.append({"role": role, "content": message.content})
+        turns.append({"role": role, "content": message.content, **message.extra})
     try:
-        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
+        ids = tokenizer.apply_chat_template(
+            turns, tools=list(tools) or None, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
     except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
         raise RequestError(
             f"the model's chat template refuses these messages: {error}", param="messages", code="invalid_messages"
@@ -54,7 +77,7 @@ def encode_prompt(tokenizer: Any, request: GenerateRequest, vocab_size: int) -> 
             start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
             ids = [] if start is None else [int(start)]
     elif request.is_chat:
-        ids = encode_chat(tokenizer, [m for m in prompt if isinstance(m, Message)])
+        ids = encode_chat(tokenizer, [m for m in prompt if isinstance(m, Message)], request.tools)
     else:
         ids = [i for i in prompt if isinstance(i, int) and not isinstance(i, bool)]
         if len(ids) != len(prompt):

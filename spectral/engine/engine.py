@@ -111,6 +111,10 @@ class Engine:
             raise ContextLengthExceeded(len(ids), self.context_length, param=request.prompt_field)
         return ids
 
+    def count(self, request: GenerateRequest) -> list[int]:
+        """The prompt's token ids, also where they are more than the context. Raises RequestError. Threads: `encode`."""
+        return encode_prompt(self.loaded.tokenizer, request, self.vocab_size)
+
     def _check_length(self, request: GenerateRequest) -> None:
         """Refuse a text that cannot fit whatever its tokens are: tokenizing megabytes takes seconds."""
         prompt = request.prompt

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from spectral.errors import RequestError
 
@@ -32,10 +32,14 @@ def _integer(param: str, value: int, low: int, high: int | None, rule: str) -> N
 
 @dataclass(frozen=True)
 class Message:
-    """One chat message. `role`: system, developer, user, assistant or tool; `content`: plain text."""
+    """One chat message. `role`: system, developer, user, assistant or tool; `content`: plain text.
+
+    `extra`: more fields for the chat template, such as tool_calls, tool_call_id and name.
+    """
 
     role: str
     content: str
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -100,12 +104,16 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """One request: `prompt` is text, token ids, or chat messages. `timeout_s`: fail if not finished by then."""
+    """One request: `prompt` is text, token ids, or chat messages. `timeout_s`: fail if not finished by then.
+
+    `tools`: descriptions of functions, as OpenAI writes them, for chat templates that know tools.
+    """
 
     request_id: str
     prompt: str | list[int] | list[Message]
     params: SamplingParams = field(default_factory=SamplingParams)
     timeout_s: float | None = None
+    tools: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.request_id:

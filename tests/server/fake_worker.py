@@ -22,6 +22,7 @@ import socket
 import sys
 
 from server.worker import messages as m
+from server.worker.channel import SocketChannel
 
 FIGURES = {"setting": "8x", "rank": 24.0, "bits_per_element": 1.9, "kl_mean": 0.012}
 
@@ -31,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--fd", type=int, required=True)
     sock = socket.socket(fileno=parser.parse_args().fd)
-    channel = m.SocketChannel(sock)
+    channel = SocketChannel(sock)
     load = channel.receive()
     assert isinstance(load, m.Load)
     print(f"fake worker of {load.name}, OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}", flush=True)
@@ -59,7 +60,7 @@ def main() -> None:
 class Worker:
     """State: requests that tick, cancellations seen."""
 
-    def __init__(self, channel: m.SocketChannel, sock: socket.socket) -> None:
+    def __init__(self, channel: SocketChannel, sock: socket.socket) -> None:
         self.channel, self.sock = channel, sock
         self.ticking: list[str] = []
         self.flooding: list[str] = []

@@ -163,6 +163,25 @@ def test_a_long_prompt_can_be_cancelled_while_it_is_tokenized(ready: tuple[Paren
     assert [type(m) for m in before if not isinstance(m, wire.Stats)] == [wire.Accepted]
 
 
+def test_texts_are_tokenized_and_back(ready: tuple[Parent, wire.Ready]) -> None:
+    parent, info = ready
+    parent.send(wire.Tokenize("t", "completion", "The capital of France is Paris."))
+    there = parent.until(wire.Tokenized, "t")[1]
+    assert isinstance(there, wire.Tokenized) and there.text == "The capital of France is Paris."
+    parent.send(wire.Tokenize("b", "ids", there.tokens))
+    back = parent.until(wire.Tokenized, "b")[1]
+    assert isinstance(back, wire.Tokenized) and back.text == there.text and back.tokens == there.tokens
+    turn = wire.Message("user", "Hello")
+    parent.send(wire.Tokenize("c", "chat", messages=[turn]), wire.Tokenize("n", "ids", [info.vocab_size]))
+    chat_text = parent.until(wire.Tokenized, "c")[1]
+    assert isinstance(chat_text, wire.Tokenized) and chat_text.text.startswith("<|im_start|>user\nHello<|im_end|>")
+    refused = parent.until(wire.Rejected, "n")[1]
+    assert isinstance(refused, wire.Rejected) and (refused.status, refused.param) == (400, "prompt")
+    parent.send(wire.Tokenize("x", "chat", messages=[turn], tools=[{"type": "function"}]))
+    refused = parent.until(wire.Rejected, "x")[1]
+    assert isinstance(refused, wire.Rejected) and refused.param == "tools" and info.tool_format == ""
+
+
 def test_cancel_ends_one_request(ready: tuple[Parent, wire.Ready]) -> None:
     parent, _ = ready
     parent.send(

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from server.scheduler import policy
 from server.worker import messages as m
+from server.worker.channel import SocketChannel
 from tests.server.conftest import Running, alive, serving, settings
 
 
@@ -250,7 +251,7 @@ def test_back_off_starts_at_once_grows_and_is_bounded(failures: int) -> None:
 
 def test_the_two_ends_of_the_socket_understand_each_other() -> None:
     ours, theirs = socket.socketpair()
-    child = m.SocketChannel(theirs)
+    child = SocketChannel(theirs)
     sent = [m.Accepted("r", 3), m.Delta("r", 0, "é", [1], [m.TokenLogprob("é", -1.0)]), m.Stats(finished={"stop": 1})]
 
     async def parent() -> list[Any]:
@@ -273,7 +274,7 @@ def test_the_two_ends_of_the_socket_understand_each_other() -> None:
 def test_bad_frames_are_noticed_and_a_closed_end_is_none(data: bytes) -> None:
     ours, theirs = socket.socketpair()
     ours.sendall(data)
-    channel = m.SocketChannel(theirs)
+    channel = SocketChannel(theirs)
     with pytest.raises(m.BadFrame):
         channel.receive()
     ours.close()

@@ -1,0 +1,60 @@
+"""Tools in chat templates: what the template gets, and models whose template does not know tools."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spectral.engine.chat import encode_chat, tool_format
+from spectral.engine.types import Message
+from spectral.errors import RequestError
+
+HERMES = """{% if tools %}{% for tool in tools %}<tool>{{ tool.function.name }}</tool>{% endfor %}{% endif %}
+{%- for m in messages %}{{ m.role }}:{{ m.content }}{% for call in m.tool_calls %}
+<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}{% if m.tool_call_id %}[{{ m.tool_call_id }}]{% endif %}
+{% endfor %}"""
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo_path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(demo_path)
+
+
+@pytest.mark.parametrize(
+    ("template", "form"),
+    [
+        ("{{ messages }}", ""),
+        (HERMES, "hermes"),
+        ("{% for t in tools %}{% endfor %}[TOOL_CALLS]", "mistral"),
+        ("{% if tools %}<|python_tag|>{% endif %}", "json"),
+        ({"default": "{{ messages }}", "tool_use": "{{ tools }}<tool_call>"}, "hermes"),
+        (None, ""),
+    ],
+)
+def test_the_format_is_read_from_the_template(template: Any, form: str) -> None:
+    holder = type("Holder", (), {"chat_template": template})()
+    assert tool_format(holder) == form
+
+
+def test_tools_and_calls_reach_the_template(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", HERMES)
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    turns = [
+        Message("user", "Rain?"),
+        Message("assistant", "", {"tool_calls": [call]}),
+        Message("tool", "wet", {"tool_call_id": "c1"}),
+    ]
+    text = tokenizer.decode(encode_chat(tokenizer, turns, [TOOL]))
+    assert "<tool>weather</tool>" in text and "tool:wet[c1]" in text
+    assert '<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call>' in text
+
+
+def test_a_template_without_tools_refuses_them(tokenizer: Any) -> None:
+    with pytest.raises(RequestError) as refused:
+        encode_chat(tokenizer, [Message("user", "Rain?")], [TOOL])
+    assert (refused.value.param, refused.value.code) == ("tools", "tools_not_supported")
