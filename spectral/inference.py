@@ -176,6 +176,8 @@ class InferenceEngine:
             sampling["stop"] = (sampling["stop"],)
         if sampling.get("n", 1) != 1:
             raise RequestError("n must be 1 here; call again for another answer", param="n")
+        if "best_of" in sampling:
+            raise RequestError("best_of is not offered: ask several times and choose", param="best_of")
         if not isinstance(prompt, str):
             try:
                 prompt = [Message(str(m["role"]), str(m["content"])) for m in prompt]

@@ -11,19 +11,23 @@ from spectral.engine import types
 from spectral.engine.detokenize import token_bytes
 from spectral.errors import OutOfPages, QueueFull, RequestError
 
-SAMPLING_FIELDS = tuple(field.name for field in dataclasses.fields(types.SamplingParams) if field.name != "ignore_eos")
+OWN_FIELDS = ("ignore_eos", "grammar")
+SAMPLING_FIELDS = tuple(f.name for f in dataclasses.fields(types.SamplingParams) if f.name not in OWN_FIELDS)
 
 
 def to_request(message: wire.Submit) -> types.GenerateRequest:
     """A Submit as the engine takes it. Raises RequestError."""
     sampling = message.sampling
-    params = types.SamplingParams(**{name: getattr(sampling, name) for name in SAMPLING_FIELDS})
+    asked = sampling.grammar
+    grammar = None if asked is None else types.Grammar(asked.kind, asked.text)
+    params = types.SamplingParams(**{name: getattr(sampling, name) for name in SAMPLING_FIELDS}, grammar=grammar)
     if message.kind == "chat":
         if not message.messages:
             raise RequestError("messages must not be empty", param="messages")
-        return types.GenerateRequest(message.request_id, _turns(message), params, tools=tuple(message.tools))
+        tools = tuple(message.tools)
+        return types.GenerateRequest(message.request_id, _turns(message), params, message.timeout_s, tools=tools)
     if message.kind == "completion":
-        return types.GenerateRequest(message.request_id, message.prompt, params)
+        return types.GenerateRequest(message.request_id, message.prompt, params, timeout_s=message.timeout_s)
     raise RequestError(f"kind must be chat or completion, got {message.kind!r}", param="kind")
 
 

@@ -47,6 +47,13 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     name: str | None = None
 
 
+class Grammar(msgspec.Struct, frozen=True):
+    """What an answer must look like. kind: json_object (no text), json_schema, regex, lark or gbnf."""
+
+    kind: str
+    text: str = ""
+
+
 class Sampling(msgspec.Struct, frozen=True):
     """How to choose tokens. `max_tokens` None: until the context is full. `top_k` 0: off. `logprobs` None: none."""
 
@@ -63,6 +70,8 @@ class Sampling(msgspec.Struct, frozen=True):
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = {}
     logprobs: int | None = None
+    typical_p: float = 1.0
+    grammar: Grammar | None = None
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
@@ -119,7 +128,10 @@ class Load(msgspec.Struct, tag="load", frozen=True):
 
 
 class Submit(msgspec.Struct, tag="submit", frozen=True):
-    """A request. kind "chat": `messages` and `tools` (as OpenAI has them); kind "completion": `prompt` (text, ids)."""
+    """A request. kind "chat": `messages` and `tools` (as OpenAI has them); kind "completion": `prompt` (text, ids).
+
+    `timeout_s`: it fails with deadline_exceeded if it has not ended by then.
+    """
 
     request_id: str
     kind: str
@@ -127,6 +139,7 @@ class Submit(msgspec.Struct, tag="submit", frozen=True):
     messages: list[Message] = []
     prompt: str | list[int] = ""
     tools: list[dict[str, Any]] = []
+    timeout_s: float | None = None
 
 
 class Tokenize(msgspec.Struct, tag="tokenize", frozen=True):

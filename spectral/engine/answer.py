@@ -58,6 +58,12 @@ class Answer:
             return "stop"
         return "length" if full else None
 
+    def end(self) -> FinishReason:
+        """The answer is whole without an end token: give out what was held back."""
+        piece = self._detokenizer.flush()
+        self._text += piece if self._filter is None else self._filter.push(piece) + self._filter.flush()
+        return "stop"
+
     def take(self, request_id: str, index: int, *, last: bool = False) -> Delta | None:
         """What has come since the last delta; None while there is no text yet, unless it is the last."""
         if not self._text and not (last and self._tokens):

@@ -13,6 +13,7 @@ import torch
 from spectral.engine.answer import Answer
 from spectral.engine.chat import encode_prompt
 from spectral.engine.detokenize import longest_token, make_decoder
+from spectral.engine.grammar import GrammarCompiler
 from spectral.engine.runner import Runner
 from spectral.engine.sampler import SamplerState, sample
 from spectral.engine.scheduler import Scheduler, Step
@@ -75,6 +76,7 @@ class Engine:
         self.vocab_size = int(loaded.model.get_input_embeddings().num_embeddings)
         self._longest_token = longest_token(loaded.tokenizer)
         self._decode = make_decoder(loaded.tokenizer)
+        self._grammars = GrammarCompiler(loaded.tokenizer, self.vocab_size, loaded.eos_token_ids)
         self._runner = Runner(loaded)
         self._scheduler = Scheduler(self.store, self.limits)
         self._live: dict[str, list[Sequence]] = {}
@@ -174,7 +176,8 @@ class Engine:
             stops=params.stop,
             logprobs=params.logprobs is not None,
         )
-        sampler = SamplerState(params, ids, index)
+        grammar = None if params.grammar is None else self._grammars.start(params.grammar)
+        sampler = SamplerState(params, ids, index, grammar)
         return Sequence(request_id, index, self._order, list(ids), len(ids), sampler=sampler, answer=answer)
 
     def cancel(self, request_id: str) -> None:
@@ -240,9 +243,17 @@ class Engine:
             sibling.started = True
 
     def _advance(self, sequence: Sequence, token: int, logprob: Logprob | None) -> None:
+        if sequence not in self._live.get(sequence.request_id, ()):
+            return  # another choice of the request failed in this step
+        grammar = sequence.sampler.grammar
+        if grammar is not None and grammar.error is not None:
+            self._fail(sequence.request_id, grammar.error)
+            return
         sequence.tokens.append(token)
         answer: Answer = sequence.answer
         reason = answer.push(token, logprob)
+        if reason is None and grammar is not None and grammar.finished:
+            reason = answer.end()  # nothing can follow: the end token need not be waited for
         delta = answer.take(sequence.request_id, sequence.index, last=reason is not None)
         if delta is not None:
             self._events.append(delta)

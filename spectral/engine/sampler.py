@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from spectral.engine.grammar import GrammarState
 from spectral.engine.types import Logprob, SamplingParams
 
 SHORTLIST = 1024
@@ -18,22 +19,25 @@ SHORTLIST = 1024
 
 
 class SamplerState:
-    """One sequence's randomness and token history. `prompt`: ids, for the repetition penalty."""
+    """One sequence's randomness and token history. `prompt`: ids, for the repetition penalty; `grammar`: its place in
+    the grammar that it must follow, if any."""
 
-    def __init__(self, params: SamplingParams, prompt: Sequence[int], index: int = 0) -> None:
-        self.params = params
+    def __init__(
+        self, params: SamplingParams, prompt: Sequence[int], index: int = 0, grammar: GrammarState | None = None
+    ) -> None:
+        self.params, self.grammar = params, grammar
         seed = secrets.randbits(64) if params.seed is None else params.seed
         self.random = random.Random(f"{seed}:{index}")  # a string seed goes through SHA-512: streams are unrelated
         self.greedy = params.temperature == 0
-        self.filtered = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
-        self.plain = not params.penalised
+        self.filtered = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0 or params.typical_p < 1.0
+        self.plain = not params.penalised and grammar is None
         self._prompt = list(prompt) if params.repetition_penalty != 1.0 else []
         self._counts: torch.Tensor | None = None  # [V] float32: occurrences in the answer
         self._seen: torch.Tensor | None = None  # [V] bool: occurs in prompt or answer
         self._bias: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def adjust(self, logits: torch.Tensor) -> None:
-        """Apply penalties and bias to float32 logits [V], in place."""
+        """Apply penalties, bias and grammar to float32 logits [V], in place."""
         params, size = self.params, logits.shape[0]
         if params.repetition_penalty != 1.0:
             if self._seen is None:
@@ -49,10 +53,14 @@ class SamplerState:
                 ids = torch.tensor([t for t, _ in pairs], dtype=torch.long, device=logits.device)
                 self._bias = ids, torch.tensor([b for _, b in pairs], dtype=torch.float32, device=logits.device)
             logits.index_add_(0, *self._bias)
+        if self.grammar is not None:
+            self.grammar.forbid(logits)
 
     def record(self, token: int, size: int, device: torch.device) -> None:
         """Remember a chosen token."""
         params = self.params
+        if self.grammar is not None:
+            self.grammar.accept(token)
         if params.frequency_penalty or params.presence_penalty:
             if self._counts is None:
                 self._counts = torch.zeros(size, device=device)
@@ -120,7 +128,7 @@ def _draw(weights: torch.Tensor, states: Sequence[SamplerState]) -> torch.Tensor
 
 
 def _nucleus(logits: torch.Tensor, states: Sequence[SamplerState]) -> torch.Tensor:
-    """top-k, then top-p, then min-p, on tempered logits [rows, V]; returns token ids."""
+    """top-k, then top-p, then min-p, then typical_p, on tempered logits [rows, V]; returns token ids."""
     size = logits.shape[1]
     params = [s.params for s in states]
     count = min(size, max([SHORTLIST, *(p.top_k for p in params)]))
@@ -143,8 +151,23 @@ def _nucleus(logits: torch.Tensor, states: Sequence[SamplerState]) -> torch.Tens
     before = (short.cumsum(-1) - short) / mass
     drop = ((before >= top_p) & (top_p < 1.0)) | (short < min_p * short[:, :1])
     drop[:, 0] = False
-    chosen = _draw(short.masked_fill(drop, 0.0), states)
+    kept = short.masked_fill(drop, 0.0)
+    if any(p.typical_p < 1.0 for p in params):
+        kept = _typical(kept, torch.tensor([[p.typical_p] for p in params], device=logits.device))
+    chosen = _draw(kept, states)
     return ids.gather(1, chosen[:, None]).squeeze(-1)
+
+
+def _typical(weights: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
+    """Of weights [rows, K] keep the fewest whose surprise is nearest to the entropy and that hold a share `mass`
+    [rows, 1]; the others become 0. Rows with mass 1 stay as they are."""
+    p = weights / weights.sum(-1, keepdim=True)
+    surprise = -p.log()
+    entropy = (p * surprise).nan_to_num(0.0).sum(-1, keepdim=True)
+    order = (surprise - entropy).abs().argsort(dim=-1, stable=True)
+    ordered = p.gather(1, order)
+    drop = torch.zeros_like(p, dtype=torch.bool).scatter(1, order, (ordered.cumsum(-1) - ordered) >= mass)
+    return torch.where(drop & (mass < 1.0), torch.zeros_like(weights), weights)
 
 
 def _logprob(logits: torch.Tensor, token: int, wanted: int | None) -> Logprob | None:

@@ -12,6 +12,7 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
+GRAMMAR_KINDS = ("json_object", "json_schema", "regex", "lark", "gbnf")
 
 
 def _refuse(param: str, rule: str, value: object) -> None:
@@ -43,12 +44,31 @@ class Message:
 
 
 @dataclass(frozen=True)
+class Grammar:
+    """What an answer must look like.
+
+    kind: "json_object" (any JSON object; no text), "json_schema" (the schema as JSON text), "regex" (the whole answer;
+    Rust's syntax without look-around), "lark" (llguidance's dialect) or "gbnf" (llama.cpp's).
+    """
+
+    kind: str
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in GRAMMAR_KINDS:
+            _refuse("grammar", f"of a kind among {', '.join(GRAMMAR_KINDS)}", self.kind)
+        if not isinstance(self.text, str) or (self.kind == "json_object") == bool(self.text):
+            _refuse("grammar", "a text (and none for json_object)", self.text)
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How tokens are chosen and when an answer ends. Raises RequestError naming the field at fault.
 
     Attributes:
         max_tokens: most new tokens; None: until the context is full.
-        temperature: 0 is greedy. top_k 0, top_p 1 and min_p 0 are off; they apply in that order, after temperature.
+        temperature: 0 is greedy. top_k 0, top_p 1, min_p 0 and typical_p 1 are off; they apply in that order, after
+            temperature. typical_p keeps the tokens whose surprise is nearest to the entropy, up to that mass.
         repetition_penalty: divides (multiplies, if negative) the logits of every token seen, prompt included.
         frequency_penalty, presence_penalty: subtracted per occurrence, or once, for tokens of the answer.
         logit_bias: added to the logits of token ids.
@@ -56,6 +76,7 @@ class SamplingParams:
         stop: strings that end the answer and are not part of it.
         logprobs: None for none, else how many of the most probable tokens to report beside the chosen one.
         ignore_eos: go on past the model's end token (for measurements).
+        grammar: what the answer must look like; None for anything.
     """
 
     max_tokens: int | None = None
@@ -72,6 +93,8 @@ class SamplingParams:
     logit_bias: dict[int, float] = field(default_factory=dict)
     logprobs: int | None = None
     ignore_eos: bool = False
+    typical_p: float = 1.0
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
@@ -80,6 +103,9 @@ class SamplingParams:
         _number("top_p", self.top_p, 0.0, 1.0, "above 0 and at most 1", open_low=True)
         _integer("top_k", self.top_k, 0, None, "0 (off) or more")
         _number("min_p", self.min_p, 0.0, 1.0, "between 0 and 1")
+        _number("typical_p", self.typical_p, 0.0, 1.0, "above 0 and at most 1", open_low=True)
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            _refuse("grammar", "a Grammar", self.grammar)
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
             _refuse("seed", "an integer", self.seed)
         if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):

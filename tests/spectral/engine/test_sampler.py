@@ -12,7 +12,7 @@ from spectral.errors import RequestError
 
 
 def reference(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """The distribution [V] that a row must be drawn from, written plainly: temperature, top-k, top-p, min-p."""
+    """The distribution [V] that a row must be drawn from, temperature, top-k, top-p, min-p, typical."""
     p = (logits.double() / params.temperature).softmax(-1)
     order = p.argsort(descending=True)
     kept = order.tolist()[: params.top_k or None]
@@ -24,6 +24,12 @@ def reference(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
         chosen.append(i)
         before += float(p[i])
     chosen = [i for i in chosen if p[i] >= params.min_p * p.max()]
+    if params.typical_p < 1:
+        q = p[chosen] / p[chosen].sum()
+        entropy = -(q * q.log()).sum()
+        by_distance = (-q.log() - entropy).abs().argsort().tolist()
+        enough = next(n for n in range(1, len(q) + 1) if n == len(q) or q[by_distance[:n]].sum() >= params.typical_p)
+        chosen = [chosen[i] for i in by_distance[:enough]]
     out = torch.zeros_like(p)
     out[chosen] = p[chosen]
     return out / out.sum()
@@ -38,6 +44,8 @@ def reference(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
         SamplingParams(temperature=1.2, top_k=8, top_p=0.7, seed=4),
         SamplingParams(temperature=1.0, min_p=0.3, seed=5),
         SamplingParams(temperature=1.0, top_p=0.9, min_p=0.1, top_k=10, seed=6),
+        SamplingParams(temperature=1.0, typical_p=0.5, seed=7),
+        SamplingParams(temperature=1.3, top_k=12, top_p=0.9, typical_p=0.6, seed=8),
     ],
 )
 @pytest.mark.parametrize("shortlist", [1024, 4])

@@ -1,0 +1,135 @@
+"""Structured output: which tokens a grammar allows next, through llguidance (Rust, no torch)."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Collection
+from typing import Any
+
+import numpy as np
+import torch
+
+from spectral.engine.types import Grammar
+from spectral.errors import RequestError
+
+KEPT = 64
+"""Compiled grammars that are kept for the next request with the same one."""
+
+WHITESPACE = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,16}"}
+"""Between the parts of a JSON document. Without an end, small models write nothing but blanks until the last token."""
+
+
+class GrammarState:
+    """One answer's place in its grammar."""
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+        self.error: RequestError | None = None
+        """Why the answer cannot go on; its token of this step is then of no use."""
+
+    def forbid(self, logits: torch.Tensor) -> None:
+        """Set the logits [V] of tokens that cannot come next to -inf, in place. If none can, `error` says why."""
+        if self._matcher.is_error():
+            self.error = RequestError(f"the grammar cannot go on: {self._matcher.get_error()}", param="grammar")
+            return
+        bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
+        allowed = np.zeros(logits.shape[0], dtype=bool)
+        size = min(bits.size, allowed.size)
+        allowed[:size] = bits[:size]
+        if not allowed.any():
+            self.error = RequestError("the grammar allows no token of this model's vocabulary", param="grammar")
+            return
+        logits.masked_fill_(torch.from_numpy(~allowed).to(logits.device), float("-inf"))
+
+    def accept(self, token: int) -> None:
+        """The token that was chosen."""
+        self._matcher.consume_token(token)
+
+    @property
+    def finished(self) -> bool:
+        """True when nothing but the end can follow."""
+        return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
+
+
+class GrammarCompiler:
+    """Grammars for one model's tokenizer; what was compiled lately is kept.
+
+    Args:
+        tokenizer: transformers'; vocab_size: of the logits; ends: ids that end an answer.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int, ends: Collection[int]) -> None:
+        self._tokenizer, self._vocab_size, self._ends = tokenizer, vocab_size, sorted(ends)
+        self._ours: Any = None  # llguidance's view of the tokenizer: made once, when it is first needed
+        self._kept: OrderedDict[Grammar, Any] = OrderedDict()
+
+    def start(self, grammar: Grammar) -> GrammarState:
+        """The beginning of an answer. Raises RequestError for a grammar that cannot be used."""
+        matcher = self._kept.get(grammar)
+        if matcher is None:
+            matcher = self._kept[grammar] = self._compile(grammar)
+            if len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(grammar)
+        return GrammarState(matcher.deep_copy())
+
+    def _compile(self, grammar: Grammar) -> Any:
+        from llguidance import LLMatcher
+
+        try:
+            text = _SOURCES[grammar.kind](LLMatcher, grammar.text)
+        except (ValueError, TypeError) as error:
+            raise RequestError(f"the {grammar.kind} grammar cannot be read: {error}", param="grammar") from error
+        matcher = LLMatcher(self._vocabulary(), text, log_level=0)
+        if matcher.is_error():
+            reason = str(matcher.get_error()).strip()
+            raise RequestError(f"the {grammar.kind} grammar cannot be used: {reason}", param="grammar")
+        return matcher
+
+    def _vocabulary(self) -> Any:
+        if self._ours is None:
+            from llguidance.hf import from_tokenizer
+
+            if getattr(self._tokenizer, "backend_tokenizer", None) is None or not self._ends:
+                raise RequestError(
+                    "structured output needs a model with a fast tokenizer and an end token; this one has not both",
+                    param="grammar",
+                )
+            size = max(self._vocab_size, len(self._tokenizer))
+            self._ours = from_tokenizer(self._tokenizer, n_vocab=size, eos_token=self._ends)
+        return self._ours
+
+
+def _json_object(matcher: Any, text: str) -> str:
+    return str(matcher.grammar_from_json_schema({"type": "object"}, overrides=WHITESPACE))
+
+
+def _json_schema(matcher: Any, text: str) -> str:
+    schema = json.loads(text)
+    if not isinstance(schema, (dict, bool)):
+        raise ValueError("a JSON schema is an object")
+    return str(matcher.grammar_from_json_schema(json.dumps(schema), overrides=WHITESPACE))
+
+
+def _regex(matcher: Any, text: str) -> str:
+    return str(matcher.grammar_from_regex(text))
+
+
+def _lark(matcher: Any, text: str) -> str:
+    return str(matcher.grammar_from_lark(text))
+
+
+def _gbnf(matcher: Any, text: str) -> str:
+    from llguidance import grammar_from
+
+    return str(grammar_from("gbnf", text))
+
+
+_SOURCES: dict[str, Callable[[Any, str], str]] = {
+    "json_object": _json_object,
+    "json_schema": _json_schema,
+    "regex": _regex,
+    "lark": _lark,
+    "gbnf": _gbnf,
+}

@@ -1,0 +1,126 @@
+"""Structured output: whatever the model wants to say, the answer follows its grammar."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from spectral import hf
+from spectral.engine.engine import Engine
+from spectral.engine.types import Delta, Failed, Finished, GenerateRequest, Grammar, Message, SamplingParams
+from spectral.errors import RequestError
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[hf.LoadedModel]:
+    yield hf.load_model("demo-7m", device="cpu")
+
+
+def answers(engine: Engine, asked: dict[str, SamplingParams]) -> dict[str, tuple[str, str]]:
+    """Text and reason of each request, all in one batch."""
+    for name, params in asked.items():
+        engine.submit(GenerateRequest(name, [Message("user", "Tell me about Norway.")], params))
+    texts, reasons = dict.fromkeys(asked, ""), {}
+    while engine.has_work:
+        for event in engine.step():
+            if isinstance(event, Delta):
+                texts[event.request_id] += event.text
+            elif isinstance(event, Finished):
+                reasons[event.request_id] = event.reason
+            assert not isinstance(event, Failed)
+    return {name: (texts[name], reasons[name]) for name in asked}
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["cat", "dog"]}, "age": {"type": "integer", "minimum": 3, "maximum": 12}},
+    "required": ["kind", "age"],
+    "additionalProperties": False,
+}
+
+
+def test_answers_follow_their_grammars_and_end_with_them(demo: hf.LoadedModel) -> None:
+    def params(kind: str, text: str, temperature: float) -> SamplingParams:
+        return SamplingParams(max_tokens=200, temperature=temperature, seed=4, grammar=Grammar(kind, text))
+
+    hot = 1.5
+    got = answers(
+        Engine(demo),
+        {
+            "schema": params("json_schema", json.dumps(SCHEMA), hot),
+            "regex": params("regex", r"[0-9]{3}-(yes|no)", 0.0),
+            "lark": params("lark", 'start: ("red" | "blue") " " /[a-f]{4}/', hot),
+            "gbnf": params("gbnf", 'root ::= "x" [0-9] "y"', hot),
+            "free": SamplingParams(max_tokens=5, temperature=0.0),
+        },
+    )
+    document = json.loads(got["schema"][0])
+    assert document["kind"] in ("cat", "dog") and 3 <= document["age"] <= 12 and len(document) == 2
+    assert re.fullmatch(r"[0-9]{3}-(yes|no)", got["regex"][0])
+    assert re.fullmatch(r"(red|blue) [a-f]{4}", got["lark"][0])
+    assert re.fullmatch(r"x[0-9]y", got["gbnf"][0])
+    assert {name: reason for name, (_, reason) in got.items() if name != "free"} == dict.fromkeys(
+        ("schema", "regex", "lark", "gbnf"), "stop"
+    )
+    alone = answers(Engine(demo), {"free": SamplingParams(max_tokens=5, temperature=0.0)})
+    assert alone["free"] == got["free"]
+
+
+def test_a_json_object_is_one_from_its_first_token(demo: hf.LoadedModel) -> None:
+    grammar = Grammar("json_object")
+    asked = {f"r{seed}": SamplingParams(max_tokens=60, seed=seed, top_p=0.9, grammar=grammar) for seed in range(4)}
+    for text, reason in answers(Engine(demo), asked).values():
+        assert text.lstrip().startswith("{")
+        if reason == "stop":
+            assert isinstance(json.loads(text), dict)
+        assert not re.search(r"[ \n\t]{17}", text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "message"),
+    [
+        ("regex", "[a", "unclosed"),
+        ("lark", "start: nothing", "unknown name"),
+        ("json_schema", "{", "cannot be read"),
+        ("json_schema", "[1]", "is an object"),
+        ("json_schema", '{"type": "objec"}', "objec"),
+        ("gbnf", "root = = =", "gbnf"),
+        ("json_object", "{}", "none for json_object"),
+        ("xml", "", "of a kind among json_object"),
+        ("regex", "", "a text"),
+    ],
+)
+def test_bad_grammars_are_refused_before_anything_starts(
+    demo: hf.LoadedModel, kind: str, text: str, message: str
+) -> None:
+    engine = Engine(demo)
+    with pytest.raises(RequestError, match=re.escape(message)) as caught:
+        params = SamplingParams(grammar=Grammar(kind, text))
+        engine.submit(GenerateRequest("a", [Message("user", "Hi")], params))
+    assert caught.value.param == "grammar" and not engine.has_work
+
+
+def test_a_grammar_that_allows_nothing_fails_its_request_only(
+    demo: hf.LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from spectral.engine import grammar as module
+
+    engine = Engine(demo)
+    engine.submit(GenerateRequest("bad", "One", SamplingParams(n=2, grammar=Grammar("regex", "abc"))))
+    engine.submit(GenerateRequest("good", "One", SamplingParams(max_tokens=4, ignore_eos=True, temperature=0)))
+
+    def nothing(self: module.GrammarState, logits: torch.Tensor) -> None:
+        self.error = RequestError("no token fits", param="grammar")
+
+    monkeypatch.setattr(module.GrammarState, "forbid", nothing)
+    events = []
+    while engine.has_work:
+        events += engine.step()
+    assert [(e.request_id, str(e.error)) for e in events if isinstance(e, Failed)] == [("bad", "no token fits")]
+    assert [e.request_id for e in events if isinstance(e, Finished)] == ["good"]
+    engine.store.check()
+    assert engine.store.rows == 0
