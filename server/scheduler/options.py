@@ -1,0 +1,119 @@
+"""Every way in which one model can be held, with its bytes and its cost. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from server.scheduler.demand import ASLEEP, COLD, HOST, HOT, Choice, Demand, Device, Rung
+
+KL_SECONDS = 60.0
+"""Seconds of delay that one nat of KL in every token of a request is worth: 0.01 nats against 0.6 s."""
+HORIZON_S = 300.0
+"""Moves are paid for over this time: a move of 10 s pays if it saves more than 1/30 s per second."""
+IDLE_RATE = 1e-5
+"""Traffic of a model that nobody asks for: what is free is used for somebody."""
+SQUEEZE_S = 0.3
+DROP_S = 0.05
+UNMET_S = 1e4
+PIN_S = 1e6
+
+
+def options(model: Demand, devices: Sequence[Device]) -> list[Choice]:
+    """All choices for one model, in a fixed order: hot ones by device and setting, then asleep, then cold.
+
+    A model that runs requests has only hot ones where it is; one that must run and cannot still has "cold", at a
+    penalty, so that a plan always exists.
+    """
+    found = [] if model.resting and not (model.busy or model.needed or model.pinned) else _hot(model, devices)
+    host = {device.name: device for device in devices}.get(HOST)
+    if model.can_sleep and not model.busy and host is not None and model.weights <= host.budget:
+        cost = _traffic(model) * model.wake_s + _away(model) + switch_cost(model, ASLEEP, (), model.now.setting)
+        found.append(Choice(model.name, ASLEEP, ((HOST, model.weights),), model.now.setting, cost=cost))
+    if not (model.busy and found):
+        cost = _traffic(model) * model.load_s + _away(model) + switch_cost(model, COLD, (), "")
+        found.append(Choice(model.name, COLD, cost=cost))
+    return found
+
+
+def _traffic(model: Demand) -> float:
+    return max(model.rate, IDLE_RATE) * model.priority
+
+
+def _away(model: Demand) -> float:
+    """What it costs that a model is not hot although somebody asked for that."""
+    return (UNMET_S * model.priority if model.needed else 0.0) + (PIN_S if model.pinned or model.busy else 0.0)
+
+
+def switch_cost(model: Demand, residency: str, devices: tuple[str, ...], setting: str) -> float:
+    """Seconds per second for the move from where the model is; 0 where it stays. Obeys the triangle inequality, so
+    that a plan once carried out is its own answer."""
+    now = model.now
+    if residency == HOT:
+        if now.residency == HOT and now.devices == devices:
+            return 0.0 if now.setting == setting else SQUEEZE_S / HORIZON_S
+        # One that sleeps wakes on the devices that it left.
+        wakes = now.residency == ASLEEP and now.devices in ((), devices)
+        leaves = DROP_S if now.residency != COLD else 0.0
+        return (model.wake_s if wakes else model.load_s + leaves) / HORIZON_S
+    if now.residency == residency:
+        return 0.0
+    if residency == ASLEEP:  # from disk it is loaded first, then put to sleep
+        return (model.wake_s + (model.load_s if now.residency == COLD else 0.0)) / HORIZON_S
+    return DROP_S / HORIZON_S
+
+
+def _hot(model: Demand, devices: Sequence[Device]) -> list[Choice]:
+    found = []
+    rungs = _rungs(model)
+    for shares_of in _places(model, devices, rungs):
+        for rung in rungs:
+            lease = model.lease(rung)
+            room = sum(device.budget for device, _ in shares_of) if model.max_bytes is None else model.max_bytes
+            fixed = model.weights + model.overhead * len(shares_of)
+            lease = max(model.floor(rung), min(lease, room - fixed))
+            total = fixed + lease
+            if model.max_bytes is not None and total > model.max_bytes:
+                continue
+            shares = tuple((d.name, round((model.weights + lease) * part) + model.overhead) for d, part in shares_of)
+            if any(size > device.budget for (device, _), (_, size) in zip(shares_of, shares, strict=True)):
+                continue
+            names = tuple(device.name for device, _ in shares_of)
+            cost = _traffic(model) * rung.kl * KL_SECONDS + switch_cost(model, HOT, names, rung.name)
+            found.append(Choice(model.name, HOT, shares, rung.name, rung.kl, lease, cost))
+    return found
+
+
+def _rungs(model: Demand) -> list[Rung]:
+    """Settings within max_kl; for a live cache only its own and coarser ones."""
+    allowed = [rung for rung in model.rungs if model.max_kl is None or rung.kl <= model.max_kl]
+    names = [rung.name for rung in allowed]
+    if model.live and model.now.setting in names:
+        return allowed[names.index(model.now.setting) :]
+    return allowed
+
+
+def _places(model: Demand, devices: Sequence[Device], rungs: Sequence[Rung]) -> list[list[tuple[Device, float]]]:
+    """Sets of devices with each one's part of the bytes: one device each, or a balanced split where none is enough."""
+    usable = [d for d in devices if (d.name in model.devices if model.devices else d.name != HOST)]
+    if model.busy and model.now.devices:
+        usable = [d for d in usable if d.name in model.now.devices]
+        return [_balanced(model, usable)] if len(usable) == len(model.now.devices) else []
+    if not rungs:
+        return []
+    least = model.weights + min(model.floor(rung) for rung in rungs)
+    single = [d for d in usable if least + model.overhead <= d.budget]
+    if single or not model.splittable:
+        return [[(device, 1.0)] for device in single]
+    largest = sorted((d for d in usable if d.name != HOST), key=lambda d: (-d.budget, d.name))
+    for count in range(2, len(largest) + 1):
+        if sum(d.budget - model.overhead for d in largest[:count]) >= least:
+            groups = [largest[i : i + count] for i in range(len(largest) - count + 1)]
+            return [_balanced(model, group) for group in groups if sum(d.budget for d in group) >= least]
+    return []
+
+
+def _balanced(model: Demand, group: Sequence[Device]) -> list[tuple[Device, float]]:
+    """Parts by what each device has left beside the overhead."""
+    group = sorted(group, key=lambda d: d.name)
+    room = [max(1, device.budget - model.overhead) for device in group]
+    return [(device, part / sum(room)) for device, part in zip(group, room, strict=True)]

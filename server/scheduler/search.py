@@ -1,0 +1,151 @@
+"""The deterministic search for a plan: greedy starts, then moves that repair what they displace. Pure.
+
+An assignment is one option per model. A move gives one model another option; where a device is then over its budget,
+other models there step down, least cost per byte freed first, until it fits; then whoever can step up again does. The
+move stays if the sum of costs fell. All options are looked at together, as arrays: flat option k belongs to model
+`owner[k]`, costs `cost[k]` and takes `size[k, d]` bytes of device d. Effort is counted in looks, not in seconds: the
+same input gives the same plan on any machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from server.scheduler.demand import HOT, Choice
+
+EPSILON = 1e-9
+
+
+class Search:
+    """Options of all models. `table[m]`: model m's options; `budgets`: bytes by device."""
+
+    def __init__(self, table: Sequence[Sequence[Choice]], budgets: dict[str, int]) -> None:
+        number = {name: at for at, name in enumerate(budgets)}
+        self.models = len(table)
+        self.options = [option for row in table for option in row]
+        self.owner: np.ndarray = np.repeat(np.arange(self.models), [len(row) for row in table])
+        self.first = np.concatenate(([0], np.cumsum([len(row) for row in table])))
+        self.cost = np.array([option.cost for option in self.options], dtype=np.float64)
+        self.size: np.ndarray = np.zeros((len(self.options), len(budgets)), dtype=np.int64)
+        for k, option in enumerate(self.options):
+            for name, size in option.shares:
+                self.size[k, number[name]] = size
+        self.budgets = np.array(list(budgets.values()), dtype=np.int64)
+        self._looks = 0
+
+    def total(self, chosen: np.ndarray) -> float:
+        """The sum of costs of an assignment: chosen[m] is the flat option of model m."""
+        return float(self.cost[chosen].sum())
+
+    def fits(self, chosen: np.ndarray) -> bool:
+        """Whether every device is within its budget."""
+        return bool((self.size[chosen].sum(0) <= self.budgets).all())
+
+    def least(self) -> np.ndarray:
+        """Every model at the option that takes the fewest bytes."""
+        sums = self.size.sum(1)
+        return np.array([self.first[m] + int(np.argmin(sums[self._row(m)])) for m in range(self.models)], dtype=int)
+
+    def _row(self, m: int) -> slice:
+        return slice(int(self.first[m]), int(self.first[m + 1]))
+
+    def starts(self) -> list[np.ndarray]:
+        """Greedy starts: by worth per byte, by worth, largest first; each model settles where there is room."""
+        every = range(self.models)
+        sums, hot = self.size.sum(1), np.array([option.residency == HOT for option in self.options], dtype=bool)
+        rows = [self._row(m) for m in every]
+        least = [max(1, int(min(sums[row][hot[row]], default=1))) for row in rows]
+        worth = [float(self.cost[row].max() - self.cost[row].min()) for row in rows]
+        orders = [
+            sorted(every, key=lambda m: (-worth[m] / least[m], m)),
+            sorted(every, key=lambda m: (-worth[m], m)),
+            sorted(every, key=lambda m: (-least[m], m)),
+        ]
+        return [self.fill(self.least(), order) for order in orders]
+
+    def fill(self, chosen: np.ndarray, order: Sequence[int]) -> np.ndarray:
+        """Each model of `order` in turn takes its cheapest option that fits beside the others."""
+        chosen = chosen.copy()
+        used = self.size[chosen].sum(0)
+        for m in order:
+            row = self._row(m)
+            rest = used - self.size[chosen[m]]
+            fits = (self.size[row] + rest <= self.budgets).all(1)
+            cost = np.where(fits, self.cost[row], np.inf)
+            at = row.start + int(np.argmin(cost))
+            if self.cost[at] < self.cost[chosen[m]] - EPSILON and fits[at - row.start]:
+                chosen[m] = at
+            used = rest + self.size[chosen[m]]
+        return chosen
+
+    def improve(self, chosen: np.ndarray, looks: int, price: np.ndarray | None = None) -> np.ndarray:
+        """Moves until none pays or the effort is spent. `price`: what a byte of each device is worth (a relaxed
+        problem's dual), which says what to try first."""
+        self._looks = looks
+        worth = self.cost if price is None else self.cost + self.size @ price
+        chosen = chosen.copy()
+        self._step_up(chosen, self.size[chosen].sum(0))
+        moved = True
+        while moved and self._looks > 0:
+            moved = False
+            gain = self.cost[chosen][self.owner] - self.cost
+            promise = worth[chosen][self.owner] - worth
+            tried = np.flatnonzero(gain > EPSILON)
+            for k in tried[np.argsort(-promise[tried], kind="stable")]:
+                if self._looks <= 0:
+                    break
+                found = self._repair(chosen, int(k))
+                if found is not None:
+                    chosen, moved = found, True
+                    break
+        return chosen
+
+    def _step_up(self, chosen: np.ndarray, used: np.ndarray) -> None:
+        """In place: the cheapest move of a single model that fits, again and again."""
+        while True:
+            self._looks -= 1
+            now = chosen[self.owner]
+            saved = self.cost[now] - self.cost
+            fits = (self.size - self.size[now] <= self.budgets - used).all(1)
+            k = int(np.argmax(np.where(fits, saved, -np.inf)))
+            if not fits[k] or saved[k] <= EPSILON:
+                return
+            used += self.size[k] - self.size[chosen[self.owner[k]]]
+            chosen[self.owner[k]] = k
+
+    def _repair(self, chosen: np.ndarray, k: int) -> np.ndarray | None:
+        """The assignment with option k and what that displaces, if its cost is lower; else None."""
+        fixed = int(self.owner[k])
+        gain = float(self.cost[chosen[fixed]] - self.cost[k])
+        before = self.total(chosen)
+        trial = chosen.copy()
+        trial[fixed] = k
+        used = self.size[trial].sum(0)
+        while (over := used > self.budgets).any():
+            step = self._relief(trial, used, int(np.argmax(over)), fixed, gain)
+            if step is None:
+                return None
+            other = int(self.owner[step])
+            gain -= float(self.cost[step] - self.cost[trial[other]])
+            used += self.size[step] - self.size[trial[other]]
+            trial[other] = step
+        self._step_up(trial, used)
+        return trial if self.total(trial) < before - EPSILON else None
+
+    def _relief(self, trial: np.ndarray, used: np.ndarray, device: int, fixed: int, most: float) -> int | None:
+        """The option that takes bytes from a device at the least cost per byte that is needed there."""
+        self._looks -= 1
+        now = trial[self.owner]
+        change = self.size - self.size[now]
+        freed = -change[:, device]
+        fits = change <= np.maximum(self.budgets - used, 0)
+        fits[:, device] = freed > 0
+        extra = self.cost - self.cost[now]
+        usable = fits.all(1) & (extra < most - EPSILON) & (self.owner != fixed)
+        if not usable.any():
+            return None
+        excess = int(used[device] - self.budgets[device])
+        rank = np.where(usable, extra / np.maximum(1, np.minimum(freed, excess)), np.inf)
+        return int(np.argmin(rank))
