@@ -12,13 +12,16 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from server.app import create_app
-from server.config import ConfigError, Settings, load_settings, schema_json
+from server.config import ConfigError, Settings, default_path, load_settings, schema_json
 from server.scheduler.loop import Scheduler, Slot
+from server.state_schema import StateError
 
 SCHEMA_FILE = "config.schema.json"
 DEFAULT_URL = "http://127.0.0.1:8000"  # where `spectral chat` looks by itself
@@ -51,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 1
     with listener:
-        return asyncio.run(_serve(settings, listener))
+        return _run(settings, listener, Path(options.config) if options.config else default_path())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -114,8 +117,16 @@ class GracefulServer(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
 
-async def _serve(settings: Settings, listener: socket.socket) -> int:
-    app = create_app(settings)
+def _run(settings: Settings, listener: socket.socket, config_file: Path) -> int:
+    try:
+        app = create_app(settings, config_file=config_file)
+    except StateError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return asyncio.run(_serve(app, settings, listener))
+
+
+async def _serve(app: FastAPI, settings: Settings, listener: socket.socket) -> int:
     scheduler: Scheduler = app.state.scheduler
     config = uvicorn.Config(
         app,

@@ -5,39 +5,54 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from fastapi import FastAPI
 
 from server import errors
+from server.admin import Admin
 from server.config import Settings
+from server.events import EventLog
 from server.gateway import Gateway
 from server.metrics import Metrics
 from server.middleware import Outermost
-from server.routes import generate, openai, ops
+from server.routes import admin as admin_routes
+from server.routes import admin_profiles, generate, openai, ops
 from server.scheduler.loop import Scheduler
+from server.state import State
 from server.worker.process import DEFAULT_COMMAND
 
 
-def create_app(settings: Settings, command: Sequence[str] = DEFAULT_COMMAND) -> FastAPI:
-    """The application; its lifespan starts and ends the workers. `command` replaces the worker's command line."""
+def create_app(
+    settings: Settings, command: Sequence[str] = DEFAULT_COMMAND, config_file: Path | None = None
+) -> FastAPI:
+    """The application; its lifespan starts and ends the workers. `command` replaces the worker's command line,
+    `config_file` is what a reload reads. Raises StateError."""
     metrics = Metrics()
-    scheduler = Scheduler(settings, metrics, command)
+    state = State.open(settings.server.state_dir)
+    events = EventLog(state)
+    scheduler = Scheduler(settings, metrics, command, events)
+    admin = Admin(state, events, scheduler, config_file)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        admin.start()
         scheduler.start()
         try:
             yield
         finally:
             await scheduler.stop()
+            await admin.stop()
+            state.close()
 
     app = FastAPI(title="Spectral", version=ops.installed_version(), lifespan=lifespan, redirect_slashes=False)
     app.state.scheduler = scheduler
     app.state.metrics = metrics
     app.state.gateway = Gateway(scheduler)
+    app.state.admin = admin
     app.state.started = int(time.time())
     errors.install(app)
     app.add_middleware(Outermost, metrics=metrics)
-    for module in (openai, generate, ops):
+    for module in (openai, generate, ops, admin_routes, admin_profiles):
         app.include_router(module.router)
     return app

@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError
 
@@ -71,6 +80,11 @@ class ServerSettings(_Section):
     request_timeout_seconds: float = Field(600.0, gt=0, description="Longest time one request may take.")
     load_wait_seconds: float = Field(60.0, gt=0, description="How long a request waits for its model to load.")
     worker_silence_seconds: float = Field(30.0, gt=0, description="A worker silent for so long is killed and replaced.")
+    state_dir: str | None = Field(
+        None, min_length=1, description="Folder of profiles, audit trail and events; null: ./.spectral."
+    )
+    admin_key: SecretStr | None = Field(None, min_length=8, description="Key for /admin; null: only this machine may.")
+    max_profile_bytes: Bytes = Field(2**30, description="Largest profile that may be uploaded.")
     drain_seconds: float = Field(10.0, ge=0, description="Time that running requests get at shutdown.")
 
     @model_validator(mode="after")

@@ -9,12 +9,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
 
 from server import errors
 from server.aio import within
 from server.config import ModelSettings, Settings
+from server.events import EventLog
 from server.metrics import Metrics
 from server.scheduler import policy
 from server.scheduler.stream import RequestStream, StreamItem
@@ -46,6 +51,11 @@ class Slot:
     stats: messages.Stats = field(default_factory=messages.Stats)
     streams: dict[str, RequestStream] = field(default_factory=dict)
     waiting: int = 0
+    pinned: bool = False
+    profile: str | None = None  # the file of an activated profile, instead of the configured or shipped one
+    setting: str | None = None  # chosen by hand, instead of the configured one
+    unloading: bool = False
+    commands: dict[str, asyncio.Future[None]] = field(default_factory=dict)
     task: asyncio.Task[None] | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -54,16 +64,29 @@ class Slot:
         """The model's configured name."""
         return self.settings.name
 
+    def load_message(self) -> messages.Load:
+        """What the worker is told to load: as configured, with what was chosen since."""
+        message = self.settings.load_message()
+        changes = {"profile": self.profile, "setting": self.setting}
+        return msgspec.structs.replace(message, **{name: value for name, value in changes.items() if value is not None})
+
 
 class Scheduler:
     """Owns every worker. `command` replaces the worker's command line (tests give one without torch)."""
 
-    def __init__(self, settings: Settings, metrics: Metrics, command: Sequence[str] = DEFAULT_COMMAND) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: Metrics,
+        command: Sequence[str] = DEFAULT_COMMAND,
+        events: EventLog | None = None,
+    ) -> None:
         self.settings = settings
         self.metrics = metrics
+        self.events = events
         self._command = tuple(command)
         self._closing = False
-        self.slots = {model.name: Slot(model) for model in settings.models}
+        self.slots: dict[str, Slot] = {model.name: Slot(model) for model in settings.models}
         for name in self.slots:
             metrics.set_state(name, "cold")
 
@@ -155,6 +178,53 @@ class Scheduler:
         if slot.streams.pop(stream.request_id, None) is not None and cancel and slot.worker is not None:
             slot.worker.send(messages.Cancel(stream.request_id))
 
+    # ------------------------------------------------------------------------------------------ by hand
+
+    def add(self, settings: ModelSettings, prepare: Callable[[Slot], None]) -> None:
+        """Serve one more model; it is loaded now if it is a startup model. `prepare` gets its slot before that."""
+        slot = self.slots[settings.name] = Slot(settings)
+        prepare(slot)
+        self.metrics.set_state(slot.name, "cold")
+        if settings.load == "startup":
+            self._launch(slot)
+
+    async def unload(self, slot: Slot, drain_s: float, reason: str) -> None:
+        """End a model's worker; running requests get `drain_s` seconds. It stays cold until somebody asks for it."""
+        task = slot.task
+        if task is None or task.done():
+            self._set(slot, "cold", reason)
+            return
+        slot.unloading = True
+        if slot.state == "hot" and slot.worker is not None:
+            slot.worker.send(messages.Shutdown(drain_s if slot.streams else 0.0))
+            self._set(slot, "stopping", reason)
+            await asyncio.wait({task}, timeout=drain_s + 1.0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        slot.unloading = False
+        self._set(slot, "cold", reason)
+        slot.failures, slot.error = 0, ""
+
+    async def command(self, slot: Slot, make: Callable[[str], messages.ToWorker], within_s: float) -> None:
+        """Send a hot model's worker a command and wait until it is carried out. Raises ApiError 409, 503 or 504."""
+        if slot.state != "hot" or slot.worker is None:
+            raise errors.ApiError(409, f"{slot.name!r} is {slot.state}; load it first", code="not_hot")
+        ident, answer = uuid.uuid4().hex, asyncio.get_running_loop().create_future()
+        slot.commands[ident] = answer
+        slot.worker.send(make(ident))
+        try:
+            await within(within_s, asyncio.shield(answer))
+        except asyncio.TimeoutError:
+            raise errors.deadline_exceeded(within_s) from None
+        finally:
+            slot.commands.pop(ident, None)
+
+    def note(self, kind: str, reason: str, slot: Slot, **detail: Any) -> None:
+        """Write an event about a model."""
+        if self.events is not None:
+            device = slot.ready.device if slot.ready is not None else None
+            self.events.add(kind, reason, model=slot.name, device=device, **detail)
+
     async def stop(self) -> None:
         """End all workers; hot ones with running requests get the configured time. Safe to call twice."""
         self._closing = True
@@ -190,7 +260,7 @@ class Scheduler:
             slot.task = asyncio.create_task(self._supervise(slot), name=f"supervise {slot.name}")
 
     async def _supervise(self, slot: Slot) -> None:
-        while not self._closing:
+        while not self._closing and not slot.unloading:
             slot.permanent = False
             self._set(slot, "loading")
             try:
@@ -200,7 +270,7 @@ class Scheduler:
             except Exception as error:  # whatever it is, the other models go on and this one is tried again
                 log.exception("model %s: the supervision of its worker failed", slot.name)
                 slot.error = f"internal error: {type(error).__name__}: {error}"
-            if self._closing:
+            if self._closing or slot.unloading:
                 break
             hot_for = None if slot.hot_since is None else time.monotonic() - slot.hot_since
             slot.hot_since = None
@@ -209,12 +279,13 @@ class Scheduler:
             slot.next_start = time.monotonic() + delay
             log.error("model %s: %s", slot.name, slot.error)
             if slot.permanent:
-                self._set(slot, "failed")
+                self._set(slot, "failed", slot.error)
                 return
             slot.restarts += 1
+            self.note("worker_lost", slot.error, slot, restarts=slot.restarts)
             self.metrics.restarts.labels(slot.name).inc()
             if delay:
-                self._set(slot, "failed")
+                self._set(slot, "failed", slot.error)
                 await self._pause(slot, delay)
 
     async def _pause(self, slot: Slot, seconds: float) -> None:
@@ -233,7 +304,7 @@ class Scheduler:
         slot.worker, slot.last_pong = worker, time.monotonic()
         pings = asyncio.create_task(self._ping(slot, worker))
         try:
-            worker.send(slot.settings.load_message())
+            worker.send(slot.load_message())
             while (message := await worker.receive()) is not None:
                 self._take(slot, message)
         except messages.BadFrame as error:
@@ -254,6 +325,9 @@ class Scheduler:
         for stream in slot.streams.values():
             stream.put(None)
         slot.streams.clear()
+        for answer in slot.commands.values():
+            if not answer.done():
+                answer.set_exception(self.worker_lost(slot))
         self._take_stats(slot, messages.Stats())
         self.metrics.weights.labels(slot.name).set(0)
 
@@ -282,12 +356,17 @@ class Scheduler:
                     self.release(slot, stream, cancel=True)
         elif isinstance(message, messages.Stats):
             self._take_stats(slot, message)
+        elif isinstance(message, messages.Done):
+            answer = slot.commands.get(message.command_id)
+            if answer is not None and not answer.done():
+                refusal = errors.ApiError(409, message.error, code="refused_by_worker") if message.error else None
+                answer.set_exception(refusal) if refusal is not None else answer.set_result(None)
         elif isinstance(message, messages.Loading):
             slot.stage, slot.fraction = message.stage, message.fraction
         elif isinstance(message, messages.Ready):
             slot.ready, slot.hot_since, slot.error = message, time.monotonic(), ""
             self.metrics.set_ready(slot.name, message)
-            self._set(slot, "hot")
+            self._set(slot, "hot", f"setting {message.setting}")
         elif isinstance(message, messages.LoadFailed):
             slot.error, slot.permanent = message.message, message.permanent
 
@@ -295,9 +374,10 @@ class Scheduler:
         slot.stats = stats
         self.metrics.set_stats(slot.name, stats)
 
-    def _set(self, slot: Slot, state: str) -> None:
+    def _set(self, slot: Slot, state: str, reason: str = "") -> None:
         if slot.state != state:
             log.info("model %s: %s -> %s", slot.name, slot.state, state)
+            self.note("state", f"{slot.state} -> {state}" + (f": {reason}" if reason else ""), slot, state=state)
         slot.state = state
         self.metrics.set_state(slot.name, state)
         self._notify(slot)

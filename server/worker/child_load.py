@@ -11,7 +11,6 @@ from spectral.engine.types import EngineLimits
 
 if TYPE_CHECKING:
     from spectral.engine.build import Built
-    from spectral.engine.engine import Engine
 
 log = logging.getLogger("spectral.worker")
 
@@ -20,8 +19,8 @@ STEP_TOKENS = 512
 """Tokens of one step where the limits ask for no more."""
 
 
-def load(spec: wire.Load, tell: Callable[[wire.ToParent], None]) -> tuple[Engine, wire.Ready]:
-    """Load the model, its profile and an engine; `tell` gets the stages. Raises ModelError, ProfileError or others."""
+def load(spec: wire.Load, tell: Callable[[wire.ToParent], None]) -> tuple[Built, wire.Ready]:
+    """Load the model and its profile and build an engine; `tell` gets the stages. Raises SpectralError, or others."""
     tell(wire.Loading("importing libraries", 0.0))
     from spectral.engine.build import build_engine, find_profile
     from spectral.hf import load_model
@@ -54,7 +53,7 @@ def load(spec: wire.Load, tell: Callable[[wire.ToParent], None]) -> tuple[Engine
     built = build_engine(loaded, profile, setting=setting, limits=limits)
     tell(wire.Loading("warming up", 0.9))
     built.engine.warm_up()
-    return built.engine, describe(built)
+    return built, describe(built)
 
 
 def describe(built: Built) -> wire.Ready:
@@ -83,6 +82,7 @@ def describe(built: Built) -> wire.Ready:
         tool_format=tool_format(loaded.tokenizer),
         eos_token_ids=sorted(loaded.eos_token_ids),
         vocab_size=engine.vocab_size,
+        fingerprint=loaded.fingerprint,
         profile_id="" if profile is None else profile.content_hash,
         ladder=[
             wire.LadderFigure(

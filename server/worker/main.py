@@ -4,6 +4,7 @@ The main thread loads the model and runs the engine; with nothing to do it waits
     reader   answers pings at once, however long a step takes, and ends the process when the gateway is gone
     writer   sends what the gateway does not take at once
     encoder  tokenizes long prompts, which may take seconds, while the engine goes on
+    profile  reads another profile, while requests go on under the one before
 
 Exit statuses: 0 after Shutdown, or when the gateway closed its end; 1 if the inference thread failed; 2 on bytes that
 are no message; 3 if the model cannot be loaded.
@@ -19,7 +20,6 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 # Before torch is imported by anything: an OpenMP pool that spins would take the cores from other workers.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -27,12 +27,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from server.worker import child_wire
 from server.worker import messages as wire
 from server.worker.channel import SocketChannel
+from server.worker.child_engines import Change, Engines
 from server.worker.child_load import load
 from spectral.engine import types
 from spectral.errors import ModelError, ProfileError, RequestError, SettingError
-
-if TYPE_CHECKING:
-    from spectral.engine.engine import Engine
 
 log = logging.getLogger("spectral.worker")
 
@@ -51,7 +49,7 @@ class Encoded:
     outcome: list[int] | Exception
 
 
-Inbox = queue.SimpleQueue["wire.ToWorker | Encoded"]
+Inbox = queue.SimpleQueue["wire.ToWorker | Encoded | Change"]
 
 
 class Writer:
@@ -126,8 +124,8 @@ class Reader:
 class Encoder:
     """Tokenizes long prompts one after another and puts the outcome into the inbox; answers Tokenize by itself."""
 
-    def __init__(self, engine: Engine, inbox: Inbox, writer: Writer) -> None:
-        self._engine, self._inbox, self._writer = engine, inbox, writer
+    def __init__(self, engines: Engines, inbox: Inbox, writer: Writer) -> None:
+        self._engines, self._inbox, self._writer = engines, inbox, writer
         self._requests: queue.SimpleQueue[types.GenerateRequest | wire.Tokenize] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="encoder", daemon=True).start()
 
@@ -143,15 +141,15 @@ class Encoder:
                 continue
             outcome: list[int] | Exception
             try:
-                outcome = self._engine.encode(request)
+                outcome = self._engines.current.encode(request)
             except Exception as error:  # told to the client by the inference thread
                 outcome = error
             self._inbox.put(Encoded(request, outcome))
 
     def _tokenize(self, message: wire.Tokenize) -> wire.ToParent:
         try:
-            ids = self._engine.count(child_wire.to_encode(message))
-            return child_wire.tokenized(message.request_id, ids, self._engine.loaded.tokenizer)
+            ids = self._engines.current.count(child_wire.to_encode(message))
+            return child_wire.tokenized(message.request_id, ids, self._engines.current.loaded.tokenizer)
         except Exception as error:  # a tokenizer or template that breaks on one text must not end the others
             return child_wire.rejected(message.request_id, error)
 
@@ -159,10 +157,10 @@ class Encoder:
 class Worker:
     """The inference thread's loop: messages in, steps, events out."""
 
-    def __init__(self, engine: Engine, inbox: Inbox, writer: Writer) -> None:
-        self._engine, self._inbox, self._writer = engine, inbox, writer
-        self._translate = child_wire.EventTranslator(engine.loaded.tokenizer)
-        self._encoder = Encoder(engine, inbox, writer)
+    def __init__(self, engines: Engines, inbox: Inbox, writer: Writer) -> None:
+        self._engines, self._inbox, self._writer = engines, inbox, writer
+        self._translate = child_wire.EventTranslator(engines.current.loaded.tokenizer)
+        self._encoder = Encoder(engines, inbox, writer)
         self._encoding: dict[str, bool] = {}  # requests at the encoder, and whether they were cancelled meanwhile
         self._stop_at: float | None = None
         self._stats_at = 0.0
@@ -171,12 +169,12 @@ class Worker:
         """Serve until a Shutdown's work is done or its deadline has passed."""
         self._report()
         while self._receive():
-            if not self._engine.has_work:
+            if not self._engines.has_work:
                 continue
-            messages = [self._translate(event) for event in self._engine.step()]
+            messages = [self._translate(event) for event in self._engines.step()]
             self._writer.send(*[message for message in messages if message is not None])
-            if not self._engine.has_work:
-                self._engine.store.trim()  # an idle model keeps no cache
+            if not self._engines.has_work:
+                self._engines.trim()  # an idle model keeps no cache
                 self._report()
             elif time.monotonic() >= self._stats_at:
                 self._report()
@@ -185,7 +183,7 @@ class Worker:
 
     def _receive(self) -> bool:
         """Handle everything in the inbox, waiting for it if there is nothing else to do. False: the work is over."""
-        if not self._engine.has_work and self._inbox.empty():
+        if not self._engines.has_work and self._inbox.empty():
             if self._stop_at is None:
                 self._handle(self._inbox.get())
             elif self._encoding:
@@ -197,9 +195,9 @@ class Worker:
             self._handle(self._inbox.get())
         if self._stop_at is None:
             return True
-        return time.monotonic() < self._stop_at and (self._engine.has_work or bool(self._encoding))
+        return time.monotonic() < self._stop_at and (self._engines.has_work or bool(self._encoding))
 
-    def _handle(self, message: wire.ToWorker | Encoded) -> None:
+    def _handle(self, message: wire.ToWorker | Encoded | Change) -> None:
         if isinstance(message, wire.Submit):
             self._submit(message)
         elif isinstance(message, wire.Tokenize):
@@ -207,9 +205,14 @@ class Worker:
         elif isinstance(message, wire.Cancel):
             if message.request_id in self._encoding:
                 self._encoding[message.request_id] = True
-            self._engine.cancel(message.request_id)
+            self._engines.cancel(message.request_id)
         elif isinstance(message, Encoded):
             self._start(message.request, message.outcome)
+        elif isinstance(message, wire.SetProfile):
+            Change(message, self._engines, self._inbox.put)
+        elif isinstance(message, Change):
+            self._writer.send(*message.apply())
+            self._report()
         elif isinstance(message, wire.Shutdown):
             self._stop_at = time.monotonic() + message.deadline_s
         else:
@@ -228,7 +231,7 @@ class Worker:
                 self._encoding[ident] = False
                 self._encoder.put(request)
                 return
-            outcome: list[int] | Exception = self._engine.encode(request)
+            outcome: list[int] | Exception = self._engines.current.encode(request)
         except RequestError as error:
             self._writer.send(child_wire.rejected(ident, error))
             return
@@ -243,26 +246,26 @@ class Worker:
         try:
             if isinstance(outcome, Exception):
                 raise outcome
-            tokens = self._engine.submit(request, outcome)
+            tokens = self._engines.current.submit(request, outcome)
         except Exception as error:  # as above
             self._writer.send(child_wire.rejected(ident, error))
             return
         self._writer.send(wire.Accepted(ident, tokens))
         if cancelled:
-            self._engine.cancel(ident)
+            self._engines.cancel(ident)
 
     def _abandon(self) -> None:
         """The deadline passed: what is left fails."""
         reason = "this model is shutting down"
-        for ident in self._engine.live:
-            self._engine.cancel(ident)
+        for ident in self._engines.live:
+            self._engines.cancel(ident)
             self._writer.send(wire.Failed(ident, reason, "shutting_down"))
         for ident in self._encoding:
             self._writer.send(wire.Rejected(ident, 503, "shutting_down", reason))
 
     def _report(self) -> None:
         self._stats_at = time.monotonic() + STATS_EVERY_S
-        self._writer.send(child_wire.stats(self._engine.stats()))
+        self._writer.send(child_wire.stats(self._engines.stats()))
 
 
 def serve(channel: SocketChannel) -> int:
@@ -280,7 +283,7 @@ def serve(channel: SocketChannel) -> int:
         import torch
 
         torch.set_num_threads(max(1, first.threads))
-        engine, ready = load(first, writer.send)
+        built, ready = load(first, writer.send)
     except Exception as error:  # whatever loading raises is reported to the gateway, which decides what to do
         log.exception("%s could not be loaded", first.name)
         permanent = isinstance(error, (ModelError, ProfileError, SettingError, RequestError))
@@ -289,7 +292,7 @@ def serve(channel: SocketChannel) -> int:
         writer.finish()
         return EXIT_LOAD_FAILED
     writer.send(ready)
-    Worker(engine, reader.inbox, writer).run()
+    Worker(Engines(built), reader.inbox, writer).run()
     writer.finish()
     return EXIT_OK
 

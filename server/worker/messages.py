@@ -161,6 +161,17 @@ class Cancel(msgspec.Struct, tag="cancel", frozen=True):
     request_id: str
 
 
+class SetProfile(msgspec.Struct, tag="set_profile", frozen=True):
+    """New requests use this profile (None: the one found for the model) at this setting; running ones end as they
+    began. With `reload` false the profile stays and only the setting changes. Answered by Done, on success after Ready.
+    """
+
+    command_id: str
+    profile: str | None = None
+    setting: str = "auto"
+    reload: bool = True
+
+
 class Ping(msgspec.Struct, tag="ping", frozen=True):
     """Are you there; answered by Pong with the same `seq`, from a thread that a long step does not hold up."""
 
@@ -205,6 +216,7 @@ class Ready(msgspec.Struct, tag="ready", frozen=True):
     eos_token_ids: list[int] = []
     vocab_size: int = 0
     profile_id: str = ""
+    fingerprint: str = ""
     ladder: list[LadderFigure] = []
 
 
@@ -273,6 +285,13 @@ class Pong(msgspec.Struct, tag="pong", frozen=True):
     seq: int
 
 
+class Done(msgspec.Struct, tag="done", frozen=True):
+    """A command was carried out or, with an error, nothing was changed."""
+
+    command_id: str
+    error: str = ""
+
+
 class Stats(msgspec.Struct, tag="stats", frozen=True):
     """A snapshot, about once a second while there is work and after each change to idle. Counters since the start."""
 
@@ -286,8 +305,10 @@ class Stats(msgspec.Struct, tag="stats", frozen=True):
     finished: dict[str, int] = {}
 
 
-ToWorker = Load | Submit | Tokenize | Cancel | Ping | Shutdown
-ToParent = Loading | Ready | LoadFailed | Accepted | Rejected | Tokenized | Delta | Finished | Failed | Pong | Stats
+ToWorker = Load | Submit | Tokenize | Cancel | SetProfile | Ping | Shutdown
+ToParent = (
+    Loading | Ready | LoadFailed | Accepted | Rejected | Tokenized | Delta | Finished | Failed | Pong | Done | Stats
+)
 AnyMessage = ToWorker | ToParent
 
 _encoder = msgspec.msgpack.Encoder()

@@ -36,6 +36,19 @@ class Progress:
         print(text, end="\n" if fraction >= 1 else "", file=sys.stderr, flush=True)
 
 
+class JsonProgress:
+    """Progress on stderr for programs: one JSON object per line, at most one for each hundredth of a stage."""
+
+    def __init__(self) -> None:
+        self.last: tuple[str, int] = "", -1
+
+    def __call__(self, stage: str, fraction: float) -> None:
+        now = stage, int(100 * fraction)
+        if now != self.last:
+            self.last = now
+            print(json.dumps({"stage": stage, "fraction": round(fraction, 4)}), file=sys.stderr, flush=True)
+
+
 def clock(seconds: float) -> str:
     """Seconds as m:ss."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
@@ -55,6 +68,7 @@ def build(
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
     seed: int = typer.Option(0, "--seed", min=0, help="Same seed, same kind of machine: the same profile."),
     as_json: bool = typer.Option(False, "--json", help="Print the finished profile's facts as JSON."),
+    progress: str = typer.Option("text", "--progress", help="How progress is told on stderr: text or json (lines)."),
 ) -> None:
     """Calibrate a model and write its profile with a measured ladder of settings.
 
@@ -63,11 +77,15 @@ def build(
     from spectral import SpectralProfiler
     from spectral.errors import SpectralError
 
+    if progress not in ("text", "json"):
+        raise SpectralError(f"--progress: {progress!r} is neither text nor json.")
     texts = read_texts(text)
     if not output.parent.is_dir():
         raise SpectralError(f"--output: the folder {output.parent} does not exist; create it first.")
     partial = output.with_name(output.name + ".partial")
-    profiler = SpectralProfiler(seed=seed, progress=Progress(), checkpoint=partial)
+    profiler = SpectralProfiler(
+        seed=seed, progress=JsonProgress() if progress == "json" else Progress(), checkpoint=partial
+    )
     profile = profiler.profile_from_model(model, quantize=quantize, device=device, texts=texts, tokens=tokens)
     profile.save(output)
     typer.echo(json.dumps(profile.to_dict(), indent=2) if as_json else f"{profile.summary()}\nwritten to {output}")

@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +31,8 @@ FAKE = (sys.executable, str(HERE / "fake_worker.py"))
 
 
 def settings(*models: dict[str, Any], **server: Any) -> Settings:
-    """Settings with these models (one named "demo" where none is given)."""
+    """Settings with these models (one named "demo" where none is given), and a state of their own."""
+    server.setdefault("state_dir", tempfile.mkdtemp(prefix="spectral-test-"))
     chosen = list(models) or [{"name": "demo", "aliases": ["d"]}]
     return Settings(server={"drain_seconds": 0.5, **server}, models=chosen)
 
@@ -101,9 +103,9 @@ class Running:
 
 
 @contextlib.contextmanager
-def serving(config: Settings) -> Iterator[Running]:
-    """Serve in a thread until the block ends."""
-    app = create_app(config, FAKE)
+def serving(config: Settings, config_file: Path | None = None) -> Iterator[Running]:
+    """Serve in a thread until the block ends. `config_file`: what a reload reads."""
+    app = create_app(config, FAKE, config_file)
     listener = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     server = GracefulServer(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=3), app.state.scheduler)

@@ -24,6 +24,7 @@ import sys
 from server.worker import messages as m
 from server.worker.channel import SocketChannel
 
+PRINT = os.environ.get("FAKE_FINGERPRINT", "")
 FIGURES = {"setting": "8x", "rank": 24.0, "bits_per_element": 1.9, "kl_mean": 0.012}
 
 
@@ -48,13 +49,22 @@ def main() -> None:
         return
     if load.path == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    channel.send(m.Ready(context_length=128, bytes_per_token=100.0, bytes_per_token_exact=800.0, **FIGURES))
+    channel.send(ready(load.profile, load.setting))
     while load.path == "stubborn":
         message = channel.receive()
         print(f"ignored {type(message).__name__}", flush=True)
         if message is None:
             signal.pause()
     Worker(channel, sock).serve()
+
+
+def ready(profile: str | None, setting: str) -> m.Ready:
+    """What this worker tells about a profile (its file's name is its id) at a setting."""
+    figures = {**FIGURES, "setting": FIGURES["setting"] if setting == "auto" else setting}
+    ladder = [m.LadderFigure("4x", 4.0, 0.001, 4.0), m.LadderFigure("8x", 1.9, 0.012, 8.0)]
+    name = "" if profile is None else os.path.basename(profile).partition(".")[0]
+    sizes = {"bytes_per_token": 100.0, "bytes_per_token_exact": 800.0, "weights_bytes": 1000}
+    return m.Ready(context_length=128, profile_id=name, fingerprint=PRINT, ladder=ladder, **sizes, **figures)
 
 
 class Worker:
@@ -90,6 +100,11 @@ class Worker:
             self.mute = [x for x in self.mute if x != message.request_id]
             self.flooding = [x for x in self.flooding if x != message.request_id]
             self.report()
+        elif isinstance(message, m.SetProfile):
+            if message.setting == "impossible":
+                self.channel.send(m.Done(message.command_id, "this setting does not work"))
+            else:
+                self.channel.send(ready(message.profile, message.setting), m.Done(message.command_id))
         elif isinstance(message, m.Submit):
             text = message.messages[-1].content if message.kind == "chat" else str(message.prompt)
             self.submit(message, text)

@@ -9,8 +9,10 @@ import pytest
 
 from server.worker import child_wire
 from server.worker import messages as wire
+from server.worker.child_engines import Engines
 from server.worker.main import Inbox, Worker
 from spectral.engine import types
+from spectral.engine.build import Built
 from spectral.engine.engine import Engine
 from spectral.errors import ContextLengthExceeded, DeadlineExceeded, OutOfPages, QueueFull, RequestError
 from spectral.hf import LoadedModel, load_model
@@ -45,7 +47,7 @@ def work(engine: Engine, *messages: wire.ToWorker, end: wire.Shutdown | None = N
     for message in (*messages, end or wire.Shutdown(60.0)):
         inbox.put(message)
     said = Said()
-    Worker(engine, inbox, said).run()  # type: ignore[arg-type]
+    Worker(Engines(Built(engine, None, None)), inbox, said).run()  # type: ignore[arg-type]
     engine.store.check()
     assert engine.store.rows == 0 and not engine.live
     return said

@@ -1,0 +1,194 @@
+"""What the administrator's routes do: the scheduler, the profile store, the jobs and the state brought together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from server import devices, errors, reload, state_tables
+from server.config import ConfigError, Settings, load_settings
+from server.events import EventLog
+from server.jobs import Jobs
+from server.profiles import ROLLBACK, ProfileStore
+from server.scheduler.loop import Scheduler, Slot
+from server.state import State
+from server.worker import messages
+
+log = logging.getLogger("spectral.admin")
+SWITCH_SECONDS = 600.0
+
+
+class Admin:
+    """Made before the event loop runs (what was decided in earlier runs is in force from the first load on)."""
+
+    def __init__(self, state: State, events: EventLog, scheduler: Scheduler, config_file: Path | None) -> None:
+        self.state, self.events, self.scheduler = state, events, scheduler
+        self.store = ProfileStore(state, scheduler.settings.server.max_profile_bytes)
+        self.jobs = Jobs(state, self.store, events)
+        self.config_file = config_file
+        self._fingerprints: dict[str, str] = {}
+        self._changing: dict[str, asyncio.Lock] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        state.run_now(state_tables.interrupted_actions)
+        state.run_now(state_tables.interrupted_jobs)
+        choices = state.run_now(state_tables.choices)
+        active = state.run_now(state_tables.active)
+        for name, slot in scheduler.slots.items():
+            self._remember(slot, choices.get(name, {}), active.get(name))
+
+    def _remember(self, slot: Slot, choices: dict[str, Any], sha256: str | None) -> None:
+        slot.pinned, slot.setting = bool(choices.get("pinned")), choices.get("setting")
+        self._fingerprints[slot.name] = choices.get("fingerprint") or ""
+        if sha256 is None:
+            return
+        path = self.store.path(sha256)
+        if path.is_file():
+            slot.profile = str(path)
+        else:
+            log.error("model %s: its activated profile %s is gone; the shipped one is used", slot.name, sha256[:12])
+
+    def start(self) -> None:
+        """Begin to write events and to work on jobs."""
+        self.events.start()
+        self.jobs.start()
+
+    async def stop(self) -> None:
+        """End the jobs, write what is left."""
+        await self.jobs.stop()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.events.stop()
+
+    @asynccontextmanager
+    async def audited(self, actor: str, action: str, target: str, **detail: Any) -> AsyncIterator[None]:
+        """Record an action before it happens and how it ended."""
+        ident = await self.state.run(lambda db: state_tables.begin_action(db, actor, action, target, detail))
+        outcome, message = "done", ""
+        try:
+            yield
+        except errors.ApiError as error:
+            outcome, message = "refused", error.message
+            raise
+        except BaseException as error:
+            outcome, message = "failed", f"{type(error).__name__}: {error}".rstrip(": ")
+            raise
+        finally:
+            await asyncio.shield(self.state.run(lambda db: state_tables.end_action(db, ident, outcome, message)))
+
+    # -- models ---------------------------------------------------------------------------------------------------
+
+    def load(self, slot: Slot) -> None:
+        """Begin to load a model; returns at once. A model that failed for good is tried again."""
+        if slot.state in ("hot", "loading"):
+            return
+        slot.next_start = 0.0
+        task = asyncio.create_task(self._ensure(slot), name=f"load {slot.name}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _ensure(self, slot: Slot) -> None:
+        try:
+            await self.scheduler.ensure(slot)
+        except errors.ApiError as error:  # told by the model's state
+            log.info("model %s: %s", slot.name, error.message)
+
+    async def unload(self, slot: Slot, drain_s: float, force: bool) -> None:
+        """End a model's worker. Raises ApiError 409 for a pinned model without force."""
+        if slot.pinned and not force:
+            raise errors.ApiError(409, f"{slot.name!r} is pinned; unpin it first, or send force: true", code="pinned")
+        async with self._lock(slot):
+            await self.scheduler.unload(slot, drain_s, "unloaded by an administrator")
+
+    async def pin(self, slot: Slot, pinned: bool) -> None:
+        """A pinned model stays where it is: neither the scheduler nor a plain unload takes it away."""
+        await self.state.run(lambda db: state_tables.choose(db, slot.name, "pinned", int(pinned)))
+        slot.pinned = pinned
+        self.scheduler.note("pin", "pinned" if pinned else "unpinned", slot)
+
+    async def choose_setting(self, slot: Slot, setting: str) -> None:
+        """Use another setting of the ladder; "auto" takes the configured one again. Kept over restarts."""
+        wanted = None if setting == "auto" else setting
+        async with self._lock(slot):
+            if slot.state == "hot":
+                target = wanted or slot.settings.setting
+                known = [row.name for row in slot.ready.ladder] if slot.ready is not None else []
+                if target not in ("exact", "auto", *known):
+                    choices = ", ".join(("auto", "exact", *known))
+                    message = f"setting: {setting!r} is not in the ladder of {slot.name!r}; choose one of {choices}"
+                    raise errors.bad_request(message, "setting")
+                before = slot.ready.setting if slot.ready is not None else ""
+                command = partial(messages.SetProfile, setting=target, reload=False)
+                await self.scheduler.command(slot, command, SWITCH_SECONDS)
+                after = slot.ready.setting if slot.ready is not None else target
+                self.scheduler.note("setting", f"{before} -> {after}, by hand", slot, before=before, after=after)
+            slot.setting = wanted
+            await self.state.run(lambda db: state_tables.choose(db, slot.name, "setting", wanted))
+
+    # -- profiles -------------------------------------------------------------------------------------------------
+
+    async def fingerprint(self, slot: Slot) -> str:
+        """The model's own fingerprint, from its worker or from an earlier run; "" where it was never loaded."""
+        told = slot.ready.fingerprint if slot.ready is not None else ""
+        if told and told != self._fingerprints.get(slot.name):
+            self._fingerprints[slot.name] = told
+            await self.state.run(lambda db: state_tables.choose(db, slot.name, "fingerprint", told))
+        return self._fingerprints.get(slot.name, "")
+
+    async def activate(self, slot: Slot, sha256: str | None, reason: str) -> None:
+        """Make a profile the one in force (None: the configured or shipped one).
+
+        A hot model's worker reads it first; only where it fits is the switch recorded. New requests then use it and
+        running ones end on the pages that the earlier one encoded.
+        """
+        with self.store.kept(sha256):
+            await self._switch(slot, sha256, reason)
+        self.scheduler.note("profile", f"{reason}: {sha256[:12] if sha256 else 'the shipped one'}", slot, sha256=sha256)
+
+    async def _switch(self, slot: Slot, sha256: str | None, reason: str) -> None:
+        async with self._lock(slot):
+            path = None if sha256 is None else str(await self.store.usable_path(sha256))
+            if slot.state == "hot":
+                given, wanted = path or slot.settings.profile, slot.load_message().setting
+                command = partial(messages.SetProfile, profile=given, setting=wanted)
+                await self.scheduler.command(slot, command, SWITCH_SECONDS)
+            await self.store.record_activation(slot.name, sha256, reason)
+            slot.profile = path
+
+    async def roll_back(self, slot: Slot) -> str | None:
+        """Undo the last switch that is in force; the profile that is then used."""
+        sha256, switch = await self.store.previous(slot.name)
+        await self.activate(slot, sha256, f"{ROLLBACK}{switch}")
+        return sha256
+
+    def _lock(self, slot: Slot) -> asyncio.Lock:
+        return self._changing.setdefault(slot.name, asyncio.Lock())
+
+    # -- the whole ------------------------------------------------------------------------------------------------
+
+    async def reload(self) -> dict[str, Any]:
+        """Read the configuration file again. Raises ApiError 400 with every fault, and then nothing has changed."""
+        try:
+            new: Settings = await asyncio.to_thread(load_settings, self.config_file)
+        except ConfigError as error:
+            raise errors.ApiError(400, f"{error}\nNothing was changed.", code="invalid_config") from error
+        active = await self.state.run(state_tables.active)
+        choices = await self.state.run(state_tables.choices)
+
+        def prepare(slot: Slot) -> None:
+            self._remember(slot, choices.get(slot.name, {}), active.get(slot.name))
+
+        found = await reload.apply(self.scheduler, new, prepare, drain_s=new.server.drain_seconds)
+        self.events.add("config", "the configuration was read again", **found)
+        return found
+
+    async def memory(self) -> list[dict[str, Any]]:
+        """Who holds which bytes on which device."""
+        return await asyncio.to_thread(devices.device_map, self.scheduler)
+
+

@@ -1,0 +1,144 @@
+"""The engines of one worker: one that takes new requests, and those that finish what began under an earlier choice.
+
+A profile, or a setting, is changed by making another engine over the same weights: new requests go to it, running ones
+end on the pages that their own profile encoded. Until they have ended both caches are held, each within max_kv_bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from server.worker import messages as wire
+from server.worker.child_load import describe
+from spectral.engine import types
+from spectral.errors import SpectralError
+
+if TYPE_CHECKING:
+    from spectral.engine.build import Built
+    from spectral.engine.engine import Engine
+
+PRESENT = ("running", "queued", "kv_bytes_allocated", "kv_bytes_used", "kv_tokens")
+"""What a snapshot says about now; its other figures count since the start."""
+
+NO_WORK = types.EngineStats(0, 0, 0, 0, 0, 0, 0, 0, {})
+
+
+class Engines:
+    """Has the part of an engine's interface that the worker's loop uses."""
+
+    def __init__(self, built: Built) -> None:
+        self.built = built
+        self._retiring: list[Engine] = []
+        self._past = NO_WORK  # counters of engines that have retired
+
+    @property
+    def current(self) -> Engine:
+        """The engine that takes new requests."""
+        return self.built.engine
+
+    @property
+    def has_work(self) -> bool:
+        """True if `step` has something to do or to tell."""
+        return any(engine.has_work for engine in self._all)
+
+    @property
+    def live(self) -> list[str]:
+        """Ids of the requests that wait or run."""
+        return [ident for engine in self._all for ident in engine.live]
+
+    @property
+    def _all(self) -> list[Engine]:
+        return [*self._retiring, self.current]
+
+    def replace(self, built: Built) -> None:
+        """From now on `built` takes new requests; the engine before it retires when its last request has ended."""
+        self._retiring.append(self.current)
+        self.built = built
+        self._retire()
+
+    def cancel(self, request_id: str) -> None:
+        """End a request, whichever engine has it."""
+        for engine in self._all:
+            engine.cancel(request_id)
+
+    def step(self) -> list[types.Event]:
+        """One step of every engine that has work."""
+        events = [event for engine in self._all if engine.has_work for event in engine.step()]
+        self._retire()
+        return events
+
+    def trim(self) -> None:
+        """Give back memory that no request uses."""
+        for engine in self._all:
+            engine.store.trim()
+
+    def stats(self) -> types.EngineStats:
+        """The sum over all engines, counters of retired ones included."""
+        total = self._past
+        for engine in self._all:
+            total = _sum(total, engine.stats())
+        return total
+
+    def _retire(self) -> None:
+        for engine in [engine for engine in self._retiring if not engine.has_work]:
+            self._retiring.remove(engine)
+            engine.store.trim()
+            last = engine.stats()
+            gone: dict[str, Any] = dict.fromkeys(PRESENT, 0)
+            self._past = _sum(self._past, dataclasses.replace(last, **gone))
+
+
+def _sum(a: types.EngineStats, b: types.EngineStats) -> types.EngineStats:
+    """Field by field; mappings key by key."""
+    total: dict[str, Any] = {}
+    for name in types.EngineStats.__dataclass_fields__:
+        left, right = getattr(a, name), getattr(b, name)
+        if isinstance(left, dict):
+            total[name] = {key: left.get(key, 0) + right.get(key, 0) for key in sorted(left.keys() | right.keys())}
+        else:
+            total[name] = left + right
+    return types.EngineStats(**total)
+
+
+class Change:
+    """A change of profile or setting that is being prepared on a thread of its own: reading a large profile takes
+    seconds, in which the running requests go on. The outcome comes into the inbox."""
+
+    def __init__(self, command: wire.SetProfile, engines: Engines, done: Callable[[Change], None]) -> None:
+        self.command = command
+        self.outcome: Built | Exception | None = None
+        self._engines, self._done = engines, done
+        threading.Thread(target=self._run, name="profile", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self.outcome = self._build()
+        except Exception as error:  # told to whoever asked for the change
+            self.outcome = error
+        self._done(self)
+
+    def _build(self) -> Built:
+        from spectral.engine.build import build_engine, find_profile
+
+        loaded = self._engines.current.loaded
+        profile = find_profile(loaded, self.command.profile) if self.command.reload else self._engines.built.profile
+        return build_engine(loaded, profile, setting=self.command.setting, limits=self._engines.current.limits)
+
+    def apply(self) -> list[wire.ToParent]:
+        """On the inference thread: the switch, and what the gateway is told."""
+        outcome = self.outcome
+        assert outcome is not None
+        if not isinstance(outcome, Exception):
+            try:
+                outcome.engine.warm_up()
+            except Exception as error:  # too little memory for a second cache, most likely; the first one goes on
+                outcome = error
+            else:
+                self._engines.replace(outcome)
+                return [describe(outcome), wire.Done(self.command.command_id)]
+        known = isinstance(outcome, SpectralError)
+        message = str(outcome) if known else f"{type(outcome).__name__}: {outcome}"
+        return [wire.Done(self.command.command_id, message)]
