@@ -1,0 +1,179 @@
+"""Who holds which bytes on which device. Belongs to the scheduler's loop; no I/O, no clock.
+
+Three sources are reconciled: readings of the devices (the truth about used and free), workers' own reports
+(attribution: weights, cache), and predictions (for a load that is under way). What is used and not explained is
+foreign; while a model loads, growth up to its prediction counts as the model's and not as foreign.
+
+    budget of a device = min(max_vram, total - reserve) - foreign      bytes that may be ours, everything included
+
+`snapshot` is what GET /admin/vram, `spectral top` and metrics show; kinds of one device add up to its total.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from server.scheduler.demand import HOST, Device
+from server.scheduler.nvml import Reading
+
+KINDS = ("weights", "workspace", "context", "kv")
+
+
+@dataclass(frozen=True)
+class Holding:
+    """One model's bytes on one device. `expected`: what it will hold when its load is done; 0 for one that is done."""
+
+    weights: int = 0
+    workspace: int = 0
+    context: int = 0
+    kv: int = 0
+    expected: int = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes held now, as far as reported."""
+        return self.weights + self.workspace + self.context + self.kv
+
+
+@dataclass
+class Account:
+    """One device: its cap and reserve, its last good reading, and what each model holds there."""
+
+    name: str
+    cap: int | None = None
+    reserve: int = 0
+    reading: Reading = field(default_factory=lambda: Reading(""))
+    stale: bool = False
+    foreign: int = 0
+    holdings: dict[str, Holding] = field(default_factory=dict)
+    pids: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def ours(self) -> int:
+        """Bytes that our workers report."""
+        return sum(holding.total for holding in self.holdings.values())
+
+    @property
+    def budget(self) -> int:
+        """Bytes that may be ours."""
+        most = max(0, self.reading.total - self.reserve)
+        return max(0, (most if self.cap is None else min(self.cap, most)) - self.foreign)
+
+    @property
+    def excess(self) -> int:
+        """Bytes of ours, expected ones included, that are over the budget."""
+        claimed = sum(max(h.total, h.expected) for h in self.holdings.values())
+        return max(0, claimed - self.budget)
+
+
+class Ledger:
+    """All devices. `caps`, `reserves`: by device name; "*" stands for every GPU without its own."""
+
+    def __init__(self, caps: Mapping[str, int | None] | None = None, reserves: Mapping[str, int] | None = None) -> None:
+        self._caps, self._reserves = dict(caps or {}), dict(reserves or {})
+        self.accounts: dict[str, Account] = {}
+
+    def observe(self, readings: Iterable[Reading], *, per_process: bool = False) -> dict[str, int]:
+        """Take new readings; returns by how many bytes foreign use changed, for the devices where it did.
+
+        `per_process`: NVML's bytes per process can be matched to our workers, which then says what they really hold.
+        """
+        changed = {}
+        for reading in readings:
+            account = self.accounts.get(reading.device)
+            if account is None:
+                account = self.accounts[reading.device] = self._open(reading.device)
+            if reading.error:
+                account.stale = True  # the last good figures stay; the loop lets nothing grow on a stale device
+                continue
+            account.stale, account.reading = False, reading
+            if per_process:
+                self._take_processes(account)
+            before, account.foreign = account.foreign, self._foreign(account)
+            if account.foreign != before:
+                changed[account.name] = account.foreign - before
+        return changed
+
+    def _open(self, name: str) -> Account:
+        default = None if name == HOST else "*"
+        cap = self._caps.get(name, self._caps.get(default) if default else None)
+        reserve = self._reserves.get(name, self._reserves.get(default, 0) if default else 0)
+        return Account(name, cap, reserve)
+
+    def _take_processes(self, account: Account) -> None:
+        """What a worker's process holds beyond weights and cache is its context and workspace."""
+        for model, pid in account.pids.items():
+            measured, holding = account.reading.processes.get(pid), account.holdings.get(model)
+            if measured is None or holding is None or holding.expected:
+                continue
+            rest = max(0, measured - holding.weights - holding.kv - holding.workspace)
+            account.holdings[model] = Holding(holding.weights, holding.workspace, rest, holding.kv)
+
+    def _foreign(self, account: Account) -> int:
+        """Used bytes that nobody of ours explains."""
+        unexplained = account.reading.used - account.ours
+        loading = sum(max(0, h.expected - h.total) for h in account.holdings.values() if h.expected)
+        # A model that loads holds something between what it reported and what is expected of it. What was foreign
+        # before stays foreign as long as the growth can be the model's.
+        low, high = max(0, unexplained - loading), max(0, unexplained)
+        return min(max(account.foreign, low), high)
+
+    def hold(self, model: str, device: str, holding: Holding, pid: int = 0) -> None:
+        """Record what a model holds, or is expected to hold, on a device."""
+        account = self.accounts.setdefault(device, self._open(device))
+        before = account.holdings.get(model)
+        if before is not None and not holding.expected and not holding.context:
+            holding = Holding(holding.weights, holding.workspace, before.context, holding.kv)
+        account.holdings[model] = holding
+        if pid:
+            account.pids[model] = pid
+
+    def release(self, model: str) -> None:
+        """The model's worker has ended: it holds nothing anywhere."""
+        for account in self.accounts.values():
+            account.holdings.pop(model, None)
+            account.pids.pop(model, None)
+
+    def of(self, model: str) -> dict[str, Holding]:
+        """What a model holds, by device."""
+        return {a.name: a.holdings[model] for a in self.accounts.values() if model in a.holdings}
+
+    def devices(self) -> list[Device]:
+        """The devices with their budgets, for the planner. On a stale device nothing may grow beyond what is there."""
+        return [Device(a.name, min(a.budget, a.ours) if a.stale else a.budget) for a in self.accounts.values()]
+
+    def excess(self) -> dict[str, int]:
+        """Devices on which we hold more than we may, and by how much."""
+        return {a.name: a.excess for a in self.accounts.values() if a.excess > 0}
+
+    def snapshot(self) -> list[dict[str, Any]]:
+        """Every device: total, budget, and bytes by kind and model. JSON-ready.
+
+        `segments` with `foreign_bytes`, `other_bytes` and `free_bytes` add up to `total_bytes`. `other_bytes` is what
+        our loading workers hold and have not reported.
+        """
+        return [self._row(account) for account in self.accounts.values()]
+
+    def _row(self, account: Account) -> dict[str, Any]:
+        segments = [
+            {"model": model, "kind": kind, "bytes": getattr(holding, kind)}
+            for model, holding in sorted(account.holdings.items())
+            for kind in KINDS
+            if getattr(holding, kind)
+        ]
+        used = max(account.reading.used, account.ours)
+        return {
+            "device": account.name,
+            "name": account.reading.name,
+            "total_bytes": max(account.reading.total, used),
+            "budget_bytes": account.budget,
+            "max_vram_bytes": account.cap,
+            "reserve_bytes": account.reserve,
+            "free_bytes": max(0, account.reading.total - used),
+            "foreign_bytes": account.foreign,
+            "other_bytes": max(0, used - account.ours - account.foreign),
+            "stale": account.stale,
+            "segments": segments,
+        }

@@ -1,0 +1,83 @@
+"""The ledger adds up, tells foreign memory from ours, and gives budgets as configured."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.scheduler.ledger import Holding, Ledger
+from server.scheduler.nvml import Reading
+
+GIB = 2**30
+
+
+def gpu(used: int, total: int = 24 * GIB, **processes: int) -> Reading:
+    return Reading("cuda:0", "card", total, used, {int(pid[1:]): size for pid, size in processes.items()})
+
+
+def test_budget_is_cap_or_total_less_reserve_less_foreign() -> None:
+    ledger = Ledger({"*": 20 * GIB}, {"*": GIB, "cuda:1": 2 * GIB})
+    ledger.observe([gpu(3 * GIB), Reading("cuda:1", "small", 8 * GIB, 0), Reading("cpu", "host", 64 * GIB, 4 * GIB)])
+    budgets = {device.name: device.budget for device in ledger.devices()}
+    assert budgets == {"cuda:0": 17 * GIB, "cuda:1": 6 * GIB, "cpu": 60 * GIB}
+
+
+def test_a_foreign_process_is_seen_and_our_growth_is_not_foreign() -> None:
+    ledger = Ledger()
+    ledger.observe([gpu(GIB)])
+    ledger.hold("m", "cuda:0", Holding(weights=8 * GIB, kv=2 * GIB))
+    assert ledger.observe([gpu(11 * GIB)]) == {}
+    assert ledger.observe([gpu(21 * GIB)]) == {"cuda:0": 10 * GIB}
+    assert ledger.excess() == {} and ledger.devices()[0].budget == 13 * GIB
+    ledger.hold("m", "cuda:0", Holding(weights=8 * GIB, kv=6 * GIB))
+    assert ledger.excess() == {"cuda:0": GIB}
+    assert ledger.observe([gpu(15 * GIB)]) == {"cuda:0": -10 * GIB}
+
+
+def test_growth_of_a_load_is_the_models_until_it_is_more_than_expected() -> None:
+    ledger = Ledger()
+    ledger.observe([gpu(2 * GIB)])
+    ledger.hold("m", "cuda:0", Holding(expected=6 * GIB))
+    assert ledger.observe([gpu(7 * GIB)]) == {}
+    assert ledger.accounts["cuda:0"].foreign == 2 * GIB
+    assert ledger.observe([gpu(10 * GIB)]) == {"cuda:0": 2 * GIB}
+    ledger.hold("m", "cuda:0", Holding(weights=6 * GIB))
+    ledger.observe([gpu(8 * GIB)])
+    assert ledger.accounts["cuda:0"].foreign == 2 * GIB
+
+
+def test_figures_per_process_tell_the_context() -> None:
+    ledger = Ledger()
+    ledger.hold("m", "cuda:0", Holding(weights=4 * GIB, kv=GIB), pid=7)
+    ledger.observe([gpu(6 * GIB, p7=6 * GIB)], per_process=True)
+    assert ledger.of("m")["cuda:0"].context == GIB
+    assert ledger.accounts["cuda:0"].foreign == 0
+    ledger.hold("m", "cuda:0", Holding(weights=4 * GIB, kv=2 * GIB))
+    assert ledger.of("m")["cuda:0"].context == GIB, "a report of the cache does not forget it"
+
+
+def test_a_device_that_cannot_be_read_keeps_its_figures_and_nothing_grows() -> None:
+    ledger = Ledger()
+    ledger.hold("m", "cuda:0", Holding(weights=4 * GIB))
+    ledger.observe([gpu(4 * GIB)])
+    ledger.observe([Reading("cuda:0", "card", error="NVML: GPU is lost")])
+    assert ledger.devices()[0].budget == 4 * GIB
+    assert ledger.snapshot()[0]["stale"] and ledger.snapshot()[0]["total_bytes"] == 24 * GIB
+    ledger.release("m")
+    assert ledger.of("m") == {}
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2), st.integers(0, 9), st.integers(0, 9), st.integers(0, 30)), min_size=1, max_size=20
+    )
+)
+def test_every_snapshot_adds_up_to_the_total(steps: list[tuple[int, int, int, int]]) -> None:
+    ledger = Ledger(reserves={"*": 1})
+    for model, weights, expected, used in steps:
+        ledger.hold(f"m{model}", "cuda:0", Holding(weights=weights, kv=weights // 2, expected=expected))
+        ledger.observe([Reading("cuda:0", "card", 40, used)])
+        row = ledger.snapshot()[0]
+        parts = sum(part["bytes"] for part in row["segments"])
+        assert parts + row["foreign_bytes"] + row["other_bytes"] + row["free_bytes"] == row["total_bytes"]
+        assert row["total_bytes"] >= 40 and row["budget_bytes"] >= 0
