@@ -50,7 +50,8 @@ class Demand:
     Attributes:
         weights: bytes; overhead: context and workspace on every device it uses.
         rungs: its settings that may be used, finest first.
-        tokens, sequences: the cache that its traffic wants. floor_tokens, floor_sequences: what it must have.
+        tokens, sequences: the cache that its traffic wants; held: tokens in it now, which only parking makes fewer.
+        floor_tokens, floor_sequences: what it must have.
         rate, priority: traffic, and how much a second of it counts (1: normal).
         wake_s, load_s: to make it hot from host memory, from disk. can_sleep: its weights can be kept in host memory.
         max_kl: no setting above it; max_bytes: no more than that on devices, weights included.
@@ -66,6 +67,7 @@ class Demand:
     overhead: int = 0
     tokens: int = 0
     sequences: int = 1
+    held: int = 0
     floor_tokens: int = 0
     floor_sequences: int = 1
     rate: float = 0.0

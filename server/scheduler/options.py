@@ -13,7 +13,10 @@ HORIZON_S = 300.0
 IDLE_RATE = 1e-5
 """Traffic of a model that nobody asks for: what is free is used for somebody."""
 SQUEEZE_S = 0.3
+RELAX_S = 1e-9
 DROP_S = 0.05
+QUEUE_S = 2.0
+"""What a request loses that waits, or is parked, because the lease is the floor's instead of what traffic wants."""
 UNMET_S = 1e4
 PIN_S = 1e6
 
@@ -50,7 +53,11 @@ def switch_cost(model: Demand, residency: str, devices: tuple[str, ...], setting
     now = model.now
     if residency == HOT:
         if now.residency == HOT and now.devices == devices:
-            return 0.0 if now.setting == setting else SQUEEZE_S / HORIZON_S
+            if now.setting == setting:
+                return 0.0
+            names = [rung.name for rung in model.rungs]
+            finer = now.setting in names and names.index(setting) < names.index(now.setting)
+            return RELAX_S if finer else SQUEEZE_S / HORIZON_S  # an empty cache changes its setting for nothing
         # One that sleeps wakes on the devices that it left.
         wakes = now.residency == ASLEEP and now.devices in ((), devices)
         leaves = DROP_S if now.residency != COLD else 0.0
@@ -65,22 +72,34 @@ def switch_cost(model: Demand, residency: str, devices: tuple[str, ...], setting
 def _hot(model: Demand, devices: Sequence[Device]) -> list[Choice]:
     found = []
     rungs = _rungs(model)
-    for shares_of in _places(model, devices, rungs):
+    for place in _places(model, devices, rungs):
         for rung in rungs:
-            lease = model.lease(rung)
-            room = sum(device.budget for device, _ in shares_of) if model.max_bytes is None else model.max_bytes
-            fixed = model.weights + model.overhead * len(shares_of)
-            lease = max(model.floor(rung), min(lease, room - fixed))
-            total = fixed + lease
-            if model.max_bytes is not None and total > model.max_bytes:
-                continue
-            shares = tuple((d.name, round((model.weights + lease) * part) + model.overhead) for d, part in shares_of)
-            if any(size > device.budget for (device, _), (_, size) in zip(shares_of, shares, strict=True)):
-                continue
-            names = tuple(device.name for device, _ in shares_of)
-            cost = _traffic(model) * rung.kl * KL_SECONDS + switch_cost(model, HOT, names, rung.name)
-            found.append(Choice(model.name, HOT, shares, rung.name, rung.kl, lease, cost))
+            held = rung.nbytes(max(model.floor_tokens, model.held), model.floor_sequences)
+            wanted = _fit(model, place, rung, held, max(held, model.lease(rung)))
+            if wanted is not None:
+                found.append(wanted)
+        if rungs and model.floor(rungs[-1]) < model.lease(rungs[-1]):
+            lean = _fit(model, place, rungs[-1], model.floor(rungs[-1]), model.floor(rungs[-1]))
+            if lean is not None:
+                found.append(lean)
     return found
+
+
+def _fit(model: Demand, place: Sequence[tuple[Device, float]], rung: Rung, least: int, lease: int) -> Choice | None:
+    """The choice of this place and setting with a lease: cut to the model's cap and the device, not below `least`."""
+    fixed = model.weights + model.overhead * len(place)
+    most = sum(device.budget for device, _ in place)
+    most = most if model.max_bytes is None else min(most, model.max_bytes)
+    lease = max(least, min(lease, most - fixed))
+    if fixed + lease > most:
+        return None
+    shares = tuple((d.name, round((model.weights + lease) * part) + model.overhead) for d, part in place)
+    if any(size > device.budget for (device, _), (_, size) in zip(place, shares, strict=True)):
+        return None
+    names = tuple(device.name for device, _ in place)
+    waits = QUEUE_S * (1 - lease / max(1, model.lease(rung)))
+    cost = _traffic(model) * (rung.kl * KL_SECONDS + waits) + switch_cost(model, HOT, names, rung.name)
+    return Choice(model.name, HOT, shares, rung.name, rung.kl, lease, cost)
 
 
 def _rungs(model: Demand) -> list[Rung]:

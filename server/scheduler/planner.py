@@ -27,7 +27,7 @@ EXACT_OPTIONS = 160
 """Above this many options in all, HiGHS rarely proves anything in the time that a plan may take."""
 TIME_LIMIT_S, PATIENT_S = 0.03, 0.25
 """HiGHS's time where a plan is wanted at once; from PATIENT_S on a large problem goes to it too."""
-LOOKS, LOOKS_LARGE = 1000, 200
+LOOKS, LOOKS_LARGE = 1000, 120
 """How often the searches of one plan may look at all options, 10 to 60 us each."""
 HYSTERESIS = 0.02
 """Part of the present cost that a plan must save to be worth any move."""
