@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from spectral.commands import chat, evaluate, profile, serve, status, version
+from spectral.commands import chat, evaluate, keys, profile, serve, status, version
 
 app = typer.Typer(
     name="spectral",
@@ -33,6 +33,7 @@ app.command("models")(status.models)
 app.command("eval")(evaluate.evaluate_command)
 app.command("version")(version.version)
 app.add_typer(profile.app, name="profile")
+app.add_typer(keys.app, name="keys")
 
 
 def main() -> None:
