@@ -1,8 +1,9 @@
-"""Server-sent events: framing, pings, and a response that notices at once when the client goes away."""
+"""Streams: events or lines, pings, and a response that notices at once when the client goes away."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -10,7 +11,7 @@ from typing import Any
 
 import msgspec
 from starlette.responses import StreamingResponse
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from server import errors
 
@@ -27,6 +28,21 @@ def event(data: Any) -> bytes:
     return b"data: " + _encode(data) + b"\n\n"
 
 
+def named_event(name: str, data: Any) -> bytes:
+    """One event with a name and a JSON body."""
+    return b"event: " + name.encode() + b"\ndata: " + _encode(data) + b"\n\n"
+
+
+def line(data: Any) -> bytes:
+    """One line of JSON."""
+    return _encode(data) + b"\n"
+
+
+def error_event(error: errors.ApiError) -> bytes:
+    """How a stream of events ends that fails on the way; there is no [DONE] after it."""
+    return event(error.envelope)
+
+
 async def disconnected(receive: Receive) -> None:
     """Return when the client has closed the connection. The body must have been read already."""
     while (await receive())["type"] != "http.disconnect":
@@ -34,68 +50,75 @@ async def disconnected(receive: Receive) -> None:
 
 
 class EventStream(StreamingResponse):
-    """A text/event-stream. `on_end` runs exactly once however the stream ends, also where it never began."""
+    """A stream whose pieces go out as they come. `on_end` runs exactly once however it ends, also where it never began.
+
+    `ping_s`: seconds of silence after which a comment is sent; None: never, for forms without comments.
+    `on_error`: the last piece where the events fail: the status is out, and a failure must not look like an end.
+    """
 
     def __init__(
-        self, events: AsyncIterator[bytes], on_end: Callable[[], Awaitable[None]], headers: dict[str, str]
+        self,
+        events: AsyncIterator[bytes],
+        on_end: Callable[[], Awaitable[None]],
+        headers: dict[str, str],
+        *,
+        ping_s: float | None,
+        media_type: str = "text/event-stream",
+        on_error: Callable[[errors.ApiError], bytes] = error_event,
     ) -> None:
         quiet = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(events, media_type="text/event-stream", headers={**quiet, **headers})
-        self._on_end = on_end
+        super().__init__(events, media_type=media_type, headers={**quiet, **headers})
+        self._events, self._on_end, self._on_error, self._ping_s = events, on_end, on_error, ping_s
+        self._sending_since: float | None = None
+        self._last = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the events end, the client is gone, or it has read nothing for STALLED_AFTER_S."""
-        sending_since: float | None = None
-
-        async def timed(message: Message) -> None:
-            nonlocal sending_since
-            sending_since = time.monotonic()
-            await send(message)
-            sending_since = None
-
-        sending = asyncio.ensure_future(self.stream_response(timed))
+        sending = asyncio.ensure_future(self._send_all(send))
         gone = asyncio.ensure_future(disconnected(receive))
+        ping: asyncio.Future[None] | None = None
+        self._last = time.monotonic()
         try:
             while not sending.done() and not gone.done():
-                await asyncio.wait({sending, gone}, timeout=STALL_CHECK_S, return_when=asyncio.FIRST_COMPLETED)
-                if sending_since is not None and time.monotonic() - sending_since > STALLED_AFTER_S:
-                    log.warning("a client has read nothing for %g s; its stream is closed", STALLED_AFTER_S)
-                    break
+                await asyncio.wait({sending, gone}, timeout=self._pause(), return_when=asyncio.FIRST_COMPLETED)
+                now = time.monotonic()
+                if self._sending_since is not None:
+                    if now - self._sending_since > STALLED_AFTER_S:
+                        log.warning("a client has read nothing for %g s; its stream is closed", STALLED_AFTER_S)
+                        break
+                elif self._ping_s is not None and now - self._last >= self._ping_s and not sending.done():
+                    ping = asyncio.ensure_future(self._send(send, PING))
             if sending.done() and not isinstance(sending.exception(), OSError):
                 sending.result()
         finally:
-            sending.cancel()
-            gone.cancel()
-            await asyncio.gather(sending, gone, return_exceptions=True)
+            unfinished = [task for task in (sending, gone, ping) if task is not None]
+            for task in unfinished:
+                task.cancel()
+            await asyncio.gather(*unfinished, return_exceptions=True)
+            with contextlib.suppress(Exception):
+                await self._events.aclose()  # type: ignore[attr-defined]
             await self._on_end()
 
+    def _pause(self) -> float:
+        """Seconds until there is something to look after."""
+        if self._ping_s is None or self._sending_since is not None:
+            return STALL_CHECK_S
+        return min(STALL_CHECK_S, max(0.001, self._last + self._ping_s - time.monotonic()))
 
-async def with_pings(events: AsyncIterator[bytes], every_s: float) -> AsyncIterator[bytes]:
-    """The events, with a comment in between wherever there is silence for `every_s` seconds.
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            async for data in self._events:
+                await self._send(send, data)
+        except errors.ApiError as error:
+            await self._send(send, self._on_error(error))
+        except OSError:
+            raise
+        except Exception as error:  # the status is sent already, so that a last piece is all that can be said
+            await self._send(send, self._on_error(errors.internal(error, "a stream")))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    Where the events fail the last one says why, and there is no [DONE]: a failure must not look like a clean end.
-    """
-    pending: asyncio.Future[bytes] | None = None
-    try:
-        while True:
-            pending = pending or asyncio.ensure_future(anext(events))
-            done, _ = await asyncio.wait({pending}, timeout=every_s)
-            if not done:
-                yield PING
-                continue
-            finished, pending = pending, None
-            try:
-                data = finished.result()
-            except StopAsyncIteration:
-                return
-            except errors.ApiError as error:
-                yield event(error.envelope)
-                return
-            except Exception as error:  # the status is sent already, so that an event is all that can be said
-                yield event(errors.internal(error, "a stream").envelope)
-                return
-            yield data
-    finally:
-        if pending is not None:
-            pending.cancel()
-            await asyncio.gather(pending, return_exceptions=True)
+    async def _send(self, send: Send, data: bytes) -> None:
+        self._sending_since = time.monotonic()
+        await send({"type": "http.response.body", "body": data, "more_body": True})
+        self._sending_since, self._last = None, time.monotonic()

@@ -9,6 +9,9 @@
 "flood"      answers with large pieces, as fast as the gateway takes them, until it is cancelled
 "drop"       is accepted and then given up by the worker itself
 "garbage"    the worker writes bytes that are no message
+"call"       calls the function weather, in the form of Hermes, after a word of text
+"grammar"    answers with the grammar that it was given, as JSON {"kind", "text"}
+"echo"       answers with everything that it was given, as JSON
 The model path "broken" makes the load fail; "crashing" ends the process while loading; "stuck" never becomes ready;
 "stubborn" becomes ready and then ignores everything, also SIGTERM and the end of the socket.
 """
@@ -20,6 +23,8 @@ import os
 import signal
 import socket
 import sys
+
+import msgspec
 
 from server.worker import messages as m
 from server.worker.channel import SocketChannel
@@ -63,7 +68,8 @@ def ready(profile: str | None, setting: str) -> m.Ready:
     figures = {**FIGURES, "setting": FIGURES["setting"] if setting == "auto" else setting}
     ladder = [m.LadderFigure("4x", 4.0, 0.001, 4.0), m.LadderFigure("8x", 1.9, 0.012, 8.0)]
     name = "" if profile is None else os.path.basename(profile).partition(".")[0]
-    sizes = {"bytes_per_token": 100.0, "bytes_per_token_exact": 800.0, "weights_bytes": 1000}
+    sizes = {"bytes_per_token": 100.0, "bytes_per_token_exact": 800.0, "weights_bytes": 1000, "parameters": 7_000_000}
+    figures["tool_format"] = "hermes"
     return m.Ready(context_length=128, profile_id=name, fingerprint=PRINT, ladder=ladder, **sizes, **figures)
 
 
@@ -105,9 +111,24 @@ class Worker:
                 self.channel.send(m.Done(message.command_id, "this setting does not work"))
             else:
                 self.channel.send(ready(message.profile, message.setting), m.Done(message.command_id))
+        elif isinstance(message, m.Tokenize):
+            self.tokenize(message)
         elif isinstance(message, m.Submit):
             text = message.messages[-1].content if message.kind == "chat" else str(message.prompt)
             self.submit(message, text)
+
+    def tokenize(self, message: m.Tokenize) -> None:
+        """A character is a token; 400 and above is none."""
+        if message.kind == "ids":
+            if max(message.prompt) >= 400:
+                self.channel.send(m.Rejected(message.request_id, 400, "invalid_request", "no such token", "prompt"))
+            else:
+                text = "".join(map(chr, message.prompt))
+                self.channel.send(m.Tokenized(message.request_id, list(message.prompt), text))
+            return
+        turns = "".join(f"{turn.role}:{turn.content}" for turn in message.messages)
+        text = message.prompt if message.kind == "completion" else turns
+        self.channel.send(m.Tokenized(message.request_id, [ord(letter) for letter in text], text))
 
     def report(self) -> None:
         """The snapshot that tests watch."""
@@ -138,8 +159,27 @@ class Worker:
                 self.report()
             elif text == "fail":
                 self.channel.send(m.Delta(name, 0, "one ", [1]), m.Failed(name, "the cache is damaged", "cache_error"))
+            elif text in ("call", "grammar", "echo"):
+                self.special(message, text)
             else:
                 self.answer(message)
+
+    def special(self, message: m.Submit, text: str) -> None:
+        """Answers that show what came, or look like a call."""
+        grammar = message.sampling.grammar
+        if grammar is not None and "weather" in grammar.text:
+            pieces = ['{"name": "weather", ', '"arguments": {"city": "Oslo"}}']
+        elif text == "call":
+            pieces = ["Sure.\n", "<tool", '_call>{"name": "weather", "argu', 'ments": {"city": "Oslo"}}</tool_call>']
+            pieces += ['\n<tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call>']
+        elif text == "grammar":
+            pieces = [msgspec.json.encode(grammar).decode()]
+        else:
+            pieces = [msgspec.json.encode(message).decode()]
+        for index in range(message.sampling.n):
+            for token, piece in enumerate(pieces):
+                self.channel.send(m.Delta(message.request_id, index, piece, [token]))
+            self.channel.send(m.Finished(message.request_id, index, "stop", m.Usage(5, len(pieces), 640)))
 
     def answer(self, message: m.Submit) -> None:
         """Three words for each choice."""

@@ -14,10 +14,16 @@ from hypothesis import strategies as st
 from server import schemas
 from server.errors import ApiError
 from server.gateway import Gateway
+from server.schemas.ollama import OllamaChatRequest, OllamaGenerateRequest
 from server.worker import messages as wire
 from tests.server.conftest import Running, serving, settings
 
 JSON = {"Content-Type": "application/json"}
+CALLED = {"name": "f", "arguments": "{}"}
+CALL = {"id": "c", "type": "function", "function": CALLED}
+OTHER = {"type": "function", "function": {"name": "g"}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+STRICT = {"type": "function", "function": {**TOOL["function"], "strict": True}}
 OK = {"model": "demo", "messages": [{"role": "user", "content": "hello"}]}
 
 
@@ -59,14 +65,37 @@ def check(response: Any, status: int, code: str, param: str | None) -> str:
         ({"messages": []}, "invalid_value", "messages"),
         ({"messages": None}, "missing_required_parameter", "messages"),
         ({"messages": [{"role": "user"}]}, "missing_required_parameter", "messages[0].content"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "invalid_value", "messages[0].role"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "invalid_value", "messages[0].role"),
+        (
+            {"messages": [{"role": "tool", "content": "x"}]},
+            "missing_required_parameter",
+            "messages[0].tool_call_id",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]},
+            "unsupported_parameter",
+            "messages[0].tool_calls",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{**CALL, "function": {**CALLED, "arguments": "["}}]}]},
+            "invalid_value",
+            "messages[0].tool_calls[0].function.arguments",
+        ),
+        ({"tool_choice": "required"}, "invalid_value", "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": OTHER}, "invalid_value", "tool_choice"),
+        ({"tools": [TOOL, TOOL]}, "invalid_value", "tools"),
+        ({"tools": [STRICT]}, "unsupported_parameter", "tools[0].function.strict"),
+        ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
+        ({"kv_quality": {"max_kl": -1}}, "invalid_value", "kv_quality.max_kl"),
+        ({"kv_quality": {"max_kl": 0.001}}, "kv_quality_not_met", "kv_quality.max_kl"),
         ({"messages": [{"role": "user", "content": "x", "name": "y"}]}, "unsupported_parameter", "messages[0].name"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "invalid_value", "messages[0].content"),
         ({"stream_options": {"include_usag": True}}, "unsupported_parameter", "stream_options.include_usag"),
         ({"max_token": 5}, "unsupported_parameter", "max_token"),
         ({"max_token": None}, "unsupported_parameter", "max_token"),
-        ({"tools": [{"type": "function"}]}, "unsupported_parameter", "tools"),
-        ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
+        ({"tools": [{"type": "function"}]}, "missing_required_parameter", "tools[0].function"),
+        ({"response_format": {"type": "xml"}}, "invalid_value", "response_format"),
+        ({"functions": [{"name": "f"}]}, "unsupported_parameter", "functions"),
         ({"store": True}, "unsupported_parameter", "store"),
     ],
 )
@@ -186,7 +215,9 @@ def test_request_id_is_echoed_unless_it_is_odd(server: Running) -> None:
 
 EDGES = [None, True, -1, 0, 1, 2**31, 2**63, 2**64, 10**40, -(10**40), 0.5, 1e308, "", "auto", "1", [], {}, [[]]]
 EDGES += [[10**40], {"1": 10**40}, {str(10**40): 1}, ["", ""], [None], [{"type": "text"}], {"type": "text"}]
-FIELDS = sorted({*schemas.ChatRequest.model_fields, *schemas.CompletionRequest.model_fields, *schemas.HARMLESS})
+SCHEMAS = [schemas.ChatRequest, schemas.CompletionRequest, schemas.GenerateRequest, schemas.ResponsesRequest]
+SCHEMAS += [OllamaChatRequest, OllamaGenerateRequest]
+FIELDS = sorted({name for schema in SCHEMAS for name in (*schema.model_fields, *schema.harmless)})
 ANYTHING = st.recursive(
     st.sampled_from(EDGES) | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -196,7 +227,11 @@ ANYTHING = st.recursive(
 
 def check_any(schema: Any, change: dict[str, Any]) -> None:
     """Such a body is a message that the worker understands, or a 400 that names a field; nothing else."""
-    base = OK if schema is schemas.ChatRequest else {"model": "m", "prompt": "p"}
+    base: dict[str, Any] = {"model": "m", "prompt": "p"}
+    if schema in (schemas.ChatRequest, OllamaChatRequest):
+        base = OK
+    elif schema is schemas.ResponsesRequest:
+        base = {"model": "m", "input": "p"}
     try:
         submit = schemas.parse(schema, {**base, **change}).submit("r")
     except ApiError as error:
@@ -205,13 +240,13 @@ def check_any(schema: Any, change: dict[str, Any]) -> None:
     assert wire.decode_to_worker(wire.encode(submit)[4:]) == submit
 
 
-@pytest.mark.parametrize("schema", [schemas.ChatRequest, schemas.CompletionRequest, schemas.GenerateRequest])
+@pytest.mark.parametrize("schema", SCHEMAS)
 @pytest.mark.parametrize("field", FIELDS)
 def test_each_field_at_each_edge(schema: Any, field: str) -> None:
     for value in EDGES:
         check_any(schema, {field: value})
 
 
-@given(st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=5), ANYTHING, max_size=4), st.booleans())
-def test_any_other_body(body: dict[str, Any], chat: bool) -> None:
-    check_any(schemas.ChatRequest if chat else schemas.CompletionRequest, body)
+@given(st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=5), ANYTHING, max_size=4), st.sampled_from(SCHEMAS))
+def test_any_other_body(body: dict[str, Any], schema: Any) -> None:
+    check_any(schema, body)

@@ -8,7 +8,7 @@ from typing import Any
 import openai
 import pytest
 
-from server.routes import openai as routes
+from server.answers.chat import Chat
 from server.scheduler import stream as stream_module
 from tests.server.conftest import Running
 
@@ -165,7 +165,7 @@ def test_a_defect_in_mid_stream_is_an_event_and_no_clean_end(server: Running, mo
         raise RuntimeError("secret")
 
     with monkeypatch.context() as patch:
-        patch.setattr(routes.Chat, "end", broken)
+        patch.setattr(Chat, "end", broken)
         text = server.client.post("/v1/chat/completions", json=chat("hello", stream=True)).text
     assert events(text)[-1]["error"]["code"] == "internal_error"
     assert "secret" not in text and "[DONE]" not in text

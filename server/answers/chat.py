@@ -1,0 +1,98 @@
+"""Answers of /v1/chat/completions."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from server import sse
+from server.answers.calls import CalledTool, items
+from server.gateway import Generation
+from server.schemas import ChatRequest
+from server.worker import messages
+
+
+class Chat:
+    """One chat answer."""
+
+    def __init__(self, generation: Generation, body: ChatRequest) -> None:
+        self._generation, self._body = generation, body
+        self._logprobs = body.logprobs
+
+    async def whole(self) -> dict[str, Any]:
+        """The whole answer. Raises ApiError where the generation fails."""
+        n = self._body.n
+        texts: list[list[str]] = [[] for _ in range(n)]
+        tokens: list[list[messages.TokenLogprob]] = [[] for _ in range(n)]
+        calls: list[list[dict[str, Any]]] = [[] for _ in range(n)]
+        async for item in items(self._generation, self._body.tool_use, n):
+            if isinstance(item, messages.Delta):
+                texts[item.index].append(item.text)
+                tokens[item.index].extend(item.logprobs or [])
+            elif isinstance(item, CalledTool):
+                calls[item.index].append(call_object(item))
+        choices = []
+        for index in range(n):
+            text = "".join(texts[index])
+            message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+            if calls[index]:
+                message |= {"content": text or None, "tool_calls": calls[index]}
+            reason = self._generation.finish_reasons[index]
+            choice = {"index": index, "message": message, "logprobs": self.logprobs(tokens[index])}
+            choices.append({**choice, "finish_reason": reason})
+        head = self._head("chat.completion")
+        return {**head, "choices": choices, "usage": self._generation.usage, "spectral": self._generation.spectral}
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """The stream: the role, text and calls, the ends, perhaps the usage, and [DONE]."""
+        generation, n = self._generation, self._body.n
+        head = self._head("chat.completion.chunk")
+        if self._body.include_usage:
+            head["usage"] = None
+        for index in range(n):
+            yield sse.event({**head, "choices": [chunk(index, {"role": "assistant", "content": ""})]})
+        async for item in items(generation, self._body.tool_use, n):
+            if isinstance(item, messages.Delta):
+                if item.text or item.logprobs:
+                    logprobs = self.logprobs(item.logprobs)
+                    yield sse.event({**head, "choices": [chunk(item.index, {"content": item.text}, logprobs)]})
+            elif isinstance(item, CalledTool):
+                delta = {"tool_calls": [{"index": item.number, **call_object(item)}]}
+                yield sse.event({**head, "choices": [chunk(item.index, delta)]})
+            else:
+                extra = {"spectral": generation.spectral} if len(generation.finish_reasons) == n else {}
+                yield sse.event({**head, "choices": [self.end(item)], **extra})
+        if self._body.include_usage:
+            yield sse.event({**head, "choices": [], "usage": generation.usage, "spectral": generation.spectral})
+        yield sse.DONE
+
+    def end(self, item: messages.Finished) -> dict[str, Any]:
+        """The last chunk of a choice."""
+        return {**chunk(item.index, {}), "finish_reason": item.reason}
+
+    def logprobs(self, tokens: list[messages.TokenLogprob] | None) -> dict[str, Any] | None:
+        """Log probabilities as the API has them; null where they are not wanted."""
+        if not self._logprobs or tokens is None:
+            return None
+        content = []
+        for token in tokens:
+            top = [{"token": t.token, "logprob": t.logprob, "bytes": t.bytes} for t in token.top]
+            one = {"token": token.token, "logprob": token.logprob, "bytes": token.bytes, "top_logprobs": top}
+            content.append(one)
+        return {"content": content, "refusal": None}
+
+    def _head(self, name: str) -> dict[str, Any]:
+        generation = self._generation
+        ident = "chatcmpl-" + generation.request_id
+        return {"id": ident, "object": name, "created": generation.created, "model": generation.model}
+
+
+def call_object(item: CalledTool) -> dict[str, Any]:
+    """A call as a message has it."""
+    function = {"name": item.call.name, "arguments": item.call.arguments}
+    return {"id": item.call.id, "type": "function", "function": function}
+
+
+def chunk(index: int, delta: dict[str, Any], logprobs: Any = None) -> dict[str, Any]:
+    """A choice of a chunk."""
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}

@@ -1,0 +1,86 @@
+"""What the OpenAPI document says about bodies and failures; the schemas are the ones that requests are checked with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from server.schemas import Request
+
+_MEANING = {
+    400: "A field is wrong or not supported; `param` names it.",
+    401: "An API key is needed, or this one is not valid.",
+    403: "This API key may not do that.",
+    404: "There is no such model.",
+    408: "The body did not arrive in time.",
+    413: "The body is too large.",
+    415: "The body is not application/json.",
+    429: "A queue or a key's limit is full; see Retry-After.",
+    500: "The generation failed.",
+    503: "The model is not there at the moment; see Retry-After.",
+    504: "The request did not finish in time.",
+}
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong: `code` is stable, `param` names the field at fault."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorEnvelope(BaseModel):
+    """Every error has this form."""
+
+    error: ErrorDetail
+
+
+class OllamaError(BaseModel):
+    """Every error of the Ollama API has this form."""
+
+    error: str
+
+
+def body(schema: type[Request]) -> dict[str, Any]:
+    """The request body of a route, for `openapi_extra`."""
+    document = schema.model_json_schema()
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": inline(document)}}}}
+
+
+def inline(document: dict[str, Any]) -> dict[str, Any]:
+    """A schema without references to its own definitions (none of ours refers to itself)."""
+    definitions = document.pop("$defs", {})
+
+    def replaced(part: Any) -> Any:
+        if isinstance(part, dict):
+            if "$ref" in part:
+                return replaced(definitions[part["$ref"].rsplit("/", 1)[-1]])
+            kept = {name: value for name, value in part.items() if name != "discriminator" or "oneOf" not in part}
+            return {name: replaced(value) for name, value in kept.items()}
+        return [replaced(item) for item in part] if isinstance(part, list) else part
+
+    result = replaced(document)
+    assert isinstance(result, dict)
+    return result
+
+
+def failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The failures of a route; a key may always be asked for."""
+    return {
+        status: {"description": _MEANING[status], "model": ErrorEnvelope} for status in sorted({*statuses, 401, 403})
+    }
+
+
+def ollama_failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The same for the Ollama API."""
+    return {status: {"description": _MEANING[status], "model": OllamaError} for status in sorted({*statuses, 401, 403})}
+
+
+def streamed() -> dict[int | str, dict[str, Any]]:
+    """The answers of a route that generates, whole or streamed."""
+    found = failures(400, 404, 408, 413, 415, 429, 500, 503, 504)
+    forms: dict[str, Any] = {"application/json": {}, "text/event-stream": {}}
+    return {**found, 200: {"description": "The answer, or its events.", "content": forms}}

@@ -1,0 +1,95 @@
+"""Checking a decoded body against a strict schema: an unknown field, a wrong type or a value out of range is a 400."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from server.errors import ApiError, bad_request, shorten, unsupported
+
+Harmless = Mapping[str, Callable[[Any], bool]]
+
+
+class Strict(BaseModel):
+    """A part of a request: no unknown fields, no conversions, no infinities."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class Request(Strict):
+    """A whole body. `harmless`: fields that are not honoured, and the values at which that changes nothing."""
+
+    harmless: ClassVar[Harmless] = {}
+
+    @classmethod
+    def prepare(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """The body before it is checked; a place for what clients add without meaning anything by it."""
+        return data
+
+
+R = TypeVar("R", bound=Request)
+
+
+def parse(schema: type[R], data: Any) -> R:
+    """Check a decoded JSON body. Raises ApiError 400 that names the first field at fault."""
+    if not isinstance(data, dict):
+        raise bad_request("the body must be a JSON object", code="invalid_json")
+    prepared = schema.prepare(_known(schema, data))
+    try:
+        return schema.model_validate(prepared)
+    except ValidationError as error:
+        raise explain(error, prepared) from error
+
+
+def _known(schema: type[Request], data: dict[str, Any]) -> dict[str, Any]:
+    """Without what is null (which means: the default) and without harmless fields. Raises ApiError 400."""
+    kept: dict[str, Any] = {}
+    for name, value in data.items():
+        if name in schema.model_fields:
+            if value is not None:
+                kept[name] = value
+        elif name not in schema.harmless:
+            raise unsupported(name)
+        elif value is not None and not schema.harmless[name](value):
+            raise unsupported(name, "this server does not support this value; remove the field")
+    return kept
+
+
+def explain(error: ValidationError, data: Any) -> ApiError:
+    """The 400 for one thing that is wrong: a wrong value before a missing one, which may only be its consequence."""
+    found = error.errors()
+    first = next((item for item in found if item["type"] != "missing"), found[0])
+    param = ""
+    for place, part in enumerate(first["loc"]):
+        inside = data[part] if _has(data, part) else None
+        if not _has(data, part) and not (first["type"] == "missing" and place == len(first["loc"]) - 1):
+            continue  # the name of a type among several, which is no part of the body
+        param += f"[{part}]" if isinstance(part, int) else (f".{part}" if param else str(part))
+        data = inside
+    if first["type"] == "extra_forbidden":
+        return unsupported(param)
+    if first["type"] == "missing":
+        return bad_request(f"{param}: this field is required", param, "missing_required_parameter")
+    param = param or str(first["loc"][0] if first["loc"] else "body")
+    message = first["msg"].removeprefix("Value error, ")
+    return bad_request(f"{param}: {message[:1].lower()}{message[1:]}", shorten(param))
+
+
+def _has(data: Any, part: str | int) -> bool:
+    if isinstance(part, int):
+        return isinstance(data, list) and part < len(data)
+    return isinstance(data, dict) and part in data
+
+
+def json_object(text: str, param: str) -> dict[str, Any]:
+    """A text that holds a JSON object. Raises ApiError 400 naming the field."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise bad_request(f"{param}: must be a text that holds a JSON object", param)
+    return value

@@ -1,0 +1,202 @@
+"""POST /v1/responses, without state: nothing is stored, and the whole conversation is in `input`."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from server.errors import bad_request, unsupported
+from server.schemas.base import Harmless, Strict, json_object
+from server.schemas.fields import MAX_TOOLS, FunctionName, Limit, Text
+from server.schemas.sampling import COMMON_HARMLESS, SamplingFields
+from server.schemas.tools import (
+    Function,
+    JsonSchema,
+    NamedChoice,
+    NamedFunction,
+    ObjectFormat,
+    SchemaFormat,
+    TextFormat,
+    Tool,
+    ToolUse,
+    format_grammar,
+)
+from server.worker import messages as wire
+
+LOGPROBS = "message.output_text.logprobs"
+
+
+class FunctionTool(Function):
+    """A function; unlike in a chat its fields lie beside its type."""
+
+    type: Literal["function"]
+
+
+class FunctionChoice(NamedFunction):
+    """This function and no other."""
+
+    type: Literal["function"]
+
+
+class FlatSchemaFormat(Strict):
+    """JSON that fits a schema; unlike in a chat its fields lie beside its type."""
+
+    type: Literal["json_schema"]
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class TextOptions(Strict):
+    """The form of the answer's text."""
+
+    format: Annotated[TextFormat | ObjectFormat | FlatSchemaFormat, Field(discriminator="type")] | None = None
+    verbosity: Literal["medium"] | None = None
+
+
+class ResponsesStreamOptions(Strict):
+    """Options of a stream; events are not padded."""
+
+    include_obfuscation: Literal[False] = False
+
+
+class InputItem(Strict):
+    """A message, a call of a function, or what a function returned."""
+
+    type: Literal["message", "function_call", "function_call_output"] = "message"
+    id: str | None = Field(None, max_length=200)
+    status: Literal["in_progress", "completed", "incomplete"] | None = None
+    role: Literal["system", "developer", "user", "assistant"] | None = None
+    content: Text | None = None
+    call_id: str | None = Field(None, min_length=1, max_length=200)
+    name: FunctionName | None = None
+    arguments: str | None = None
+    output: Text | None = None
+
+
+_FIELDS = {
+    "message": ("role", "content"),
+    "function_call": ("call_id", "name", "arguments"),
+    "function_call_output": ("call_id", "output"),
+}
+
+
+def _or_string(schema: dict[str, Any]) -> None:
+    """In the documentation: a text alone is the user's message."""
+    items = {name: schema.pop(name) for name in ("items", "minItems", "type")}
+    schema["anyOf"] = [{"type": "string", "minLength": 1}, items]
+
+
+class ResponsesRequest(SamplingFields):
+    """POST /v1/responses."""
+
+    harmless: ClassVar[Harmless] = {
+        **{name: test for name, test in COMMON_HARMLESS.items() if name not in ("audio", "prediction", "store")},
+        "truncation": lambda value: value == "disabled",
+        "background": lambda value: value is False,
+        "reasoning": lambda value: value == {} or value == {"effort": "none"},
+    }
+
+    input: list[InputItem] = Field(min_length=1, json_schema_extra=_or_string)
+    instructions: str | None = None
+    max_output_tokens: Limit | None = None
+    text: TextOptions | None = None
+    tools: list[FunctionTool] = Field([], max_length=MAX_TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
+    parallel_tool_calls: bool = True
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    include: list[Literal["message.output_text.logprobs"]] = Field([], max_length=8)
+    store: bool = Field(False, description="Taken as a wish: nothing is ever stored, and the answer says store: false.")
+    stream_options: ResponsesStreamOptions | None = None
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+
+    @classmethod
+    def prepare(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """Items of an earlier answer come back with fields that are null or empty."""
+        if not data.get("tools") and data.get("tool_choice") in ("none", "auto"):
+            data = {name: value for name, value in data.items() if name != "tool_choice"}
+        items = data.get("input")
+        if isinstance(items, str) and items:
+            items = [{"role": "user", "content": items}]
+        if not isinstance(items, list):
+            return data
+        plain = [{k: v for k, v in i.items() if v is not None} if isinstance(i, dict) else i for i in items]
+        return {**data, "input": plain}
+
+    @cached_property
+    def tool_use(self) -> ToolUse:
+        """The tools that this request offers. Raises ApiError 400."""
+        fields = ("name", "description", "parameters", "strict")
+        tools = [
+            Tool(type="function", function=Function(**{name: getattr(tool, name) for name in fields}))
+            for tool in self.tools
+        ]
+        choice = self.tool_choice
+        if isinstance(choice, FunctionChoice):
+            named = NamedChoice(type="function", function=NamedFunction(name=choice.name))
+            return ToolUse(tools, named, self.parallel_tool_calls)
+        return ToolUse(tools, choice, self.parallel_tool_calls)
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """True where log probabilities are part of the answer."""
+        return LOGPROBS in self.include
+
+    def submit(self, request_id: str) -> wire.Submit:
+        """The message to the worker. Raises ApiError 400."""
+        if self.top_logprobs and not self.wants_logprobs:
+            raise bad_request(f"top_logprobs: needs {LOGPROBS!r} in include", "top_logprobs")
+        wanted = (self.top_logprobs or 0) if self.wants_logprobs else None
+        grammar = self._grammar()
+        if grammar is not None and self.tool_use:
+            raise unsupported("text.format", "an answer that may call tools cannot have another form; leave one out")
+        grammar = grammar or self.tool_use.grammar
+        return wire.Submit(
+            request_id=request_id,
+            kind="chat",
+            sampling=self.sampling(logprobs=wanted, max_tokens=self.max_output_tokens, grammar=grammar),
+            messages=self._turns(),
+            tools=self.tool_use.described,
+        )
+
+    def _grammar(self) -> wire.Grammar | None:
+        asked = self.text.format if self.text is not None else None
+        if isinstance(asked, FlatSchemaFormat):
+            schema = JsonSchema(name=asked.name, schema=asked.schema_)
+            return format_grammar(SchemaFormat(type="json_schema", json_schema=schema))
+        return format_grammar(asked)
+
+    def _turns(self) -> list[wire.Message]:
+        turns = [wire.Message("system", self.instructions)] if self.instructions else []
+        for place, item in enumerate(self.input):
+            where = f"input[{place}]"
+            _check_item(item, where)
+            if item.type == "message":
+                turns.append(wire.Message(item.role or "user", item.content or ""))
+            elif item.type == "function_call_output":
+                turns.append(wire.Message("tool", item.output or "", tool_call_id=item.call_id))
+            else:
+                arguments = json_object(item.arguments or "{}", f"{where}.arguments")
+                function = {"name": item.name, "arguments": arguments}
+                call = {"id": item.call_id, "type": "function", "function": function}
+                last = turns[-1] if turns and turns[-1].role == "assistant" else None
+                if last is None:
+                    turns.append(wire.Message("assistant", "", [call]))
+                else:  # a text and calls, or several calls, of one answer
+                    turns[-1] = wire.Message("assistant", last.content, [*last.tool_calls, call])
+        return turns
+
+
+def _check_item(item: InputItem, where: str) -> None:
+    allowed = _FIELDS[item.type]
+    for name in ("role", "content", "call_id", "name", "arguments", "output"):
+        given = getattr(item, name) is not None
+        if given and name not in allowed:
+            raise unsupported(f"{where}.{name}", f"an item of the type {item.type} cannot have it")
+        if not given and name in allowed:
+            param = f"{where}.{name}"
+            raise bad_request(f"{param}: this field is required", param, "missing_required_parameter")

@@ -1,0 +1,86 @@
+"""Bodies of POST /v1/completions, /generate, /tokenize and /detokenize."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from server.errors import bad_request
+from server.schemas.base import Harmless, Request
+from server.schemas.chat import ChatMessage, ChatRequest
+from server.schemas.fields import MAX_TOKEN_ID, MAX_TOOLS, Limit, ModelName, Prompt
+from server.schemas.sampling import COMMON_HARMLESS, OpenAIFields, SamplingFields
+from server.schemas.tools import Tool, ToolUse
+from server.worker import messages as wire
+
+
+class CompletionRequest(OpenAIFields):
+    """POST /v1/completions; 16 tokens where max_tokens is not given, as the API has it."""
+
+    harmless: ClassVar[Harmless] = {
+        **COMMON_HARMLESS,
+        "best_of": lambda value: value == 1 and value is not True,
+        "echo": lambda value: value is False,
+        "suffix": lambda value: value == "",
+    }
+
+    prompt: Prompt
+    max_tokens: Limit | None = 16
+    logprobs: int | None = Field(None, ge=0, le=5)
+
+    def submit(self, request_id: str) -> wire.Submit:
+        """The message to the worker."""
+        sampling = self.sampling(n=self.n, logprobs=self.logprobs, max_tokens=self.max_tokens)
+        return wire.Submit(request_id=request_id, kind="completion", sampling=sampling, prompt=self.prompt)
+
+
+class GenerateRequest(SamplingFields):
+    """POST /generate and /generate_stream: plain text continuation."""
+
+    prompt: Prompt
+    max_tokens: Limit | None = 128
+
+    def submit(self, request_id: str) -> wire.Submit:
+        """The message to the worker."""
+        sampling = self.sampling(max_tokens=self.max_tokens)
+        return wire.Submit(request_id=request_id, kind="completion", sampling=sampling, prompt=self.prompt)
+
+
+class TokenizeRequest(Request):
+    """POST /tokenize: a text, or a conversation as the chat template writes it."""
+
+    model: ModelName
+    prompt: str | None = Field(None, min_length=1)
+    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    tools: list[Tool] = Field([], max_length=MAX_TOOLS)
+
+    @classmethod
+    def prepare(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """As in a chat."""
+        return ChatRequest.prepare(data)
+
+    def message(self, request_id: str) -> wire.Tokenize:
+        """The message to the worker. Raises ApiError 400."""
+        if (self.prompt is None) == (self.messages is None):
+            raise bad_request("prompt: give either prompt or messages", "prompt")
+        if self.prompt is not None:
+            if self.tools:
+                raise bad_request("tools: needs messages", "tools")
+            return wire.Tokenize(request_id, "completion", self.prompt)
+        turns = [turn.to_wire(f"messages[{place}]") for place, turn in enumerate(self.messages or [])]
+        return wire.Tokenize(request_id, "chat", messages=turns, tools=ToolUse(self.tools, None, True).described)
+
+
+TokenId = Annotated[int, Field(ge=0, lt=MAX_TOKEN_ID)]
+
+
+class DetokenizeRequest(Request):
+    """POST /detokenize: token ids."""
+
+    model: ModelName
+    tokens: list[TokenId] = Field(min_length=1)
+
+    def message(self, request_id: str) -> wire.Tokenize:
+        """The message to the worker."""
+        return wire.Tokenize(request_id, "ids", self.tokens)

@@ -1,0 +1,145 @@
+"""Functions that a model may call, the choice among them, and the form of an answer."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from server.errors import bad_request, unsupported
+from server.schemas.base import Strict
+from server.schemas.fields import FunctionName
+from server.worker import messages as wire
+
+_ANY_OBJECT: dict[str, Any] = {"type": "object"}
+
+
+class Function(Strict):
+    """A function's name, purpose and parameters (a JSON schema)."""
+
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    """A tool; only functions are known."""
+
+    type: Literal["function"]
+    function: Function
+
+    def described(self) -> dict[str, Any]:
+        """As chat templates take it."""
+        function = {"name": self.function.name, "description": self.function.description or ""}
+        parameters = self.function.parameters or {"type": "object", "properties": {}}
+        return {"type": "function", "function": {**function, "parameters": parameters}}
+
+
+class NamedFunction(Strict):
+    """A function by its name."""
+
+    name: FunctionName
+
+
+class NamedChoice(Strict):
+    """This function and no other."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedChoice
+
+
+class JsonSchema(Strict):
+    """A JSON schema with a name. `strict` is always kept: the answer cannot be anything else."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class TextFormat(Strict):
+    """No form."""
+
+    type: Literal["text"]
+
+
+class ObjectFormat(Strict):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class SchemaFormat(Strict):
+    """JSON that fits a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
+
+
+def schema_grammar(schema: dict[str, Any]) -> wire.Grammar:
+    """A JSON schema as the worker takes it."""
+    return wire.Grammar("json_schema", json.dumps(schema))
+
+
+def format_grammar(asked: TextFormat | ObjectFormat | SchemaFormat | None) -> wire.Grammar | None:
+    """The grammar of a response_format; None for text."""
+    if isinstance(asked, SchemaFormat):
+        return schema_grammar(asked.json_schema.schema_ or _ANY_OBJECT)
+    return wire.Grammar("json_object") if isinstance(asked, ObjectFormat) else None
+
+
+class ToolUse:
+    """What a request says about tools, worked out.
+
+    Attributes:
+        described: the tools as the chat template gets them. names: of the functions that may be called.
+        grammar: of an answer that has to be a call; None where the model is free.
+        parallel: whether more than one call may come of an answer.
+    """
+
+    def __init__(self, tools: list[Tool], choice: str | NamedChoice | None, parallel: bool) -> None:
+        offered = {tool.function.name: tool for tool in tools}
+        if len(offered) < len(tools):
+            raise bad_request("tools: two functions have the same name", "tools")
+        if choice not in (None, "none", "auto") and not tools:
+            raise bad_request("tool_choice: needs tools", "tool_choice")
+        if isinstance(choice, NamedChoice) and choice.function.name not in offered:
+            raise bad_request(f"tool_choice: there is no tool {choice.function.name!r}", "tool_choice")
+        used = [] if choice == "none" else tools
+        callable_tools = [offered[choice.function.name]] if isinstance(choice, NamedChoice) else used
+        self.forced = choice == "required" or isinstance(choice, NamedChoice)
+        for place, tool in enumerate(used):
+            if tool.function.strict and not self.forced:
+                hint = 'arguments are held to the schema only where tool_choice forces a call; use "required" or a name'
+                raise unsupported(f"tools[{place}].function.strict", hint)
+        self.described = [tool.described() for tool in used]
+        self.names = tuple(tool.function.name for tool in callable_tools)
+        self.parallel = parallel
+        self.grammar = schema_grammar(_call_schema(callable_tools)) if self.forced else None
+
+    def __bool__(self) -> bool:
+        return bool(self.described)
+
+
+def _call_schema(tools: list[Tool]) -> dict[str, Any]:
+    """The JSON of a call of one of these functions."""
+    calls = []
+    definitions: dict[str, Any] = {}
+    for place, tool in enumerate(tools):
+        # References in a schema are from its root, where each function's definitions get names of their own.
+        text = json.dumps(tool.function.parameters or _ANY_OBJECT).replace('"#/$defs/', f'"#/$defs/{place}.')
+        arguments = json.loads(text)
+        definitions |= {f"{place}.{name}": part for name, part in arguments.pop("$defs", {}).items()}
+        properties = {"name": {"const": tool.function.name}, "arguments": arguments}
+        call = {"type": "object", "properties": properties, "required": ["name", "arguments"]}
+        calls.append({**call, "additionalProperties": False})
+    schema: dict[str, Any] = calls[0] if len(calls) == 1 else {"anyOf": calls}
+    return {**schema, "$defs": definitions} if definitions else schema

@@ -1,0 +1,235 @@
+"""Tools, forms of answers, the responses API and tokens, through the official client where it has them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pydantic
+import pytest
+
+from tests.server.conftest import Running
+
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+TOOL = {"type": "function", "function": {"name": "weather", "description": "The weather.", "parameters": PARAMETERS}}
+FLAT = {"type": "function", "name": "weather", "description": "The weather.", "parameters": PARAMETERS}
+SCHEMA = {"type": "object", "properties": {"kind": {"type": "string"}}, "required": ["kind"]}
+
+
+@pytest.fixture()
+def official(server: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def ask(text: str) -> Any:
+    return [{"role": "user", "content": text}]
+
+
+def test_a_call_of_a_tool_and_its_answer(official: openai.OpenAI) -> None:
+    answer = official.chat.completions.create(model="demo", messages=ask("call"), tools=[TOOL])
+    choice = answer.choices[0]
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", "Sure.")
+    calls = choice.message.tool_calls or []
+    assert [json.loads(call.function.arguments)["city"] for call in calls] == ["Oslo", "Rome"]
+    turns = [*ask("call"), choice.message, *({"role": "tool", "tool_call_id": c.id, "content": "wet"} for c in calls)]
+    echo = official.chat.completions.create(model="demo", messages=[*turns, *ask("echo")], tools=[TOOL])
+    got = json.loads(echo.choices[0].message.content or "")
+    assert [turn["role"] for turn in got["messages"]] == ["user", "assistant", "tool", "tool", "user"]
+    assert got["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"city": "Oslo"}
+    assert got["messages"][2]["tool_call_id"] == calls[0].id
+    assert got["tools"] == [TOOL]
+
+
+def test_calls_are_streamed_with_their_numbers(official: openai.OpenAI) -> None:
+    stream = official.chat.completions.create(model="demo", messages=ask("call"), tools=[TOOL], stream=True, n=2)
+    chunks = list(stream)
+    choices = [choice for chunk in chunks for choice in chunk.choices if choice.index == 1]
+    text = "".join(choice.delta.content or "" for choice in choices)
+    calls = [call for choice in choices for call in choice.delta.tool_calls or []]
+    assert text == "Sure." and [call.index for call in calls] == [0, 1]
+    assert choices[-1].finish_reason == "tool_calls" and calls[0].function is not None
+    assert json.loads(calls[0].function.arguments or "") == {"city": "Oslo"}
+    one = official.chat.completions.create(model="demo", messages=ask("call"), tools=[TOOL], parallel_tool_calls=False)
+    assert len(one.choices[0].message.tool_calls or []) == 1
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_a_forced_call_is_held_to_the_schema_by_a_grammar(official: openai.OpenAI, choice: Any) -> None:
+    strict = {"type": "function", "function": {**TOOL["function"], "strict": True}}
+    answer = official.chat.completions.create(model="demo", messages=ask("grammar"), tools=[strict], tool_choice=choice)
+    calls = answer.choices[0].message.tool_calls or []
+    assert [json.loads(call.function.arguments) for call in calls] == [{"city": "Oslo"}]
+    none = official.chat.completions.create(model="demo", messages=ask("call"), tools=[TOOL], tool_choice="none")
+    assert "<tool_call>" in (none.choices[0].message.content or "")
+
+
+def test_forms_of_answers_reach_the_worker_as_grammars(official: openai.OpenAI) -> None:
+    form: Any = {"type": "json_schema", "json_schema": {"name": "it", "schema": SCHEMA, "strict": True}}
+    answer = official.chat.completions.create(model="demo", messages=ask("grammar"), response_format=form)
+    grammar = json.loads(answer.choices[0].message.content or "")
+    assert grammar["kind"] == "json_schema" and json.loads(grammar["text"]) == SCHEMA
+    plain = official.chat.completions.create(
+        model="demo", messages=ask("grammar"), response_format={"type": "json_object"}
+    )
+    assert json.loads(plain.choices[0].message.content or "")["kind"] == "json_object"
+
+    class Grammar(pydantic.BaseModel):
+        kind: str
+        text: str
+
+    parsed = official.chat.completions.parse(model="demo", messages=ask("grammar"), response_format=Grammar)
+    assert parsed.choices[0].message.parsed is not None and parsed.choices[0].message.parsed.kind == "json_schema"
+
+
+def test_definitions_of_two_tools_do_not_meet(official: openai.OpenAI) -> None:
+    from server.schemas.tools import Function, Tool, ToolUse
+
+    def tool(name: str, kind: str) -> Tool:
+        parameters = {"type": "object", "properties": {"x": {"$ref": "#/$defs/X"}}, "$defs": {"X": {"type": kind}}}
+        return Tool(type="function", function=Function(name=name, parameters=parameters))
+
+    grammar = ToolUse([tool("a", "string"), tool("b", "integer")], "required", True).grammar
+    assert grammar is not None
+    schema = json.loads(grammar.text)
+    assert schema["$defs"] == {"0.X": {"type": "string"}, "1.X": {"type": "integer"}}
+    assert schema["anyOf"][1]["properties"]["arguments"]["properties"]["x"] == {"$ref": "#/$defs/1.X"}
+
+
+async def test_the_asynchronous_client(server: Running) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        stream = await client.chat.completions.create(model="demo", messages=ask("hello"), stream=True)
+        assert "".join([c.choices[0].delta.content or "" async for c in stream if c.choices]) == "one two three "
+        async with client.responses.stream(model="demo", input="hello") as events:
+            assert (await events.get_final_response()).output_text == "one two three "
+
+
+def test_a_response(official: openai.OpenAI) -> None:
+    answer = official.responses.create(model="demo", input="hello", instructions="Be brief.", metadata={"a": "b"})
+    assert (answer.output_text, answer.status, answer.model) == ("one two three ", "completed", "demo")
+    assert answer.usage is not None and (answer.usage.input_tokens, answer.usage.output_tokens) == (5, 3)
+    assert answer.metadata == {"a": "b"} and answer.instructions == "Be brief."
+    echo = official.responses.create(
+        model="demo", instructions="Be brief.", input=[*answer.output, *ask("echo")], max_output_tokens=9, temperature=0
+    )
+    got = json.loads(echo.output_text)
+    assert [(turn["role"], turn["content"]) for turn in got["messages"]] == [
+        ("system", "Be brief."),
+        ("assistant", "one two three "),
+        ("user", "echo"),
+    ]
+    assert (got["sampling"]["max_tokens"], got["sampling"]["temperature"]) == (9, 0.0)
+
+
+def test_the_events_of_a_response(official: openai.OpenAI) -> None:
+    events = list(official.responses.create(model="demo", input="hello", stream=True))
+    kinds = [event.type for event in events]
+    assert kinds == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+        *["response.output_text.delta"] * 3,
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.completed",
+    ]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    with official.responses.stream(model="demo", input="hello") as stream:
+        assert stream.get_final_response().output_text == "one two three "
+
+
+def test_a_response_that_calls_a_tool(official: openai.OpenAI) -> None:
+    with official.responses.stream(model="demo", input="call", tools=[FLAT]) as stream:
+        final = stream.get_final_response()
+    assert [item.type for item in final.output] == ["message", "function_call", "function_call"]
+    call: Any = final.output[1]
+    assert json.loads(call.arguments) == {"city": "Oslo"}
+    output = {"type": "function_call_output", "call_id": call.call_id, "output": "wet"}
+    echo = official.responses.create(model="demo", input=[*final.output[:2], output, *ask("echo")], tools=[FLAT])
+    turns = json.loads(echo.output_text)["messages"]
+    assert [turn["role"] for turn in turns] == ["assistant", "tool", "user"]
+    assert turns[0]["content"] == "Sure." and turns[0]["tool_calls"][0]["id"] == turns[1]["tool_call_id"]
+    forced = official.responses.create(model="demo", input="grammar", tools=[FLAT], tool_choice="required")
+    assert [item.type for item in forced.output] == ["function_call"]
+
+
+def test_log_probabilities_and_forms_of_a_response(official: openai.OpenAI) -> None:
+    answer = official.responses.create(
+        model="demo", input="hello", include=["message.output_text.logprobs"], top_logprobs=1
+    )
+    part: Any = answer.output[0]
+    assert [token.token for token in part.content[0].logprobs] == ["one ", "two ", "three "]
+    form: Any = {"format": {"type": "json_schema", "name": "it", "schema": SCHEMA}}
+    shaped = json.loads(official.responses.create(model="demo", input="grammar", text=form).output_text)
+    assert json.loads(shaped["text"]) == SCHEMA
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"conversation": "c"}, "conversation"),
+        ({"background": True}, "background"),
+        ({"truncation": "auto"}, "truncation"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"input": []}, "input"),
+        ({"input": ""}, "input"),
+        ({"input": 5}, "input"),
+        ({"tool_choice": 5, "tools": [FLAT]}, "tool_choice"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
+        ({"input": [{"role": "user"}]}, "input[0].content"),
+        ({"input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": "x"}]}, "input[0].arguments"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content"),
+        ({"input": "long"}, "input"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+    ],
+)
+def test_what_a_response_cannot_be_is_named(server: Running, change: dict[str, Any], param: str) -> None:
+    answer = server.client.post("/v1/responses", json={"model": "demo", "input": "x", **change})
+    assert answer.status_code == 400 and answer.json()["error"]["param"].startswith(param)
+
+
+def test_a_response_that_fails_on_the_way(server: Running, official: openai.OpenAI) -> None:
+    text = server.client.post("/v1/responses", json={"model": "demo", "input": "fail", "stream": True}).text
+    last = json.loads(text.strip().splitlines()[-1].removeprefix("data: "))
+    assert last["type"] == "response.failed" and last["response"]["error"]["message"] == "the cache is damaged"
+    with pytest.raises(openai.InternalServerError):
+        official.responses.create(model="demo", input="fail")
+
+
+@pytest.mark.parametrize("prefix", ["", "/v1"])
+def test_tokens_and_back(server: Running, prefix: str) -> None:
+    body = server.client.post(f"{prefix}/tokenize", json={"model": "d", "prompt": "abc"}).json()
+    assert (body["count"], body["tokens"], body["text"]) == (3, [97, 98, 99], "abc")
+    back = server.client.post(f"{prefix}/detokenize", json={"model": "demo", "tokens": [97, 98]}).json()
+    assert back["text"] == "ab"
+    chat = server.client.post(f"{prefix}/tokenize", json={"model": "demo", "messages": ask("x")}).json()
+    assert chat["text"] == "user:x"
+    for path, wrong, param in (
+        ("tokenize", {"prompt": "a", "messages": ask("x")}, "prompt"),
+        ("tokenize", {}, "prompt"),
+        ("detokenize", {"tokens": [999]}, "tokens"),
+        ("detokenize", {"tokens": []}, "tokens"),
+    ):
+        answer = server.client.post(f"{prefix}/{path}", json={"model": "demo", **wrong})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+def test_quality_is_asked_for_and_told(server: Running, official: openai.OpenAI) -> None:
+    fine = official.chat.completions.with_raw_response.create(
+        model="demo", messages=ask("hello"), extra_body={"kv_quality": {"max_kl": 0.05}}
+    )
+    assert fine.headers["x-spectral-setting"] == "8x" and fine.headers["x-spectral-kl"] == "0.012"
+    assert fine.headers["x-spectral-rank"] == "24" and fine.headers["x-spectral-bits"] == "1.9"
+    answer = server.client.post("/v1/responses", json={"model": "demo", "input": "x", "kv_quality": {"max_kl": 0.01}})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (400, "kv_quality_not_met") and "0.012" in error["message"]
+
+
+def test_embeddings_are_refused_clearly(official: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="no embeddings"):
+        official.embeddings.create(model="demo", input="x")
