@@ -31,5 +31,6 @@ EXPOSE 8000
 HEALTHCHECK --interval=15s --timeout=5s --start-period=60s --retries=3 \
     CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
 # Inside a container the loopback address cannot be published; docker-compose.yml publishes the port on the host's loopback only.
+# The server starts only with keys (SPECTRAL_AUTH__KEYS_FILE) or with SPECTRAL_AUTH__ALLOW_WITHOUT_KEYS=true.
 ENTRYPOINT ["spectral"]
 CMD ["serve", "--host", "0.0.0.0", "--port", "8000"]

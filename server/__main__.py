@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import logging
 import signal
 import socket
 import sys
@@ -18,6 +17,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from server import logs
 from server.app import create_app
 from server.config import ConfigError, Settings, default_path, load_settings, schema_json
 from server.scheduler.loop import Scheduler, Slot
@@ -41,9 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command == "check":
         print(f"The configuration is valid: {len(settings.models)} models.")
         return 0
-    logging.basicConfig(
-        level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
-    )
+    logs.configure(settings.logging, options.log_level)
     try:
         listener = _listen(settings.server.host, settings.server.port)
     except OSError as error:
@@ -63,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", help="configuration file; else ./config.yaml, else the one in the package")
     parser.add_argument("--host", help="instead of server.host")
     parser.add_argument("--port", type=int, help="instead of server.port")
-    parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="instead of logging.level")
     return parser
 
 

@@ -11,13 +11,15 @@ from fastapi import FastAPI
 
 from server import errors
 from server.admin import Admin
+from server.auth import Guard, KeyRing
 from server.config import Settings
 from server.events import EventLog
 from server.gateway import Gateway
+from server.limits import Limiter
 from server.metrics import Metrics
 from server.middleware import Outermost
 from server.routes import admin as admin_routes
-from server.routes import admin_profiles, generate, openai, ops
+from server.routes import admin_profiles, generate, ollama, openai, ops, tokens
 from server.scheduler.loop import Scheduler
 from server.state import State
 from server.worker.process import DEFAULT_COMMAND
@@ -48,11 +50,13 @@ def create_app(
     app = FastAPI(title="Spectral", version=ops.installed_version(), lifespan=lifespan, redirect_slashes=False)
     app.state.scheduler = scheduler
     app.state.metrics = metrics
-    app.state.gateway = Gateway(scheduler)
+    app.state.gateway = Gateway(scheduler, Limiter())
     app.state.admin = admin
+    app.state.keys = KeyRing(settings.auth, settings.server.admin_key)
     app.state.started = int(time.time())
     errors.install(app)
+    app.add_middleware(Guard, keys=app.state.keys, settings=settings.auth)
     app.add_middleware(Outermost, metrics=metrics)
-    for module in (openai, generate, ops, admin_routes, admin_profiles):
+    for module in (openai, ollama, generate, tokens, ops, admin_routes, admin_profiles):
         app.include_router(module.router)
     return app

@@ -6,10 +6,13 @@ SPECTRAL_MODELS takes a JSON list.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import ipaddress
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,13 +27,15 @@ from pydantic import (
     WithJsonSchema,
     model_validator,
 )
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError
 
+from server.config_auth import AuthSettings
 from server.worker import messages
 from server.yaml_source import YamlSource
 
 ENV_PREFIX, ENV_DELIMITER = "SPECTRAL_", "__"
+_OVERRIDES: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("_OVERRIDES", default=None)
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -72,9 +77,11 @@ class _Section(BaseModel):
 class ServerSettings(_Section):
     """Where and how the gateway listens."""
 
-    host: str = Field("127.0.0.1", description="Address to listen on; a public one needs allow_public: true.")
+    host: str = Field("127.0.0.1", description="Address to listen on; a public one needs keys (see auth).")
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one.")
-    allow_public: bool = Field(False, description="Allow a host that other machines can reach. There is no login.")
+    allow_public: bool = Field(
+        False, description="With auth.allow_without_keys: allow a host that other machines can reach, without keys."
+    )
     max_body_bytes: Bytes = Field(10 * 2**20, description="Largest request body.")
     ping_seconds: float = Field(15.0, gt=0, description="Seconds between comment pings on a silent stream.")
     request_timeout_seconds: float = Field(600.0, gt=0, description="Longest time one request may take.")
@@ -87,14 +94,13 @@ class ServerSettings(_Section):
     max_profile_bytes: Bytes = Field(2**30, description="Largest profile that may be uploaded.")
     drain_seconds: float = Field(10.0, ge=0, description="Time that running requests get at shutdown.")
 
-    @model_validator(mode="after")
-    def _loopback_unless_allowed(self) -> ServerSettings:
-        if not self.allow_public and not is_loopback(self.host):
-            raise ValueError(
-                f"host {self.host!r} can be reached from other machines and the server has no login; "
-                "use 127.0.0.1, or set allow_public: true"
-            )
-        return self
+
+class LogSettings(_Section):
+    """What the log looks like. Prompts and answers are never in it, nor are keys."""
+
+    format: Literal["console", "json"] = Field("console", description="json: one object per line.")
+    level: Literal["debug", "info", "warning", "error"] = Field("info", description="--log-level wins over it.")
+    access: bool = Field(True, description="A line for each request.")
 
 
 class LimitSettings(_Section):
@@ -197,6 +203,8 @@ class Settings(BaseSettings):
     )
 
     server: ServerSettings = ServerSettings()
+    auth: AuthSettings = AuthSettings()
+    logging: LogSettings = LogSettings()
     defaults: DefaultSettings = DefaultSettings()
     models: tuple[ModelSettings, ...] = Field(min_length=1, description="The models to serve.")
 
@@ -209,8 +217,10 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """The environment first, then the file's values (given to the constructor)."""
-        return env_settings, init_settings
+        """The command line first, then the environment, then the file (the constructor's)."""
+        given = _OVERRIDES.get()
+        command_line = InitSettingsSource(settings_cls, {"server": given} if given else {})
+        return command_line, env_settings, init_settings
 
     @model_validator(mode="before")
     @classmethod
@@ -222,6 +232,17 @@ class Settings(BaseSettings):
             return data
         defaults = {name: value for name, value in given.items() if value is not None}
         return {**data, "models": [_with_defaults(model, defaults) for model in data["models"]]}
+
+    @model_validator(mode="after")
+    def _public_only_with_keys(self) -> Settings:
+        told_twice = self.server.allow_public and self.auth.allow_without_keys
+        if not is_loopback(self.server.host) and not self.auth.has_keys and not told_twice:
+            raise ValueError(
+                f"server.host {self.server.host!r} can be reached from other machines and there are no API keys; make "
+                "some with `spectral keys create NAME --file keys.json` and set auth.keys_file, use 127.0.0.1, or let "
+                "everybody in with both server.allow_public: true and auth.allow_without_keys: true"
+            )
+        return self
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Settings:
@@ -265,15 +286,22 @@ def load_settings(path: str | Path | None = None, **server_overrides: Any) -> Se
     _refuse_unknown_variables()
     overrides = {key: value for key, value in server_overrides.items() if value is not None}
     try:
-        settings = Settings(**{str(key): value for key, value in source.data.items() if value is not None})
-        if overrides:
-            server = ServerSettings(**{**settings.server.model_dump(), **overrides})
-            settings = settings.model_copy(update={"server": server})
-        return settings
+        with _overridden(overrides):
+            return Settings(**{str(key): value for key, value in source.data.items() if value is not None})
     except ValidationError as error:
         raise ConfigError(_explain(file, source, error)) from error
     except SettingsError as error:
         raise ConfigError(f"an environment variable {ENV_PREFIX}* cannot be read: {error}") from error
+
+
+@contextlib.contextmanager
+def _overridden(server: dict[str, Any]) -> Iterator[None]:
+    """Values of the command line win over the environment's, and are checked together with everything else."""
+    token = _OVERRIDES.set(server)
+    try:
+        yield
+    finally:
+        _OVERRIDES.reset(token)
 
 
 def _refuse_unknown_variables() -> None:
@@ -281,7 +309,8 @@ def _refuse_unknown_variables() -> None:
     for name in os.environ:
         section, delimiter, _ = name.upper().removeprefix(ENV_PREFIX).partition(ENV_DELIMITER)
         if name.upper().startswith(ENV_PREFIX) and delimiter and section.lower() not in Settings.model_fields:
-            known = ", ".join(f"{ENV_PREFIX}{field.upper()}__..." for field in ("server", "defaults"))
+            sections = [field for field in Settings.model_fields if field != "models"]
+            known = ", ".join(f"{ENV_PREFIX}{field.upper()}__..." for field in sections)
             raise ConfigError(f"the environment variable {name} names no section of the configuration; use {known}")
 
 

@@ -12,7 +12,8 @@ from starlette.exceptions import HTTPException
 
 log = logging.getLogger("spectral.errors")
 
-_TYPES = {400: "invalid_request_error", 404: "not_found_error", 405: "invalid_request_error"}
+_TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error"}
+_TYPES |= {404: "not_found_error", 405: "invalid_request_error"}
 _TYPES |= {408: "timeout_error", 413: "invalid_request_error", 429: "rate_limit_error"}
 _TYPES |= {503: "service_unavailable_error", 504: "timeout_error"}
 
@@ -21,7 +22,14 @@ class ApiError(Exception):
     """An answer other than 200. `code` is stable; `param` names the field; `retry_after` is in seconds."""
 
     def __init__(
-        self, status: int, message: str, *, code: str, param: str | None = None, retry_after: int | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str,
+        param: str | None = None,
+        retry_after: int | None = None,
+        headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -29,6 +37,11 @@ class ApiError(Exception):
         self.code = code
         self.param = param
         self.retry_after = retry_after
+        self.headers = dict(headers or {})
+        if retry_after is not None:
+            self.headers["Retry-After"] = str(retry_after)
+        if status == 401:
+            self.headers["WWW-Authenticate"] = "Bearer"
 
     @property
     def envelope(self) -> dict[str, Any]:
@@ -36,10 +49,11 @@ class ApiError(Exception):
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> JSONResponse:
-        """The HTTP response."""
-        headers = {"Retry-After": str(self.retry_after)} if self.retry_after is not None else None
-        return JSONResponse(self.envelope, status_code=self.status, headers=headers)
+    def response(self, path: str = "") -> JSONResponse:
+        """The HTTP response; under /api as Ollama writes errors."""
+        if path.startswith("/api/"):
+            return JSONResponse({"error": self.message}, status_code=self.status, headers=self.headers)
+        return JSONResponse(self.envelope, status_code=self.status, headers=self.headers)
 
 
 def shorten(text: str, limit: int = 120) -> str:
@@ -78,6 +92,36 @@ def model_unavailable(name: str, state: str, why: str, retry_after: int) -> ApiE
     what = "could not be loaded" if state == "failed" else f"is {state}"
     message = f"the model {name!r} {what}" + (f": {why}" if why else "") + f"; try again in {retry_after} s"
     return ApiError(503, message, code=f"model_{state}", retry_after=retry_after)
+
+
+def quality_not_met(setting: str, kl: float, max_kl: float) -> ApiError:
+    """400: the cache of this model is coarser than the request allows."""
+    message = (
+        f"kv_quality.max_kl: the request allows {max_kl:g} nats, and this model's cache runs at setting {setting} with "
+        f"a measured KL of {kl:.4g}; allow as much, or use a model with a finer setting"
+    )
+    return ApiError(400, message, code="kv_quality_not_met", param="kv_quality.max_kl")
+
+
+def unauthorized(message: str) -> ApiError:
+    """401."""
+    return ApiError(401, message, code="invalid_api_key")
+
+
+def forbidden(message: str, code: str = "forbidden", param: str | None = None) -> ApiError:
+    """403."""
+    return ApiError(403, message, code=code, param=param)
+
+
+def rate_limited(message: str, retry_after: int, headers: dict[str, str]) -> ApiError:
+    """429 for the limits of a key."""
+    return ApiError(429, message, code="rate_limit_exceeded", retry_after=retry_after, headers=headers)
+
+
+def no_embeddings() -> ApiError:
+    """400 for every request for embeddings."""
+    message = "this server has no embeddings: its models write text; use a server with an embedding model for them"
+    return ApiError(400, message, code="unsupported_endpoint")
 
 
 def queue_full(why: str) -> ApiError:
@@ -134,9 +178,9 @@ def shutting_down() -> ApiError:
 def install(app: FastAPI) -> None:
     """Make every way in which a request can fail use the envelope; unexpected exceptions are the middleware's part."""
 
-    async def api_error(_: Request, error: Exception) -> JSONResponse:
+    async def api_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ApiError)
-        return error.response()
+        return error.response(request.url.path)
 
     async def http_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
@@ -149,7 +193,7 @@ def install(app: FastAPI) -> None:
             answer = ApiError(405, f"{shorten(path)} does not take {method}; use {allowed}", code="method_not_allowed")
         else:
             answer = ApiError(error.status_code, str(error.detail), code="http_error")
-        response = answer.response()
+        response = answer.response(path)
         response.headers.update(error.headers or {})
         return response
 

@@ -11,6 +11,8 @@ from typing import Any, Protocol, TypeVar
 from fastapi import Request
 
 from server import errors, sse
+from server.auth import Caller, caller_of
+from server.limits import Limiter, Permit
 from server.scheduler.loop import Scheduler, Slot
 from server.scheduler.stream import RequestStream, SlowReader, StreamItem
 from server.worker import messages
@@ -22,6 +24,10 @@ class Submittable(Protocol):
     """A checked request body."""
 
     model: str
+
+    def check(self, ready: messages.Ready) -> None:
+        """Raises ApiError 400 where the model, as it is now, cannot do what is asked."""
+        ...
 
     def submit(self, request_id: str) -> messages.Submit:
         """The message to the worker."""
@@ -44,8 +50,11 @@ class Generation:
         submit: messages.Submit,
         began: float,
         notes: dict[str, Any],
+        permit: Permit | None = None,
+        field_names: dict[str, str] | None = None,
     ) -> None:
         self.model = slot.name
+        self.tool_format = ready.tool_format
         self.request_id = submit.request_id
         self.created = int(time.time())
         self.prompt_tokens = 0
@@ -53,12 +62,18 @@ class Generation:
         self.kv_bytes = 0
         self.finish_reasons: dict[int, str] = {}
         self._choices = submit.sampling.n
+        self._field_names = field_names or {}
         self._scheduler = scheduler
         self._slot = slot
         self._ready = ready
         self._stream = stream
-        self._began = began
+        self.began = began
+        self.accepted_at = began
         self._notes = notes
+        self._permit = permit
+        metrics = scheduler.metrics
+        self._tokens = metrics.generated_tokens.labels(slot.name)
+        self._ttft, self._inter_token = metrics.ttft.labels(slot.name), metrics.inter_token.labels(slot.name)
         self._last_token: dict[int, float] = {}
         self._over = False
         self._closed = False
@@ -69,14 +84,17 @@ class Generation:
         if isinstance(item, messages.Rejected):
             self._over = True
             wait = 1 if item.status in (429, 503) else None
-            error = errors.ApiError(item.status, item.message, code=item.code, param=item.param, retry_after=wait)
+            param = self._field_names.get(item.param or "", item.param)
+            error = errors.ApiError(item.status, item.message, code=item.code, param=param, retry_after=wait)
             raise self._failed(error)
         if isinstance(item, messages.Failed):
             self._over = True
             raise self._failed(errors.ApiError(500, item.message, code=item.code))
         if not isinstance(item, messages.Accepted):
             raise self._failed(errors.ApiError(500, "the worker broke its protocol", code="internal_error"))
-        self.prompt_tokens = item.prompt_tokens
+        self.prompt_tokens, self.accepted_at = item.prompt_tokens, time.monotonic()
+        if self._permit is not None:
+            self._permit.spend(item.prompt_tokens)
         self._scheduler.metrics.prompt_tokens.labels(self.model).inc(item.prompt_tokens)
 
     async def items(self) -> AsyncIterator[messages.Delta | messages.Finished]:
@@ -94,6 +112,8 @@ class Generation:
                     raise self._failed(self._scheduler.was_cancelled())
                 self.finish_reasons[item.index] = item.reason
                 self.completion_tokens += item.usage.completion_tokens
+                if self._permit is not None:
+                    self._permit.spend(item.usage.completion_tokens)
                 self.kv_bytes += item.usage.kv_bytes
                 if len(self.finish_reasons) == self._choices:
                     self._over = True
@@ -117,25 +137,36 @@ class Generation:
         return error
 
     def _measure(self, delta: messages.Delta) -> None:
-        metrics, now = self._scheduler.metrics, time.monotonic()
-        metrics.generated_tokens.labels(self.model).inc(len(delta.token_ids))
+        now = time.monotonic()
+        self._tokens.inc(len(delta.token_ids))
         last = self._last_token.get(delta.index)
         if last is not None:
-            metrics.inter_token.labels(self.model).observe(now - last)
+            self._inter_token.observe(now - last)
         elif not self._last_token:
-            metrics.ttft.labels(self.model).observe(now - self._began)
+            self._ttft.observe(now - self.began)
         self._last_token[delta.index] = now
 
     async def close(self) -> None:
         """Stop listening; cancel the request in the worker where it is not over. Safe to call twice."""
         if not self._closed:
             self._closed = True
+            self._notes["usage"] = self.usage
+            if self._permit is not None:
+                self._permit.release()
             self._scheduler.release(self._slot, self._stream, cancel=not self._over)
 
     @property
     def headers(self) -> dict[str, str]:
-        """Response headers about the cache."""
-        return {"X-Spectral-Setting": self._ready.setting}
+        """Response headers about the cache, and about the caller's limits."""
+        ready = self._ready
+        about = {
+            "X-Spectral-Setting": ready.setting,
+            "X-Spectral-Rank": f"{ready.rank:g}",
+            "X-Spectral-Bits": f"{ready.bits_per_element:.4g}",
+            "X-Spectral-KL": f"{ready.kl_mean:.4g}",
+            "X-Spectral-Bytes-Per-Token": f"{ready.bytes_per_token:.6g}",
+        }
+        return about if self._permit is None else {**about, **self._permit.headers}
 
     @property
     def usage(self) -> dict[str, int]:
@@ -168,30 +199,99 @@ def setting_info(ready: messages.Ready) -> dict[str, Any]:
 class Gateway:
     """Opens generations."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Scheduler, limiter: Limiter) -> None:
         self.scheduler = scheduler
+        self.limiter = limiter
 
-    async def open(self, body: Submittable, request: Request) -> Generation:
-        """Submit and wait for Accepted. Raises ApiError, or ClientGone where the client leaves before that."""
+    async def open(self, body: Submittable, request: Request, field_names: dict[str, str] | None = None) -> Generation:
+        """Submit and wait for Accepted. Raises ApiError, or ClientGone where the client leaves before that.
+
+        `field_names`: what this interface calls the fields that a worker names when it rejects a request.
+        """
         began = time.monotonic()
-        slot = self.scheduler.slot(body.model)
-        notes = request.scope["state"]
-        notes["model"] = slot.name
-        opening = asyncio.ensure_future(self._open(slot, body.submit(uuid.uuid4().hex), began, notes))
+        slot, permit = self._admit(body.model, request)
         try:
-            return await unless_gone(request, opening)
+            submit = body.submit(uuid.uuid4().hex)
+            notes = request.scope["state"]
+            work = self._open(slot, submit, began, notes, body, permit, field_names)
+            opening = asyncio.ensure_future(work)
+            try:
+                return await unless_gone(request, opening)
+            except BaseException:
+                if opening.done() and not opening.cancelled() and opening.exception() is None:
+                    await opening.result().close()  # accepted in the very moment in which its reader went away
+                raise
         except BaseException:
-            if opening.done() and not opening.cancelled() and opening.exception() is None:
-                await opening.result().close()  # accepted in the very moment in which its reader went away
+            if permit is not None:
+                permit.release()
             raise
 
-    async def _open(self, slot: Slot, submit: messages.Submit, began: float, notes: dict[str, Any]) -> Generation:
+    def _admit(self, model: str, request: Request) -> tuple[Slot, Permit | None]:
+        """The model's slot and the caller's permit. Raises ApiError 403, 404 or 429."""
+        notes = request.scope["state"]
+        caller = caller_of(request.scope)
+        slot = self.slot(model, caller)
+        notes["model"] = slot.name
+        return slot, self.limiter.admit(caller)
+
+    def slot(self, model: str, caller: Caller) -> Slot:
+        """A model's slot, by name or alias. Raises ApiError 403 or 404."""
+        found = self.scheduler.settings.find(model)
+        if found is None:
+            slots = self.scheduler.slots.values()
+            known = [slot.name for slot in slots if caller.may_use(slot.name, *slot.settings.aliases)]
+            raise errors.model_not_found(model, known)
+        caller.check_model(found.name, *found.aliases)
+        return self.scheduler.slot(model)
+
+    async def tokenize(
+        self, model: str, message: messages.Tokenize, request: Request, field_names: dict[str, str]
+    ) -> messages.Tokenized:
+        """A worker's answer to Tokenize. Raises ApiError, or ClientGone. `field_names`: see :meth:`open`."""
+        slot, permit = self._admit(model, request)
+        try:
+            return await unless_gone(request, self._tokenize(slot, message, field_names))
+        finally:
+            if permit is not None:
+                permit.release()
+
+    async def _tokenize(
+        self, slot: Slot, message: messages.Tokenize, field_names: dict[str, str]
+    ) -> messages.Tokenized:
         worker = await self.scheduler.ensure(slot)
-        if slot.ready is None:  # the worker ended in the very moment after it was hot
+        seconds = self.scheduler.settings.server.request_timeout_seconds
+        stream = self.scheduler.submit(slot, worker, message, seconds)
+        try:
+            item = await stream.get()
+        except asyncio.TimeoutError:
+            raise errors.deadline_exceeded(seconds) from None
+        finally:
+            self.scheduler.release(slot, stream, cancel=False)
+        if isinstance(item, messages.Rejected):
+            param = field_names.get(item.param or "", item.param)
+            raise errors.ApiError(item.status, item.message, code=item.code, param=param)
+        if not isinstance(item, messages.Tokenized):
             raise self.scheduler.worker_lost(slot)
+        return item
+
+    async def _open(
+        self,
+        slot: Slot,
+        submit: messages.Submit,
+        began: float,
+        notes: dict[str, Any],
+        body: Submittable,
+        permit: Permit | None,
+        field_names: dict[str, str] | None,
+    ) -> Generation:
+        worker = await self.scheduler.ensure(slot)
+        ready = slot.ready
+        if ready is None:  # the worker ended in the very moment after it was hot
+            raise self.scheduler.worker_lost(slot)
+        body.check(ready)
         left = began + self.scheduler.settings.server.request_timeout_seconds - time.monotonic()
         stream = self.scheduler.submit(slot, worker, submit, left)
-        generation = Generation(self.scheduler, slot, slot.ready, stream, submit, began, notes)
+        generation = Generation(self.scheduler, slot, ready, stream, submit, began, notes, permit, field_names)
         try:
             await generation.accepted()
         except BaseException:  # also a cancellation: the worker must not go on for nobody

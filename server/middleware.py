@@ -15,7 +15,8 @@ from server.metrics import Metrics
 
 access_log = logging.getLogger("spectral.access")
 _POLLED = ("/health", "/ready", "/metrics")
-_COUNTED = ("/v1/chat/completions", "/v1/completions", "/generate", "/generate_stream")
+_COUNTED = {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/generate", "/generate_stream"}
+_COUNTED |= {"/api/chat", "/api/generate"}
 
 
 class Outermost:
@@ -63,7 +64,7 @@ class _Exchange:
         except Exception as error:
             if self._status:  # half an answer is out: the connection breaks, which a client can tell from an end
                 raise
-            answer = errors.internal(error, f"{self._scope['method']} {self._path}").response()
+            answer = errors.internal(error, f"{self._scope['method']} {self._path}").response(self._scope["path"])
             await answer(self._scope, receive, watched_send)
         finally:
             self._record()
@@ -76,4 +77,7 @@ class _Exchange:
             self._metrics.requests.labels(self._notes.get("model", "none"), str(status)).inc()
         level = logging.DEBUG if self._path in _POLLED and status < 400 else logging.INFO
         seconds, method = time.monotonic() - self._began, self._scope["method"]
-        access_log.log(level, "%s %s %s %.3fs %s", method, self._path, status, seconds, self._request_id)
+        facts = {"method": method, "path": self._path, "status": status, "seconds": round(seconds, 6)}
+        facts |= {"request_id": self._request_id}
+        facts |= {name: self._notes[name] for name in ("model", "key", "usage") if self._notes.get(name)}
+        access_log.log(level, "%s %s %s", method, self._path, status, extra={"facts": facts})

@@ -8,6 +8,7 @@ from typing import Any
 from server.config import Settings
 from server.scheduler.loop import Scheduler, Slot
 
+SECTIONS_AT_START_ONLY = ("auth", "logging")  # a file of keys is read again by itself
 AT_START_ONLY = ("host", "port", "allow_public", "state_dir", "max_profile_bytes")
 LIVE = ("load", "aliases")
 """Fields of a model that need no new worker."""
@@ -24,7 +25,10 @@ def changes(old: Settings, new: Settings) -> dict[str, Any]:
         "removed": sorted(before.keys() - after.keys()),
         "changed": {name: fields for name, fields in sorted(changed.items()) if fields},
         "server": [name for name in server if name not in AT_START_ONLY],
-        "needs_server_restart": [f"server.{name}" for name in server if name in AT_START_ONLY],
+        "needs_server_restart": [
+            *(f"server.{name}" for name in server if name in AT_START_ONLY),
+            *(name for name in SECTIONS_AT_START_ONLY if getattr(old, name) != getattr(new, name)),
+        ],
     }
 
 
@@ -40,7 +44,8 @@ async def apply(
     old = scheduler.settings
     found = changes(old, new)
     fixed = {name: getattr(old.server, name) for name in AT_START_ONLY}
-    scheduler.settings = new.model_copy(update={"server": new.server.model_copy(update=fixed)})
+    sections = {name: getattr(old, name) for name in SECTIONS_AT_START_ONLY}
+    scheduler.settings = new.model_copy(update={"server": new.server.model_copy(update=fixed), **sections})
     models = {model.name: model for model in new.models}
     for name in found["added"]:
         scheduler.add(models[name], prepare)

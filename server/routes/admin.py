@@ -164,7 +164,7 @@ def _stream(request: Request, events: AsyncIterator[bytes]) -> Response:
         return None
 
     ping = admin_of(request).scheduler.settings.server.ping_seconds
-    return sse.EventStream(sse.with_pings(events, ping), nothing, {})
+    return sse.EventStream(events, nothing, {}, ping_s=ping)
 
 
 # ---------------------------------------------------------------------------------------------- jobs

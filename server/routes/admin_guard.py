@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from fastapi import Request
 
 from server import errors
+from server.auth import caller_of
 from server.config import is_loopback
 
 _FORBIDDEN = 403
@@ -16,12 +17,16 @@ _FORBIDDEN = 403
 async def require_admin(request: Request) -> str:
     """The actor's name for the audit trail. Raises ApiError 401 or 403.
 
+    Where there are API keys, one with the role admin is needed, or server.admin_key (server/auth.py has seen to it).
     With server.admin_key: `Authorization: Bearer KEY`. Without one only programs on this machine may: the connection
     must be a loopback one, and neither the name the client asked for nor the page that asks may be another machine's
     (a browser sends requests of any page to 127.0.0.1).
     """
-    key = request.app.state.scheduler.settings.server.admin_key
+    caller = caller_of(request.scope)
     client = request.client.host if request.client is not None else ""
+    if caller.record is not None and caller.record.role == "admin":
+        return f"key {caller.record.name} from {client}"
+    key = request.app.state.scheduler.settings.server.admin_key
     if key is not None:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         right = hmac.compare_digest(given.strip().encode(), key.get_secret_value().encode())

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
+from starlette.background import BackgroundTask
 
 from server import errors, schemas, sse
 from server.answers.ollama import Ollama, error_line, now
@@ -96,14 +97,19 @@ async def _answer(request: Request, schema: type[OllamaChatRequest] | type[Ollam
     named = asked.model_copy(update={"model": _resolve(gateway, asked.model)})
     if asked.loads_only:
         return await _load(request, gateway, asked.model, named)
-    if asked.keep_alive == 0:
-        raise errors.unsupported("keep_alive", "models leave when their memory is needed; leave it out, or give a time")
     generation = await gateway.open(named, request, _NAMES)
     answer = Ollama(generation, asked)
+    slot = gateway.scheduler.slot(named.model)
+
+    async def end() -> None:
+        await generation.close()
+        if asked.keep_alive == 0:
+            await _let_go(gateway, slot)
+
     if asked.stream:
         return sse.EventStream(
             answer.lines(),
-            generation.close,
+            end,
             generation.headers,
             ping_s=None,
             media_type="application/x-ndjson",
@@ -113,19 +119,24 @@ async def _answer(request: Request, schema: type[OllamaChatRequest] | type[Ollam
         whole = await unless_gone(request, answer.whole())
     finally:
         await generation.close()
-    return JSONResponse(whole, headers=generation.headers)
+    return JSONResponse(whole, headers=generation.headers, background=BackgroundTask(end))
+
+
+async def _let_go(gateway: Gateway, slot: Slot) -> None:
+    """keep_alive: 0. A model that is pinned, or that others use or wait for, stays."""
+    if slot.state == "hot" and not slot.pinned and not slot.streams and not slot.waiting:
+        await gateway.scheduler.unload(slot, 0.0, "keep_alive: 0")
 
 
 async def _load(request: Request, gateway: Gateway, name: str, asked: Any) -> Response:
-    """Without a prompt the model is only loaded."""
-    if asked.keep_alive == 0:
-        raise errors.unsupported("keep_alive", "models leave when their memory is needed; leave it out, or give a time")
+    """Without a prompt the model is only loaded, or with keep_alive: 0 let go."""
     slot = gateway.slot(asked.model, caller_of(request.scope))
-    await unless_gone(request, gateway.scheduler.ensure(slot))
-    empty = (
-        {"message": {"role": "assistant", "content": ""}} if isinstance(asked, OllamaChatRequest) else {"response": ""}
-    )
-    return JSONResponse({"model": name, "created_at": now(), **empty, "done": True, "done_reason": "load"})
+    leaves = asked.keep_alive == 0
+    await unless_gone(request, _let_go(gateway, slot) if leaves else gateway.scheduler.ensure(slot))
+    nothing = {"role": "assistant", "content": ""}
+    empty = {"message": nothing} if isinstance(asked, OllamaChatRequest) else {"response": ""}
+    end = {"done": True, "done_reason": "unload" if leaves else "load"}
+    return JSONResponse({"model": name, "created_at": now(), **empty, **end})
 
 
 def _resolve(gateway: Gateway, name: str) -> str:

@@ -91,6 +91,21 @@ def test_models(client: ollama.Client) -> None:
     assert missing.value.status_code == 404
 
 
+def test_keep_alive_0_lets_a_model_go_that_nobody_else_uses(server: Running, client: ollama.Client) -> None:
+    assert client.generate(model="other", prompt="hello", keep_alive=0).response == "one two three "
+    server.until_state("other", "cold")
+    assert client.generate(model="other").done_reason == "load"
+    pieces = list(client.chat(model="other", messages=ask("hello"), stream=True, keep_alive="0s"))
+    assert pieces[-1].done
+    server.until_state("other", "cold")
+    assert client.generate(model="other", keep_alive="1h").done_reason == "load"
+    with server.connect("/generate_stream", {"model": "other", "prompt": "forever"}):
+        server.until(lambda: server.slot("other").stats.running == 1)
+        assert client.generate(model="other", keep_alive=0).done_reason == "unload"
+        assert server.ready()["other"]["state"] == "hot"
+    server.until(lambda: not server.slot("other").streams)
+
+
 def test_errors_have_the_form_of_ollama(server: Running, client: ollama.Client) -> None:
     with pytest.raises(ollama.ResponseError, match="does not exist") as missing:
         client.chat(model="nope", messages=ask("x"))
@@ -120,7 +135,6 @@ def test_errors_have_the_form_of_ollama(server: Running, client: ollama.Client) 
         ({"options": {"num_predict": 0}}, "options.num_predict"),
         ({"think": True}, "think"),
         ({"keep_alive": "soon"}, "keep_alive"),
-        ({"keep_alive": 0}, "keep_alive"),
         ({"format": "xml"}, "format"),
         ({"messages": [{"role": "user", "content": "x", "images": ["aGk="]}]}, "messages[0].images"),
         ({"no_such": 1}, "no_such"),
