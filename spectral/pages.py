@@ -11,19 +11,21 @@ is row p of that layer's pool. Layers with sliding attention keep a rolling exac
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 
 import torch
 
 from spectral.codec import Codebook, ExactCodec, LayerCodec, PageCodec
 from spectral.errors import CacheError, OutOfPages
+from spectral.page_ids import PageIds
 from spectral.shapes import LayerShape, ModelShape
+from spectral.step_batch import StepBatch
 from spectral.windows import ExactWindow, WindowGroup, make_window
 
 EXACT_PAGE_TOKENS = 16
 
-__all__ = ["LayerShape", "ModelShape", "PageStore", "Row", "StepBatch", "exact_codebook"]
+__all__ = ["Hold", "LayerShape", "ModelShape", "PageStore", "Row", "StepBatch", "exact_codebook"]
 
 
 def exact_codebook(shape: ModelShape, dtype: torch.dtype = torch.bfloat16) -> Codebook:
@@ -53,8 +55,15 @@ class Row:
     open: bool = True
 
 
+@dataclass(eq=False)
+class Hold:
+    """An owner of pages that is no row: what a prefix cache keeps for the next row that begins alike."""
+
+    pages: list[int]
+
+
 class PageStore:
-    """All KV memory of one model at one setting.
+    """All KV memory of one model at one setting. Pages may have several owners; nobody changes them once written.
 
     Args:
         shape: the model's layers.
@@ -62,6 +71,7 @@ class PageStore:
         device: where pages live.
         max_bytes: limit on allocated bytes (pages and windows), None for no limit.
         window_dtype: dtype of exact windows; bf16 unless a test wants bit-equality with a float32 cache.
+        elsewhere: bytes that count towards max_bytes and are not in this store (other stores of the same model).
     """
 
     def __init__(
@@ -72,8 +82,10 @@ class PageStore:
         device: torch.device | str = "cpu",
         max_bytes: int | None = None,
         window_dtype: torch.dtype = torch.bfloat16,
+        elsewhere: Callable[[], int] = lambda: 0,
     ) -> None:
         self.shape = shape
+        self._elsewhere = elsewhere
         self.codebook = codebook if codebook is not None else exact_codebook(shape, window_dtype)
         self.device = torch.device(device)
         self.max_bytes = max_bytes
@@ -99,10 +111,11 @@ class PageStore:
         self.groups = [WindowGroup([self.windows[i] for i in layers]) for layers in alike.values()]
         self.group_of = {i: (g, at) for g, layers in enumerate(alike.values()) for at, i in enumerate(layers)}
         """Layer -> its window's group, and its place there."""
-        self.page_capacity = self.slot_capacity = 0
-        self._free_pages: list[int] = []
+        self.slot_capacity = 0
+        self._ids = PageIds()
         self._free_slots: list[int] = []
         self._rows: dict[int, Row] = {}
+        self._holds: set[Hold] = set()
         self._page_nbytes = book.page_nbytes()
         self._slot_nbytes = sum(window.slot_nbytes for window in self.windows)
 
@@ -121,7 +134,7 @@ class PageStore:
         if not row.open:
             raise CacheError("this row is closed already")
         row.open = False
-        self._free_pages.extend(reversed(row.pages))
+        self._release(row.pages)
         row.pages = []
         self._free_slots.append(row.slot)
         del self._rows[row.slot]
@@ -146,10 +159,11 @@ class PageStore:
         granted = [[taken.pop() for _ in range(need)] for need in needs]
         return StepBatch(self, work, granted)
 
-    def admit(self, length: int, pages: int) -> Row:
+    def admit(self, length: int, pages: int, shared: Sequence[int] = ()) -> Row:
         """A new row that claims a length and a number of pages, for a caller who fills both (a row saved elsewhere).
 
-        Raises OutOfPages, with nothing changed, when it does not fit.
+        `shared`: its first pages, which others own and have filled; `pages` come after them. Raises OutOfPages, with
+        nothing changed, when it does not fit.
         """
         row = self.open()
         try:
@@ -157,8 +171,26 @@ class PageStore:
         except CacheError:
             self.close(row)
             raise
+        self._ids.share(shared)
+        row.pages[:0] = shared
         row.length = length
         return row
+
+    def hold(self, pages: Iterable[int]) -> Hold:
+        """Own pages of a row beside it: they stay when it closes."""
+        hold = Hold(list(pages))
+        self._ids.share(hold.pages)
+        self._holds.add(hold)
+        return hold
+
+    def drop(self, hold: Hold) -> None:
+        """Give a hold's pages up; those that nobody else owns are free."""
+        self._holds.remove(hold)
+        self._release(hold.pages)
+
+    def unshared(self, pages: Iterable[int]) -> int:
+        """How many of these pages have one owner only, so that their owner's end would free them."""
+        return sum(self._ids.owners(page) == 1 for page in pages)
 
     def read_pages(self, layer: int, row: Row) -> torch.Tensor:
         """A copy of a row's pages in a layer that has any: uint8 [pages, page_nbytes], oldest first."""
@@ -178,35 +210,39 @@ class PageStore:
 
     def _take(self, count: int) -> list[int]:
         """Free page ids, now the caller's, the next one last. Raises OutOfPages, with nothing changed."""
-        if count > len(self._free_pages):
-            self._grow_pages(count - len(self._free_pages))
-        return [self._free_pages.pop() for _ in range(count)][::-1]
+        if count > self._ids.free:
+            self._grow_pages(count - self._ids.free)
+        return self._ids.take(count)[::-1]
+
+    def _release(self, pages: list[int]) -> None:
+        self._ids.release(pages)
+
+    def _spare(self) -> int | None:
+        """Bytes that may still be allocated; None for no limit."""
+        return None if self.max_bytes is None else self.max_bytes - self.nbytes - self._elsewhere()
 
     def _room(self, needed: int) -> None:
-        if self.max_bytes is not None and self.nbytes + needed > self.max_bytes:
-            raise OutOfPages(needed, max(0, self.max_bytes - self.nbytes))
+        spare = self._spare()
+        if spare is not None and needed > spare:
+            raise OutOfPages(needed, max(0, spare))
 
     def _grow_pages(self, missing: int) -> None:
         step = max(missing, 64, self.page_capacity // 4)
-        if self.max_bytes is not None and self._page_nbytes:
-            step = max(missing, min(step, (self.max_bytes - self.nbytes) // self._page_nbytes))
+        spare = self._spare()
+        if spare is not None and self._page_nbytes:
+            step = max(missing, min(step, spare // self._page_nbytes // 4))  # other stores may need the rest
         self._room(step * self._page_nbytes)
-        self._resize_pages(self.page_capacity + step)
-
-    def _resize_pages(self, capacity: int) -> None:
+        self._ids.grow(self.page_capacity + step)
         for index, pool in enumerate(self.pools):
             if pool is not None:
-                new = torch.empty((capacity, pool.shape[1]), dtype=torch.uint8, device=self.device)
-                kept = min(capacity, pool.shape[0])
-                new[:kept] = pool[:kept]
+                new = torch.empty((self.page_capacity, pool.shape[1]), dtype=torch.uint8, device=self.device)
+                new[: pool.shape[0]] = pool
                 self.pools[index] = new
-        self._free_pages = [p for p in self._free_pages if p < capacity]
-        self._free_pages[:0] = range(capacity - 1, self.page_capacity - 1, -1)
-        self.page_capacity = capacity
 
     def _grow_slots(self, step: int) -> None:
-        if self.max_bytes is not None:
-            step = max(1, min(step, (self.max_bytes - self.nbytes) // max(1, self._slot_nbytes)))
+        spare = self._spare()
+        if spare is not None:
+            step = max(1, min(step, spare // max(1, self._slot_nbytes)))
         self._room(step * self._slot_nbytes)
         for group in self.groups:
             group.resize(self.slot_capacity + step)
@@ -214,17 +250,24 @@ class PageStore:
         self.slot_capacity += step
 
     def trim(self) -> int:
-        """Give unused pages and slots at the end of the pools back to the device. Returns the bytes freed."""
+        """Give all unused pages and slots back to the device, between two steps: pages and slots that lie behind
+        unused ones move to the front. Returns the bytes freed."""
         before = self.nbytes
-        used_pages = max((max(row.pages, default=-1) for row in self._rows.values()), default=-1) + 1
-        used_slots = max(self._rows, default=-1) + 1
-        if used_pages < self.page_capacity:
-            self._resize_pages(used_pages)
-        if used_slots < self.slot_capacity:
+        if self._ids.free:
+            kept = self._ids.compact()
+            place = {old: new for new, old in enumerate(kept)}
+            index = torch.tensor(kept, dtype=torch.long, device=self.device)
+            self.pools = [pool if pool is None else pool.index_select(0, index) for pool in self.pools]
+            for owner in self._owners():
+                owner.pages[:] = [place[page] for page in owner.pages]
+        if self._free_slots:
+            slots = sorted(self._rows)
             for group in self.groups:
-                group.resize(used_slots)
-            self._free_slots = [s for s in self._free_slots if s < used_slots]
-            self.slot_capacity = used_slots
+                group.keep(torch.tensor(slots, dtype=torch.long, device=self.device))
+            self._rows = {new: self._rows[old] for new, old in enumerate(slots)}
+            for slot, row in self._rows.items():
+                row.slot = slot
+            self._free_slots, self.slot_capacity = [], len(slots)
         return before - self.nbytes
 
     def squeeze(self, codebook: Codebook) -> int:
@@ -274,6 +317,14 @@ class PageStore:
         return out
 
     @property
+    def page_capacity(self) -> int:
+        """Pages that the pools hold, used or not."""
+        return self._ids.capacity
+
+    def _owners(self) -> list[Row | Hold]:
+        return [*self._rows.values(), *self._holds]
+
+    @property
     def rows(self) -> int:
         """Open rows."""
         return len(self._rows)
@@ -291,32 +342,41 @@ class PageStore:
 
     @property
     def used_nbytes(self) -> int:
-        """Bytes that open rows hold."""
-        return sum(self.row_nbytes(row) for row in self._rows.values())
+        """Bytes that open rows hold; a page that several share counts once."""
+        pages = {page for row in self._rows.values() for page in row.pages}
+        return len(pages) * self._page_nbytes + len(self._rows) * self._slot_nbytes
+
+    @property
+    def held_nbytes(self) -> int:
+        """Bytes that rows and holds own: what is left of `nbytes` after `trim`."""
+        return self._ids.used * self._page_nbytes + len(self._rows) * self._slot_nbytes
 
     def row_nbytes(self, row: Row) -> int:
-        """Bytes one row holds: its pages in all layers and its whole window slot, filled or not."""
-        return len(row.pages) * self._page_nbytes + self._slot_nbytes
+        """Bytes one row holds: its pages in all layers, shared or not, and its whole window slot, filled or not."""
+        return self.nbytes_of(len(row.pages))
+
+    def nbytes_of(self, pages: int, slots: int = 1) -> int:
+        """Bytes of a number of pages in all layers, and of window slots."""
+        return pages * self._page_nbytes + slots * self._slot_nbytes
 
     def bytes_per_token(self, context: int) -> float:
         """All-in bytes per token of one sequence of `context` tokens: codes, gains, sinks, window, unfilled places."""
         return (self.pages_at(context) * self._page_nbytes + self._slot_nbytes) / context
 
     def check(self) -> None:
-        """Assert the store's invariants: every page and slot is owned once, and lengths match page counts."""
-        owned = [p for row in self._rows.values() for p in row.pages] + self._free_pages
-        assert sorted(owned) == list(range(self.page_capacity)), "a page is lost or owned twice"
+        """Assert the store's invariants: every page's owners are counted right, every slot has one owner, lengths match
+        page counts, and the bytes are those of the tensors."""
+        self._ids.check(page for owner in self._owners() for page in owner.pages)
         slots = list(self._rows) + self._free_slots
         assert sorted(slots) == list(range(self.slot_capacity)), "a slot is lost or owned twice"
+        assert all(row.slot == slot and row.open for slot, row in self._rows.items()), "a row is not in its slot"
+        assert self.nbytes == self.nbytes_of(self.page_capacity, self.slot_capacity), "bytes are not what is allocated"
         for row in self._rows.values():
             assert len(row.pages) >= self.pages_at(row.length), "a row has fewer pages than its length needs"
             whole = max(0, row.length - self.codebook.sinks) // self.codebook.page_tokens
             assert len(row.pages) <= whole, "a row has pages beyond its length"
         for pool in self.pools:
             assert pool is None or pool.shape[0] == self.page_capacity, "pools differ in size"
-
-    def _release(self, pages: list[int]) -> None:
-        self._free_pages.extend(reversed(pages))
 
 
 def squeezed(pool: torch.Tensor, old: PageCodec, new: PageCodec, step: int = 1024) -> torch.Tensor:
@@ -326,49 +386,3 @@ def squeezed(pool: torch.Tensor, old: PageCodec, new: PageCodec, step: int = 102
     for begin in range(0, pool.shape[0], step):
         out[begin : begin + step] = old.squeeze(pool[begin : begin + step], new)
     return out
-
-
-class StepBatch:
-    """The rows of one forward and the pages reserved for it. Attention reads it; the engine commits or aborts it.
-
-    Attributes:
-        work: (row, new tokens) in flattened order; starts: offset of each row's first new token.
-        new_pages: page ids granted to each row.
-    """
-
-    def __init__(self, store: PageStore, work: list[tuple[Row, int]], granted: list[list[int]]) -> None:
-        self.store = store
-        self.work = work
-        self.new_pages = granted
-        self.starts = [0, *accumulate(count for _, count in work)][:-1]
-        self.done = False
-        self.plans: dict[str, object] = {}  # index tensors that all layers share, made by spectral.attention
-        self.kept: dict[int, list[tuple[int, torch.Tensor]]] = {}
-        """New tokens [B, H, d + dv] of decode rows by group and place in it: written when the step is committed."""
-        self.spots: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        """Where they go: slot [B] and place [B] by group."""
-
-    def commit(self) -> None:
-        """The forward succeeded: lengths advance."""
-        self._finish()
-        for number, kept in self.kept.items():
-            group, (slot, place) = self.store.groups[number], self.spots[number]
-            if [at for at, _ in kept] == list(range(len(group.windows))):
-                group.write(0, slot, place, torch.stack([tokens for _, tokens in kept]))
-            else:  # a forward that skipped layers
-                for at, tokens in kept:
-                    group.write(at, slot, place, tokens[None])
-        for (row, count), pages in zip(self.work, self.new_pages, strict=True):
-            row.length += count
-            row.pages.extend(pages)
-
-    def abort(self) -> None:
-        """The forward failed: pages go back and lengths stay, but rings may be half-written: close the step's rows."""
-        self._finish()
-        for pages in self.new_pages:
-            self.store._release(pages)
-
-    def _finish(self) -> None:
-        if self.done:
-            raise CacheError("this step was committed or aborted already")
-        self.done = True

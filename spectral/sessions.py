@@ -115,6 +115,15 @@ def load_row(
     return row, ids
 
 
+def session_setting(path: str | os.PathLike[str]) -> str:
+    """The setting that a saved row was at. Raises SessionError for a file that is no session or is damaged."""
+    with open(path, "rb") as file:
+        setting = _read_header(file, _verified_end(file)).get("setting")
+    if not isinstance(setting, str):
+        raise SessionError("the session is damaged: it names no setting")
+    return setting
+
+
 def _identity(store: PageStore, model: str) -> dict[str, Any]:
     """What a file must share with a store."""
     book = store.codebook

@@ -211,6 +211,20 @@ class WindowGroup:
             self._stacks[at] = new
         self._share()
 
+    def keep(self, slots: torch.Tensor) -> None:
+        """Keep these slots only, in this order."""
+        self._stacks = [stack.index_select(1, slots) for stack in self._stacks]
+        self._share()
+
+    def slot_tensors(self, slot: int, length: int) -> list[torch.Tensor]:
+        """As `ExactWindow.slot_tensors`, for all windows at once: views [layers, H, places, ...]."""
+        window = self.windows[0]
+        if len(window.names) == 1:
+            return [self._stacks[0][:, slot, :, : min(length, window.sinks + window.ring)]]
+        recent = min(max(length - window.sinks, 0), window.ring)
+        sinks = self._stacks[0][:, slot, :, : min(length, window.sinks)]
+        return [sinks, *(stack[:, slot, :, :recent] for stack in self._stacks[1:])]
+
     def read(self, first: int, last: int, slot: torch.Tensor) -> torch.Tensor:
         """Windows first .. last - 1 at slots [B]: float32 [last - first, B, H, S + ring, d + dv]."""
         return self.windows[0].numbers([stack[first:last].index_select(1, slot) for stack in self._stacks])

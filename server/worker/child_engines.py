@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from spectral.engine.build import Built
     from spectral.engine.engine import Engine
 
-PRESENT = ("running", "queued", "kv_bytes_allocated", "kv_bytes_used", "kv_tokens")
+PRESENT = (
+    "running", "queued", "kv_bytes_allocated", "kv_bytes_used", "kv_tokens",
+    "prefix_bytes", "parked", "parked_bytes", "sessions",
+)  # fmt: skip
 """What a snapshot says about now; its other figures count since the start."""
 
 NO_WORK = types.EngineStats(0, 0, 0, 0, 0, 0, 0, 0, {})
@@ -73,7 +76,7 @@ class Engines:
     def trim(self) -> None:
         """Give back memory that no request uses."""
         for engine in self._all:
-            engine.store.trim()
+            engine.trim()
 
     def stats(self) -> types.EngineStats:
         """The sum over all engines, counters of retired ones included."""
@@ -85,21 +88,21 @@ class Engines:
     def _retire(self) -> None:
         for engine in [engine for engine in self._retiring if not engine.has_work]:
             self._retiring.remove(engine)
-            engine.store.trim()
+            engine.trim(prefixes=True)
             last = engine.stats()
             gone: dict[str, Any] = dict.fromkeys(PRESENT, 0)
             self._past = _sum(self._past, dataclasses.replace(last, **gone))
 
 
 def _sum(a: types.EngineStats, b: types.EngineStats) -> types.EngineStats:
-    """Field by field; mappings key by key."""
+    """Field by field; mappings key by key; of texts the later one."""
     total: dict[str, Any] = {}
     for name in types.EngineStats.__dataclass_fields__:
         left, right = getattr(a, name), getattr(b, name)
         if isinstance(left, dict):
             total[name] = {key: left.get(key, 0) + right.get(key, 0) for key in sorted(left.keys() | right.keys())}
         else:
-            total[name] = left + right
+            total[name] = right if isinstance(right, str) else left + right
     return types.EngineStats(**total)
 
 

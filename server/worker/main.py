@@ -174,7 +174,7 @@ class Worker:
             messages = [self._translate(event) for event in self._engines.step()]
             self._writer.send(*[message for message in messages if message is not None])
             if not self._engines.has_work:
-                self._engines.trim()  # an idle model keeps no cache
+                self._engines.trim()  # an idle model keeps prefixes only
                 self._report()
             elif time.monotonic() >= self._stats_at:
                 self._report()

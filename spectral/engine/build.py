@@ -68,7 +68,7 @@ def build_engine(
     Raises ProfileError if the setting needs a profile and there is none, SettingError if the ladder lacks it.
     """
     if setting == "exact":
-        return Built(Engine(loaded, limits=limits), profile, None)
+        return Built(Engine(loaded, limits=limits, profile=profile), profile, None)
     if profile is None:
         raise ProfileError(
             f"setting {setting!r} needs a spectral profile and {loaded.name!r} has none; "
@@ -76,4 +76,6 @@ def build_engine(
         )
     row = profile.row(setting)
     codebook = profile.codebook(row.name, device=loaded.device)
-    return Built(Engine(loaded, codebook=codebook, setting=row.name, limits=limits), profile, row)
+    return Built(
+        Engine(loaded, codebook=codebook, setting=row.name, limits=limits, profile=profile), profile, row
+    )

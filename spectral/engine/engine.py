@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,10 +16,12 @@ from spectral.engine.answer import Answer
 from spectral.engine.chat import encode_prompt
 from spectral.engine.detokenize import longest_token, make_decoder
 from spectral.engine.grammar import GrammarCompiler
+from spectral.engine.lanes import Lanes
 from spectral.engine.runner import Runner
 from spectral.engine.sampler import SamplerState, sample
-from spectral.engine.scheduler import Scheduler, Step
+from spectral.engine.scheduler import Part, Scheduler, chunk_length
 from spectral.engine.sequence import Sequence
+from spectral.engine.sessions import Sessions
 from spectral.engine.types import (
     EngineLimits,
     EngineStats,
@@ -28,16 +32,17 @@ from spectral.engine.types import (
     GenerateRequest,
     Logprob,
     Message,
-    SamplingParams,
     Started,
     Usage,
 )
+from spectral.engine.upkeep import check, figures, warm_up
 from spectral.errors import CacheError, ContextLengthExceeded, DeadlineExceeded, QueueFull, RequestError
-from spectral.pages import PageStore
 
 if TYPE_CHECKING:
     from spectral.codec import Codebook
     from spectral.hf import LoadedModel
+    from spectral.pages import PageStore
+    from spectral.profile import SpectralProfile
 
 log = logging.getLogger("spectral.engine")
 
@@ -46,11 +51,13 @@ CONTEXT_TOKENS = 4
 
 
 class Engine:
-    """Continuous batching of one model over one page store. Not thread-safe, except for `encode`.
+    """Continuous batching of one model over paged stores. Not thread-safe, except for `encode`.
 
     Args:
         loaded: the model; codebook, setting: the setting that its cache runs at (None and "exact": uncompressed).
         limits: see EngineLimits; clock: seconds, monotonic.
+        profile: where `set_setting` and requests with `max_kl` find other settings.
+        checked: check all invariants after every step; None: if the variable SPECTRAL_DEBUG is set, when idle.
 
     Raises CacheError if max_kv_bytes does not hold a single sequence.
     """
@@ -63,28 +70,40 @@ class Engine:
         setting: str = "exact",
         limits: EngineLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
+        profile: SpectralProfile | None = None,
+        checked: bool | None = None,
     ) -> None:
-        self.loaded, self.setting = loaded, setting
+        self.loaded = loaded
         self.limits = limits or EngineLimits()
         self._clock = clock
-        # The exact setting keeps what the model computes: its answers are those of an uncompressed cache.
-        dtype = next(loaded.model.parameters()).dtype if codebook is None else torch.bfloat16
-        self.store = PageStore(
-            loaded.shape, codebook, device=loaded.device, max_bytes=self.limits.max_kv_bytes, window_dtype=dtype
-        )
+        self._checked, self._debug = checked, bool(os.environ.get("SPECTRAL_DEBUG"))
+        chunk = chunk_length(self.limits)
+        self.lanes = Lanes(loaded, self.limits, chunk, codebook=codebook, setting=setting, profile=profile)
+        self.sessions = Sessions(self.lanes, loaded.fingerprint, self.limits.max_host_bytes)
         self.context_length = self._effective_context()
         self.vocab_size = int(loaded.model.get_input_embeddings().num_embeddings)
         self._longest_token = longest_token(loaded.tokenizer)
         self._decode = make_decoder(loaded.tokenizer)
         self._grammars = GrammarCompiler(loaded.tokenizer, self.vocab_size, loaded.eos_token_ids)
-        self._runner = Runner(loaded)
-        self._scheduler = Scheduler(self.store, self.limits)
+        self.runner = Runner(loaded)
+        self.scheduler = Scheduler(self.lanes, self.limits)
         self._live: dict[str, list[Sequence]] = {}
+        self._session_of: dict[str, tuple[str, str]] = {}
         self._deadlines: dict[str, tuple[float, float]] = {}
         self._events: list[Event] = []
         self._order = 0
-        self._prompt_tokens = self._generated_tokens = 0
-        self._finished: Counter[str] = Counter()
+        self.prompt_tokens = self.generated_tokens = 0
+        self.finished: Counter[str] = Counter()
+
+    @property
+    def setting(self) -> str:
+        """The setting of sequences that begin now."""
+        return self.lanes.current.setting
+
+    @property
+    def store(self) -> PageStore:
+        """The store of sequences that begin now."""
+        return self.lanes.current.store
 
     def _effective_context(self) -> int:
         """The longest sequence that the model, the limits and the cache's bytes allow, in tokens."""
@@ -147,27 +166,32 @@ class Engine:
             raise RequestError(
                 f"logit_bias holds token id {bad}; this model's ids are 0 to {self.vocab_size - 1}", param="logit_bias"
             )
-        if self._scheduler.room() < params.n:
-            raise QueueFull(len(self._scheduler.waiting))
+        self.lanes.setting_for(request.max_kl)
+        if self.scheduler.room() < params.n:
+            raise QueueFull(len(self.scheduler.waiting))
         ids = self.encode(request) if prompt is None else prompt
         limit = self.context_length - len(ids)
         if params.max_tokens is not None:
             limit = min(limit, params.max_tokens)
         # An answer in a chat begins a text of its own; a completion goes on with the prompt's.
         context = [] if request.is_chat else ids[-CONTEXT_TOKENS:]
-        sequences = [self._sequence(request.request_id, i, params, ids, limit, context) for i in range(params.n)]
+        sequences = [self._sequence(request, i, ids, limit, context) for i in range(params.n)]
+        if request.session is not None:
+            name = self._session_of[request.request_id] = request.cache_salt, request.session
+            self.sessions.begin(name, sequences[0])
         for sequence in sequences:
-            self._scheduler.add(sequence)
+            self.scheduler.add(sequence)
         self._live[request.request_id] = sequences
         if request.timeout_s is not None:
             self._deadlines[request.request_id] = self._clock() + request.timeout_s, request.timeout_s
-        self._prompt_tokens += len(ids)
+        self.prompt_tokens += len(ids)
         return len(ids)
 
     def _sequence(
-        self, request_id: str, index: int, params: SamplingParams, ids: list[int], limit: int, context: list[int]
+        self, request: GenerateRequest, index: int, ids: list[int], limit: int, context: list[int]
     ) -> Sequence:
         self._order += 1
+        params = request.params
         answer = Answer(
             self._decode,
             context=context,
@@ -178,7 +202,10 @@ class Engine:
         )
         grammar = None if params.grammar is None else self._grammars.start(params.grammar)
         sampler = SamplerState(params, ids, index, grammar)
-        return Sequence(request_id, index, self._order, list(ids), len(ids), sampler=sampler, answer=answer)
+        return Sequence(
+            request.request_id, index, self._order, list(ids), len(ids), sampler=sampler, answer=answer,
+            priority=request.priority, tenant=request.tenant, salt=request.cache_salt, max_kl=request.max_kl,
+        )  # fmt: skip
 
     def cancel(self, request_id: str) -> None:
         """End a request and free its pages now; its choices' Finished events come with the next step. An id that is
@@ -205,33 +232,37 @@ class Engine:
         """
         if self._deadlines:
             self._expire()
-        step = self._scheduler.schedule()
-        if self._scheduler.failed:
-            failed, self._scheduler.failed = self._scheduler.failed, []
+        parts = self.scheduler.schedule()
+        if self.scheduler.failed:
+            failed, self.scheduler.failed = self.scheduler.failed, []
             gone = {sequence for sequence, _ in failed}
             for sequence, error in failed:
                 self._fail(sequence.request_id, error, gone)
-        if step is not None:
-            self._run(step)
+        for part in parts:
+            self._run(part)
+        if self._checked or (self._debug and self._checked is None and not self._live):
+            self.check()
         events, self._events = self._events, []
         return events
 
-    def _run(self, step: Step) -> None:
-        for sequence, _ in step.work:
+    def _run(self, part: Part) -> None:
+        for sequence, _ in part.work:
             if not sequence.started:
                 self._start(sequence)
         try:
             with torch.inference_mode():
-                sampling, logits = self._runner.run(step)
+                sampling, logits = self.runner.run(part)
                 tokens, logprobs = sample(logits, [s.sampler for s in sampling]) if sampling else ([], [])
         except Exception as error:  # whatever a model raises: these requests fail, the engine goes on
-            log.exception("a step of %d sequences failed", len(step.work))
-            step.batch.abort()
-            for sequence, _ in step.work:
+            log.exception("a step of %d sequences failed", len(part.work))
+            part.batch.abort()
+            for sequence, _ in part.work:
                 self._fail(sequence.request_id, error)
             return
-        step.batch.commit()
-        self._generated_tokens += len(tokens)
+        part.batch.commit()
+        for sequence, _ in part.work:
+            sequence.lane.prefix.keep(sequence)
+        self.generated_tokens += len(tokens)
         for sequence, token, logprob in zip(sampling, tokens, logprobs, strict=True):
             self._advance(sequence, token, logprob)
 
@@ -264,8 +295,11 @@ class Engine:
         held = 0 if sequence.row is None else self.store.row_nbytes(sequence.row)
         usage = Usage(sequence.prompt_length, sequence.answer.count, held)
         self._events.append(Finished(sequence.request_id, sequence.index, reason, usage))
-        self._finished[reason] += 1
-        self._scheduler.remove(sequence)
+        self.finished[reason] += 1
+        name = self._session_of.get(sequence.request_id)
+        if name is not None and reason != "cancelled":
+            self.sessions.keep(name, sequence)
+        self.scheduler.remove(sequence)
         siblings = self._live[sequence.request_id]
         siblings.remove(sequence)
         if not siblings:
@@ -277,14 +311,15 @@ class Engine:
             return  # several choices of one request failed together
         for sequence in self._live[request_id]:
             if sequence not in gone:
-                self._scheduler.remove(sequence)
+                self.scheduler.remove(sequence)
         self._events.append(Failed(request_id, error))
-        self._finished["failed"] += 1
+        self.finished["failed"] += 1
         self._forget(request_id)
 
     def _forget(self, request_id: str) -> None:
         del self._live[request_id]
         self._deadlines.pop(request_id, None)
+        self._session_of.pop(request_id, None)
 
     def _expire(self) -> None:
         now = self._clock()
@@ -292,37 +327,63 @@ class Engine:
             if now >= deadline:
                 self._fail(request_id, DeadlineExceeded(seconds))
 
+    # -- memory ----------------------------------------------------------------------------------------------------
+
+    def set_setting(self, setting: str) -> int:
+        """Run at another setting of the profile from now on, between two steps. Returns the bytes freed on the device.
+
+        Coarser: live caches are re-encoded in place and their streams go on, save those whose `max_kl` forbids it.
+        Finer, or to and from "exact": sequences that begin from now on use it, live ones stay as they are. Idle
+        prefixes are dropped. Raises SettingError or ProfileError, and then nothing has changed.
+        """
+        freed = self.lanes.set_setting(setting, self.live_sequences)
+        self.scheduler.unblock()
+        return freed
+
+    def park(self, request_id: str) -> int:
+        """Move a request's running sequences to host memory until the next step has room for them; how many."""
+        running = [s for s in self._live.get(request_id, []) if s.row is not None]
+        for sequence in running:
+            self.scheduler.park(sequence)
+        return len(running)
+
+    def trim(self, *, prefixes: bool = False) -> int:
+        """Give memory that nobody uses back to the device, idle prefixes too if asked; the bytes freed."""
+        before = self.lanes.nbytes
+        if prefixes:
+            self.lanes.free_idle(before)
+        self.lanes.trim()
+        return before - self.lanes.nbytes
+
+    def save_session(self, session: str, path: str | os.PathLike[str], *, cache_salt: str = "") -> Path:
+        """Write a paused session to a file, from which any engine of the same model and profile can go on.
+
+        Raises SessionError for a name that is unknown, OutOfPages or OSError.
+        """
+        return self.sessions.save((cache_salt, session), path)
+
+    def resume_session(self, session: str, path: str | os.PathLike[str], *, cache_salt: str = "") -> int:
+        """Read a session from a file; the next request with this name goes on from it. Returns its tokens.
+
+        Raises SessionError, SettingError, ProfileError, OutOfPages or OSError, and then nothing has changed.
+        """
+        return self.sessions.resume((cache_salt, session), path)
+
+    @property
+    def live_sequences(self) -> list[Sequence]:
+        """All choices of all requests that wait or run."""
+        return [sequence for sequences in self._live.values() for sequence in sequences]
+
+    def check(self) -> None:
+        """Assert all invariants, see spectral.engine.upkeep."""
+        check(self)
+
     # -- figures --------------------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
         """A snapshot of what runs, what the cache holds, and the counters."""
-        return EngineStats(
-            running=len(self._scheduler.running),
-            queued=len(self._scheduler.waiting),
-            kv_bytes_allocated=self.store.nbytes,
-            kv_bytes_used=self.store.used_nbytes,
-            kv_tokens=self.store.tokens,
-            prompt_tokens=self._prompt_tokens,
-            generated_tokens=self._generated_tokens,
-            preemptions=self._scheduler.preemptions,
-            finished=dict(self._finished),
-        )
+        return figures(self)
 
     def warm_up(self) -> None:
         """Run a prompt and a decode step once, so that the first request does not pay for what is set up lazily."""
-        row: Any = self.store.open()
-        sequence = Sequence("warm-up", 0, 0, [0] * min(8, self.context_length - 1), 1, row=row)
-        for _ in range(2):
-            batch = self.store.begin([(row, sequence.pending)])
-            try:
-                with torch.inference_mode():
-                    _, logits = self._runner.run(Step([(sequence, sequence.pending)], batch))
-                    tokens, _ = sample(logits, [SamplerState(SamplingParams(temperature=0), [])])
-            except Exception:
-                batch.abort()
-                self.store.close(row)
-                raise
-            batch.commit()
-            sequence.tokens.append(tokens[0])
-        self.store.close(row)
-        self.store.trim()
+        warm_up(self)

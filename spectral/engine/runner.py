@@ -1,4 +1,4 @@
-"""A step as one forward: all rows' new tokens side by side in one batch row of the model."""
+"""A part of a step as one forward: all rows' new tokens side by side in one batch row of the model."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from spectral.engine.scheduler import Step
+from spectral.engine.scheduler import Part
 from spectral.engine.sequence import Sequence
 from spectral.hf import LoadedModel, attending
 
 
 class Runner:
-    """Runs steps on a model."""
+    """Runs a step's parts on a model."""
 
     def __init__(self, loaded: LoadedModel) -> None:
         self._model = loaded.model
@@ -21,7 +21,7 @@ class Runner:
         # own in every step; the attention function ignores it.
         self._no_mask = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=loaded.device)
 
-    def run(self, step: Step) -> tuple[list[Sequence], torch.Tensor]:
+    def run(self, part: Part) -> tuple[list[Sequence], torch.Tensor]:
         """One forward. Returns the sequences that get a token now, in order, and their logits [sequences, V].
 
         A sequence gets one when this step reaches its last token; chunks before that only fill the cache.
@@ -30,7 +30,7 @@ class Runner:
         positions: list[int] = []
         keep: list[int] = []
         sampling: list[Sequence] = []
-        for sequence, count in step.work:
+        for sequence, count in part.work:
             tokens, start = sequence.tokens, sequence.row.length
             if start + count == len(tokens):
                 keep.append(len(ids) + count - 1)
@@ -44,7 +44,7 @@ class Runner:
         flat = torch.tensor((ids, positions), device=self._device)[:, None]  # [2, 1, N]
         # 0 is transformers' word for "all"; an index would copy the hidden states.
         kept: Any = 0 if len(keep) == len(ids) else torch.tensor(keep, dtype=torch.long, device=self._device)
-        with attending(self._model, step.batch):
+        with attending(self._model, part.batch):
             out = self._model(
                 input_ids=flat[0],
                 attention_mask=self._no_mask,

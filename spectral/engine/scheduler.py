@@ -1,35 +1,63 @@
-"""Which sequences run in the next step. No tensors and no clock: it works on anything that looks like a page store."""
+"""Which sequences run in a step: continuous batching with chunked prefill, fair queueing, and who gives way."""
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from spectral.engine.sequence import Sequence
 from spectral.engine.types import EngineLimits
-from spectral.errors import OutOfPages
+from spectral.errors import OutOfPages, RequestError
+
+MAX_SEARCHES = 4
+"""How often memory is looked for before a sequence must give way."""
 
 
-class Store(Protocol):
-    """What the scheduler needs of spectral.pages.PageStore."""
+class Lane(Protocol):
+    """What the scheduler needs of spectral.engine.lanes.Lane."""
 
-    def open(self) -> Any:
-        """A new row. Raises OutOfPages."""
+    store: Any
 
-    def close(self, row: Any) -> None:
-        """Free a row."""
+    def waits(self, sequence: Sequence) -> bool:
+        """True while another sequence computes the same prefix."""
 
-    def begin(self, work: list[tuple[Any, int]]) -> Any:
-        """Reserve a step. Raises OutOfPages and then changes nothing."""
+    def need(self, sequence: Sequence) -> tuple[int, int]:
+        """Bytes for all its tokens; bytes of idle prefix pages among those that it shares."""
 
-    def trim(self) -> int:
-        """Give unused memory back; the bytes freed."""
+    def close(self, sequence: Sequence) -> None:
+        """Free its row."""
+
+
+class Lanes(Protocol):
+    """What the scheduler needs of spectral.engine.lanes.Lanes."""
+
+    @property
+    def idle_nbytes(self) -> int:
+        """Bytes of prefixes that no sequence uses."""
+
+    def join(self, sequence: Sequence) -> Any:
+        """The sequence's lane, chosen if it has none. Raises RequestError."""
+
+    def open(self, sequence: Sequence) -> None:
+        """Give it a row. Raises OutOfPages, nothing changed."""
+
+    def park(self, sequence: Sequence) -> None:
+        """Take its row away, to host memory where there is room."""
+
+    def leave(self, sequence: Sequence) -> None:
+        """It ended."""
+
+    def spare(self) -> int | None:
+        """Bytes that nobody owns."""
+
+    def make_room(self, error: OutOfPages) -> bool:
+        """Find bytes without touching sequences; False if there are none."""
 
 
 @dataclass(slots=True)
-class Step:
-    """One forward: (sequence, new tokens) in flattened order, and the store's batch for it."""
+class Part:
+    """One forward over one store: (sequence, new tokens) in flattened order, and the store's batch for it."""
 
     work: list[tuple[Sequence, int]]
     batch: Any
@@ -40,23 +68,29 @@ class Scheduler:
 
     A step is put together so:
     1. Every running sequence with one token to go decodes: streams never wait for prompts.
-    2. What is left of the token budget goes to prompts that have begun, at most `prefill_chunk` tokens each: the
-       oldest first, so that it always advances (by one token where decodes take all of the budget), then those with
-       the least computed, so that short ones get through.
-    3. Then waiting sequences are admitted in order of arrival while there is budget and concurrency for them.
-    4. If the store is out of pages, it is trimmed; then the newest sequence gives way: its row is closed, it goes
-       back to the head of the queue, and its tokens are computed again later. Nobody is admitted until another
-       sequence has ended, or the two would take turns at it.
-    5. A sequence that is alone starts over once in a trimmed store; if that is not enough either, it fails.
+    2. What is left of the token budget goes to prompts that have begun: the oldest first, so that it always advances,
+       then those with the least computed, so that short ones get through. Chunks end at multiples of `chunk` tokens
+       and are never cut to a budget: how a prompt is computed does not depend on what else runs, so neither does the
+       answer. `chunk` is so small that all decodes and one chunk fit into a step.
+    3. Then waiting sequences are admitted while there is concurrency for them and their tokens' bytes fit. The order:
+       priority; those that ran already; the tenant that has been served the fewest tokens; arrival. Whose prefix is
+       being computed by another waits for that.
+    4. A waiting sequence of higher priority takes the place of the running one of the lowest, which is parked.
+    5. If the stores are out of pages: idle prefixes go, memory is trimmed; then the sequence of lowest priority, the
+       newest of them, is parked in host memory. Nobody is admitted until another sequence has ended, or the two would
+       take turns at it.
+    6. A sequence that is alone and does not fit fails.
     """
 
-    def __init__(self, store: Store, limits: EngineLimits) -> None:
-        self.store = store
-        self.limits = limits
+    def __init__(self, lanes: Lanes, limits: EngineLimits) -> None:
+        self.lanes, self.limits = lanes, limits
+        self.chunk = chunk_length(limits)
         self.running: list[Sequence] = []
-        self.waiting: deque[Sequence] = deque()
-        self.failed: list[tuple[Sequence, OutOfPages]] = []
+        self.waiting: list[Sequence] = []
+        self.failed: list[tuple[Sequence, Exception]] = []
         self.preemptions = 0
+        self.served: Counter[str] = Counter()
+        """Tokens computed for each tenant that has sequences."""
         self._blocked = False
 
     def room(self) -> int:
@@ -65,29 +99,63 @@ class Scheduler:
         return self.limits.max_queue + free - len(self.waiting)
 
     def add(self, sequence: Sequence) -> None:
-        """Put a new sequence at the end of the queue."""
+        """Put a new sequence into the queue."""
+        tenants = {s.tenant for s in (*self.running, *self.waiting)}
+        if sequence.tenant not in tenants:  # who was away does not come back with a claim to all that others had
+            self.served = Counter({tenant: self.served[tenant] for tenant in tenants})
+            self.served[sequence.tenant] = min(self.served.values(), default=0)
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """A sequence ended: free its row. Removing one that is neither running nor waiting is a mistake."""
         if sequence.row is not None:
             self.running.remove(sequence)
-            self._close(sequence)
+            sequence.lane.close(sequence)
         else:
             self.waiting.remove(sequence)
+        self.lanes.leave(sequence)
         self._blocked = False
 
-    def schedule(self) -> Step | None:
-        """The next step, or None if nothing can run. Sequences that cannot fit at all are left in `failed`."""
+    def unblock(self) -> None:
+        """Bytes have become free."""
+        self._blocked = False
+
+    def schedule(self) -> list[Part]:
+        """The next step's forwards; none if nothing can run. Sequences that cannot run at all are left in `failed`."""
+        self._displace()
+        searches = 0
         while True:
             work = self._choose()
             if not work:
-                return None
+                return []
             try:
-                return Step(work, self.store.begin([(sequence.row, count) for sequence, count in work]))
+                parts = self._begin(work)
             except OutOfPages as error:
-                if not self.store.trim():
+                # What one lane has grown by, another may lack: with no end to the search the two would take turns.
+                searches += 1
+                if searches > MAX_SEARCHES or not self.lanes.make_room(error):
                     self._relieve(error)
+                    searches = 0
+                continue
+            for sequence, count in work:
+                self.served[sequence.tenant] += count
+            return parts
+
+    def _begin(self, work: list[tuple[Sequence, int]]) -> list[Part]:
+        """Reserve the work of every lane, or raise OutOfPages with nothing reserved."""
+        by_lane: dict[int, list[tuple[Sequence, int]]] = {}
+        for sequence, count in work:
+            by_lane.setdefault(id(sequence.lane), []).append((sequence, count))
+        parts: list[Part] = []
+        try:
+            for items in by_lane.values():
+                store = items[0][0].lane.store
+                parts.append(Part(items, store.begin([(sequence.row, count) for sequence, count in items])))
+        except OutOfPages:
+            for part in parts:
+                part.batch.abort()
+            raise
+        return parts
 
     def _choose(self) -> list[tuple[Sequence, int]]:
         work: list[tuple[Sequence, int]] = []
@@ -97,62 +165,117 @@ class Scheduler:
                 work.append((sequence, 1))
             else:
                 prompts.append(sequence)
-        budget = max(1, self.limits.token_budget - len(work))
+        budget = self.limits.token_budget - len(work)
         if len(prompts) > 1:
             prompts.sort(key=lambda s: s.order)
             prompts[1:] = sorted(prompts[1:], key=lambda s: (s.row.length, s.order))
-        for sequence in prompts:
-            budget = self._take(work, sequence, budget)
-        while budget > 0 and self._admit():
-            budget = self._take(work, self.running[-1], budget)
+        for number, sequence in enumerate(prompts):
+            budget = self._take(work, sequence, budget, must=number == 0)
+        while budget > 0 and self.waiting:
+            admitted = self._admit()
+            if admitted is None:
+                break
+            budget = self._take(work, admitted, budget, must=not work)
         return work
 
-    def _take(self, work: list[tuple[Sequence, int]], sequence: Sequence, budget: int) -> int:
-        count = min(sequence.pending, self.limits.prefill_chunk, budget)
-        if count > 0:
-            work.append((sequence, count))
+    def _take(self, work: list[tuple[Sequence, int]], sequence: Sequence, budget: int, must: bool) -> int:
+        count = min(sequence.pending, self.chunk - sequence.row.length % self.chunk)
+        if count > budget and not must:
+            return budget
+        work.append((sequence, count))
         return budget - count
 
-    def _admit(self) -> bool:
-        """Open a row for the head of the queue."""
-        while self.waiting and not self._blocked and len(self.running) < self.limits.max_concurrency:
-            sequence = self.waiting[0]
+    # -- the queue -------------------------------------------------------------------------------------------------
+
+    def _next(self) -> Sequence | None:
+        """The waiting sequence whose turn it is."""
+
+        def turn(s: Sequence) -> tuple[int, bool, int, int]:
+            return -s.priority, not s.started, self.served[s.tenant], s.order
+
+        for sequence in sorted(self.waiting, key=turn):
             try:
-                sequence.row = self._open()
+                lane = self.lanes.join(sequence)
+            except RequestError as error:  # the setting that would have been good enough is gone
+                self.waiting.remove(sequence)
+                self.failed.append((sequence, error))
+                continue
+            if not lane.waits(sequence):
+                return sequence
+        return None
+
+    def _admit(self) -> Sequence | None:
+        """Open a row for the next sequence, if there is room for it."""
+        if not self.running:
+            self._blocked = False
+        while not self._blocked and len(self.running) < self.limits.max_concurrency:
+            sequence = self._next()
+            if sequence is None or (self.running and not self._fits(sequence)):
+                return None
+            try:
+                self.lanes.open(sequence)
             except OutOfPages as error:
+                if self.lanes.make_room(error):
+                    continue
                 if self.running:
                     self._blocked = True
-                    return False
-                self.failed.append((self.waiting.popleft(), error))
+                    return None
+                self.waiting.remove(sequence)
+                self.lanes.leave(sequence)
+                self.failed.append((sequence, error))
                 continue
-            self.running.append(self.waiting.popleft())
-            return True
-        return False
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
+            return sequence
+        return None
 
-    def _open(self) -> Any:
-        try:
-            return self.store.open()
-        except OutOfPages:
-            if not self.store.trim():
-                raise
-            return self.store.open()
+    def _fits(self, sequence: Sequence) -> bool:
+        """True if the sequence's tokens fit beside what the running ones have and will need for theirs."""
+        spare = self.lanes.spare()
+        if spare is None:
+            return True
+        need, shared = sequence.lane.need(sequence)
+        need += sum(s.lane.need(s)[0] for s in self.running)
+        return need <= spare or need <= spare + self.lanes.idle_nbytes - shared
+
+    def _displace(self) -> None:
+        """Rule 4."""
+        while self.waiting and self.running:
+            least = min(s.priority for s in self.running)
+            if all(s.priority <= least for s in self.waiting):
+                return
+            sequence = self._next()
+            if sequence is None or sequence.priority <= least:
+                return
+            if len(self.running) < self.limits.max_concurrency and not self._blocked and self._fits(sequence):
+                return
+            self.park(self._last())
+            self._blocked = False
+
+    def _last(self) -> Sequence:
+        """Who gives way first: the lowest priority, the newest of them."""
+        return max(self.running, key=lambda s: (-s.priority, s.order))
+
+    def park(self, sequence: Sequence) -> None:
+        """A running sequence gives way and waits to come back."""
+        self.running.remove(sequence)
+        self.lanes.park(sequence)
+        self.waiting.append(sequence)
+        self.preemptions += 1
 
     def _relieve(self, error: OutOfPages) -> None:
-        """Rules 4 and 5: close the newest row."""
-        newest = max(self.running, key=lambda s: s.order)
-        alone = len(self.running) == 1
-        self.running.remove(newest)
-        self._close(newest)
-        self._blocked = not alone
-        if alone and newest.restarted:
-            self.failed.append((newest, error))
+        """Rules 5 and 6."""
+        last = self._last()
+        if len(self.running) > 1:
+            self.park(last)
+            self._blocked = True
             return
-        newest.restarted = alone
-        self.waiting.appendleft(newest)
-        self.preemptions += 1
-        if alone:
-            self.store.trim()
+        self.running.remove(last)
+        last.lane.close(last)
+        self.lanes.leave(last)
+        self.failed.append((last, error))
 
-    def _close(self, sequence: Sequence) -> None:
-        self.store.close(sequence.row)
-        sequence.row = None
+
+def chunk_length(limits: EngineLimits) -> int:
+    """Tokens of a prompt's chunks: as asked, but so that all decodes and one chunk fit into a step's budget."""
+    return max(1, min(limits.prefill_chunk, limits.token_budget - limits.max_concurrency + 1))

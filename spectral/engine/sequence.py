@@ -13,9 +13,13 @@ class Sequence:
     Attributes:
         order: place in the order of arrival, unique; ties of age are broken by it.
         tokens: prompt and answer so far; prompt_length: how many of them are the prompt.
-        row: its row in the page store, None while it waits. The row holds tokens[: row.length].
-        started: it has left the queue once; restarted: it was alone, ran out of pages, and began again.
-        sampler: its SamplerState; answer: its Answer.
+        priority: higher ones go first; tenant: who shares the engine fairly with others; salt: only prompts with the
+            same one share a prefix; max_kl: the setting must be at least that good (None: any).
+        lane: its spectral.engine.lanes.Lane, from its first step on.
+        row: its row in the lane's store, None while it waits. The row holds tokens[: row.length].
+        parked: its row in host memory, to go on from; keep: tokens of it that are still right (None: all).
+        started: it has left the queue once; resumed: its row did not begin as a prompt, so it makes no prefix entries.
+        keys: what spectral.engine.prefix knows it by; sampler: its SamplerState; answer: its Answer.
     """
 
     request_id: str
@@ -25,9 +29,17 @@ class Sequence:
     prompt_length: int
     sampler: Any = None
     answer: Any = None
+    priority: int = 0
+    tenant: str = ""
+    salt: str = ""
+    max_kl: float | None = None
+    lane: Any = None
     row: Any = None
+    parked: Any = None
+    keep: int | None = None
     started: bool = False
-    restarted: bool = False
+    resumed: bool = False
+    keys: tuple[bytes, list[bytes]] | None = None
 
     @property
     def pending(self) -> int:

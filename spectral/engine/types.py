@@ -12,6 +12,7 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
+MAX_NAME = 256
 GRAMMAR_KINDS = ("json_object", "json_schema", "regex", "lark", "gbnf")
 
 
@@ -132,7 +133,15 @@ class SamplingParams:
 class GenerateRequest:
     """One request: `prompt` is text, token ids, or chat messages. `timeout_s`: fail if not finished by then.
 
-    `tools`: descriptions of functions, as OpenAI writes them, for chat templates that know tools.
+    Attributes:
+        tools: descriptions of functions, as OpenAI writes them, for chat templates that know tools.
+        priority: higher ones run first, and in the place of lower ones; -100 to 100.
+        tenant: on whose behalf; tenants of one priority are served the same number of tokens.
+        cache_salt: only requests with the same one share prefixes and sessions.
+        max_kl: the cache's setting must be measured to be at least this close to the exact cache, nats per token; None
+            for any. A squeeze in mid-answer keeps to it too.
+        session: a name under which the cache is kept in host memory when the answer has ended, for the next request
+            with this name and a prompt that goes on from there.
     """
 
     request_id: str
@@ -140,10 +149,24 @@ class GenerateRequest:
     params: SamplingParams = field(default_factory=SamplingParams)
     timeout_s: float | None = None
     tools: tuple[dict[str, Any], ...] = ()
+    priority: int = 0
+    tenant: str = ""
+    cache_salt: str = ""
+    max_kl: float | None = None
+    session: str | None = None
 
     def __post_init__(self) -> None:
         if not self.request_id:
             raise RequestError("request_id must not be empty", param="request_id")
+        _integer("priority", self.priority, -100, 100, "between -100 and 100")
+        if self.max_kl is not None:
+            _number("max_kl", self.max_kl, 0.0, 1e9, "0 or more")
+        for name in ("tenant", "cache_salt", "session"):
+            value = getattr(self, name)
+            if not (isinstance(value, str) or (name == "session" and value is None)) or len(value or "") > MAX_NAME:
+                _refuse(name, f"a text of at most {MAX_NAME} characters", value)
+        if self.session is not None and (not self.session or self.params.n != 1):
+            raise RequestError("session must be a name that is not empty, and n must be 1 with it", param="session")
         if self.timeout_s is not None:
             _number("timeout_s", self.timeout_s, 0.0, 1e9, "above 0", open_low=True)
 
@@ -163,7 +186,10 @@ class EngineLimits:
     """Bounds of one engine. Tokens, sequences, bytes; None: the model's own context, no byte limit.
 
     `prefill_chunk`: most prompt tokens of one sequence in a step; `token_budget`: most tokens in a step.
+    Chunks are shortened where token_budget does not hold one beside max_concurrency decoding sequences.
     `max_queue`: sequences that may wait beyond those that run.
+    `max_host_bytes`: host memory for parked sequences and sessions. `prefix_bytes`: for prefixes that are kept for
+    later prompts, pages and snapshots together; None: half of max_kv_bytes, or 1 GiB; 0: none are kept.
     """
 
     max_concurrency: int = 8
@@ -172,11 +198,16 @@ class EngineLimits:
     max_kv_bytes: int | None = None
     prefill_chunk: int = 256
     token_budget: int = 512
+    max_host_bytes: int | None = 4 << 30
+    prefix_bytes: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_concurrency", "prefill_chunk", "token_budget"):
             _integer(name, getattr(self, name), 1, None, "at least 1")
         _integer("max_queue", self.max_queue, 0, None, "0 or more")
+        for name in ("max_host_bytes", "prefix_bytes"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 0, None, "0 or more")
         for name in ("context_length", "max_kv_bytes"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 1, None, "at least 1")
@@ -242,7 +273,12 @@ Event: TypeAlias = Started | Delta | Finished | Failed
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A snapshot; counters since the engine was made. `finished`: choices by reason, and failed requests."""
+    """A snapshot; counters since the engine was made. `finished`: choices by reason, and failed requests.
+
+    `prefix_asked`, `prefix_reused`: prompt tokens of sequences that began, and those of them that were taken over from
+    an earlier prompt; `prefix_bytes`: what is kept for that. `parked`, `parked_bytes`: sequences in host memory, and
+    the bytes of them and of sessions. `preemptions`: sequences that gave way; `squeezes`: stores that were re-encoded.
+    """
 
     running: int
     queued: int
@@ -253,3 +289,11 @@ class EngineStats:
     generated_tokens: int
     preemptions: int
     finished: dict[str, int]
+    setting: str = ""
+    prefix_asked: int = 0
+    prefix_reused: int = 0
+    prefix_bytes: int = 0
+    parked: int = 0
+    parked_bytes: int = 0
+    squeezes: int = 0
+    sessions: int = 0

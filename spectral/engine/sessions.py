@@ -1,0 +1,117 @@
+"""Sessions: caches of chats that have paused, in host memory and, saved, on disk."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+from spectral.engine.lanes import Lane, Lanes, coarser
+from spectral.engine.sequence import Sequence
+from spectral.errors import SessionError
+from spectral.parking import Parked, park, unpark
+from spectral.sessions import load_row, save_row, session_setting
+
+Name = tuple[str, str]
+"""Cache salt and session name: one client cannot name another's session."""
+
+MAX_SESSIONS = 1024
+
+
+@dataclass(frozen=True)
+class Shelved:
+    """A paused chat. `tokens`: of which the row holds the first `parked.length`; `setting`: of its pages."""
+
+    tokens: list[int]
+    parked: Parked
+    setting: str
+
+
+class Sessions:
+    """Paused chats of one engine; the longest unused go when max_host_bytes is reached."""
+
+    def __init__(self, lanes: Lanes, model: str, max_host_bytes: int | None) -> None:
+        self._lanes, self._model, self._most = lanes, model, max_host_bytes
+        self._shelf: OrderedDict[Name, Shelved] = OrderedDict()
+        self.nbytes = 0
+
+    def __len__(self) -> int:
+        return len(self._shelf)
+
+    def __contains__(self, name: Name) -> bool:
+        return name in self._shelf
+
+    def keep(self, name: Name, sequence: Sequence) -> None:
+        """Copy a running sequence's row, which its owner is about to close."""
+        if sequence.row is None or not sequence.row.length:
+            return
+        lane: Lane = sequence.lane
+        self._put(name, Shelved(list(sequence.tokens), park(lane.store, sequence.row), lane.setting))
+
+    def forget(self, name: Name) -> bool:
+        """Drop a session; False if there is none."""
+        shelved = self._shelf.pop(name, None)
+        if shelved is not None:
+            self.nbytes -= shelved.parked.nbytes
+        return shelved is not None
+
+    def begin(self, name: Name, sequence: Sequence) -> None:
+        """Let a new sequence go on from a session, if its prompt does and the setting is good enough for it."""
+        shelved = self._shelf.get(name)
+        if shelved is None:
+            return
+        lane = self._lane(shelved)
+        if sequence.max_kl is not None and lane.kl > sequence.max_kl:
+            return
+        usable = min(shelved.parked.length, len(sequence.tokens) - 1)
+        same = next((i for i in range(usable) if shelved.tokens[i] != sequence.tokens[i]), usable)
+        rolling = any(codec is None for codec in lane.store.codebook.layers)
+        if same < shelved.parked.length and (rolling or same < shelved.parked.length // 2):
+            return  # a rolling window cannot go back, and of a short beginning a prefix may know as much
+        self.forget(name)
+        sequence.lane = lane
+        lane.members += 1
+        sequence.parked, sequence.keep, sequence.resumed = shelved.parked, same, True
+        self._lanes.parked_nbytes += shelved.parked.nbytes
+
+    def save(self, name: Name, path: str | os.PathLike[str]) -> Path:
+        """Write a session to a file; it stays. Raises SessionError for an unknown name, OSError, OutOfPages."""
+        shelved = self._shelf.get(name)
+        if shelved is None:
+            raise SessionError(f"there is no paused session {name[1]!r}; a session is kept when its answer has ended")
+        store = self._lane(shelved).store
+        row = unpark(store, shelved.parked)
+        try:
+            return save_row(store, row, shelved.tokens, path, model=self._model)
+        finally:
+            store.close(row)
+
+    def resume(self, name: Name, path: str | os.PathLike[str]) -> int:
+        """Read a session from a file, to be gone on from. Returns its tokens. Raises SessionError, SettingError,
+        ProfileError, OSError or OutOfPages, and then nothing has changed."""
+        lane = self._lanes.lane(session_setting(path))
+        try:
+            row, tokens = load_row(lane.store, path, model=self._model)
+            self._put(name, Shelved(tokens, park(lane.store, row), lane.setting))
+            lane.store.close(row)
+        finally:
+            self._lanes.retire(lane)
+        return len(tokens)
+
+    def _lane(self, shelved: Shelved) -> Lane:
+        """Where a session goes on: at the current setting if that is its own or a coarser one, else at its own."""
+        current = self._lanes.current
+        if coarser(shelved.parked.codebook, current.store.codebook):
+            return current
+        return self._lanes.lane(shelved.setting)
+
+    def _put(self, name: Name, shelved: Shelved) -> None:
+        self.forget(name)
+        self._shelf[name] = shelved
+        self.nbytes += shelved.parked.nbytes
+        while self._shelf and (
+            len(self._shelf) > MAX_SESSIONS
+            or (self._most is not None and self.nbytes + self._lanes.parked_nbytes > self._most)
+        ):
+            self.forget(next(iter(self._shelf)))

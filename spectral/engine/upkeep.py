@@ -1,0 +1,81 @@
+"""Beside the loop: an engine's invariants, figures and warming up."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from spectral.engine.sampler import SamplerState, sample
+from spectral.engine.scheduler import Part
+from spectral.engine.sequence import Sequence
+from spectral.engine.types import EngineStats, SamplingParams
+
+if TYPE_CHECKING:
+    from spectral.engine.engine import Engine
+
+
+def check(engine: Engine) -> None:
+    """Assert, between two steps: every page's owners and every byte are counted right, the budget is kept, and
+    sequences, rows and lanes belong together."""
+    engine.lanes.check()
+    live, scheduler = engine.live_sequences, engine.scheduler
+    assert {id(s) for s in live if s.row is not None} == {id(s) for s in scheduler.running}, "running and rows differ"
+    known = [id(s) for s in (*scheduler.running, *scheduler.waiting)]
+    assert sorted(known) == sorted(id(s) for s in live), "a sequence is lost, or is scheduled twice"
+    assert len(scheduler.running) <= engine.limits.max_concurrency
+    for lane in engine.lanes.all:
+        mine = [s for s in live if s.lane is lane]
+        assert lane.members == len(mine), "a lane's members are miscounted"
+        assert lane.store.rows == sum(s.row is not None for s in mine), "a row belongs to no sequence"
+        assert mine or lane is engine.lanes.current, "a lane without sequences is kept"
+    parked = sum(s.parked.nbytes for s in live if s.parked is not None)
+    assert parked == engine.lanes.parked_nbytes, "parked bytes are miscounted"
+    most = engine.limits.max_host_bytes
+    assert most is None or parked <= most, "over the host budget"
+
+
+def figures(engine: Engine) -> EngineStats:
+    """A snapshot of what runs, what the cache holds, and the counters."""
+    lanes, scheduler = engine.lanes, engine.scheduler
+    asked, reused = lanes.reuse
+    return EngineStats(
+        running=len(scheduler.running),
+        queued=len(scheduler.waiting),
+        kv_bytes_allocated=lanes.nbytes,
+        kv_bytes_used=sum(lane.store.used_nbytes for lane in lanes.all),
+        kv_tokens=sum(lane.store.tokens for lane in lanes.all),
+        prompt_tokens=engine.prompt_tokens,
+        generated_tokens=engine.generated_tokens,
+        preemptions=scheduler.preemptions,
+        finished=dict(engine.finished),
+        setting=engine.setting,
+        prefix_asked=asked,
+        prefix_reused=reused,
+        prefix_bytes=sum(lane.prefix.nbytes for lane in lanes.all),
+        parked=sum(s.parked is not None for s in scheduler.waiting),
+        parked_bytes=lanes.parked_nbytes + engine.sessions.nbytes,
+        squeezes=lanes.squeezes,
+        sessions=len(engine.sessions),
+    )
+
+
+def warm_up(engine: Engine) -> None:
+    """Run a prompt and a decode step once; leaves nothing behind. Raises what the model raises."""
+    store = engine.store
+    row: Any = store.open()
+    sequence = Sequence("warm-up", 0, 0, [0] * min(8, engine.context_length - 1), 1, row=row)
+    for _ in range(2):
+        batch = store.begin([(row, sequence.pending)])
+        try:
+            with torch.inference_mode():
+                _, logits = engine.runner.run(Part([(sequence, sequence.pending)], batch))
+                tokens, _ = sample(logits, [SamplerState(SamplingParams(temperature=0), [])])
+        except Exception:
+            batch.abort()
+            store.close(row)
+            raise
+        batch.commit()
+        sequence.tokens.append(tokens[0])
+    store.close(row)
+    store.trim()

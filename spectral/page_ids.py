@@ -1,0 +1,73 @@
+"""Which pages of a pool are free, and how many owners each of the others has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class PageIds:
+    """Ids 0 .. capacity - 1. A page is free, or has one or more owners (rows and holds of spectral.pages)."""
+
+    def __init__(self) -> None:
+        self._owners: list[int] = []
+        self._free: list[int] = []
+
+    @property
+    def capacity(self) -> int:
+        """All ids."""
+        return len(self._owners)
+
+    @property
+    def free(self) -> int:
+        """Ids without an owner."""
+        return len(self._free)
+
+    @property
+    def used(self) -> int:
+        """Ids with owners, each counted once."""
+        return self.capacity - self.free
+
+    def take(self, count: int) -> list[int]:
+        """Free ids, now with one owner each; there must be enough."""
+        taken = [self._free.pop() for _ in range(count)]
+        for page in taken:
+            self._owners[page] = 1
+        return taken
+
+    def share(self, pages: Iterable[int]) -> None:
+        """One more owner for pages that have one."""
+        for page in pages:
+            assert self._owners[page] > 0, "a free page cannot be shared"
+            self._owners[page] += 1
+
+    def release(self, pages: list[int]) -> None:
+        """One owner less; the first of those that become free is the first to be taken again."""
+        for page in reversed(pages):
+            self._owners[page] -= 1
+            assert self._owners[page] >= 0, "a free page cannot be released"
+            if self._owners[page] == 0:
+                self._free.append(page)
+
+    def owners(self, page: int) -> int:
+        """How many own a page; 0 for a free one."""
+        return self._owners[page]
+
+    def grow(self, capacity: int) -> None:
+        """More ids, free."""
+        self._free[:0] = range(capacity - 1, self.capacity - 1, -1)
+        self._owners += [0] * (capacity - self.capacity)
+
+    def compact(self) -> list[int]:
+        """Forget all free ids and number the others anew. Returns the old id of each new one, in ascending order."""
+        kept = [page for page, owners in enumerate(self._owners) if owners]
+        self._owners = [self._owners[page] for page in kept]
+        self._free = []
+        return kept
+
+    def check(self, owned: Iterable[int]) -> None:
+        """Assert that the owners' lists, joined, give these counts, and that free pages are free once."""
+        counts = [0] * self.capacity
+        for page in owned:
+            counts[page] += 1
+        assert counts == self._owners, "a page's owners are not those that are counted"
+        assert sorted(self._free) == [page for page, count in enumerate(counts) if not count], "a page is lost"

@@ -1,0 +1,59 @@
+"""One forward's worth of work on a page store: reserved before, committed or aborted after."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import torch
+
+from spectral.errors import CacheError
+
+if TYPE_CHECKING:
+    from spectral.pages import PageStore, Row
+
+
+class StepBatch:
+    """The rows of one forward and the pages reserved for it. Attention reads it; the engine commits or aborts it.
+
+    Attributes:
+        work: (row, new tokens) in flattened order; starts: offset of each row's first new token.
+        new_pages: page ids granted to each row.
+    """
+
+    def __init__(self, store: PageStore, work: list[tuple[Row, int]], granted: list[list[int]]) -> None:
+        self.store = store
+        self.work = work
+        self.new_pages = granted
+        self.starts = [0, *accumulate(count for _, count in work)][:-1]
+        self.done = False
+        self.plans: dict[str, object] = {}  # index tensors that all layers share, made by spectral.attention
+        self.kept: dict[int, list[tuple[int, torch.Tensor]]] = {}
+        """New tokens [B, H, d + dv] of decode rows by group and place in it: written when the step is committed."""
+        self.spots: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        """Where they go: slot [B] and place [B] by group."""
+
+    def commit(self) -> None:
+        """The forward succeeded: lengths advance."""
+        self._finish()
+        for number, kept in self.kept.items():
+            group, (slot, place) = self.store.groups[number], self.spots[number]
+            if [at for at, _ in kept] == list(range(len(group.windows))):
+                group.write(0, slot, place, torch.stack([tokens for _, tokens in kept]))
+            else:  # a forward that skipped layers
+                for at, tokens in kept:
+                    group.write(at, slot, place, tokens[None])
+        for (row, count), pages in zip(self.work, self.new_pages, strict=True):
+            row.length += count
+            row.pages.extend(pages)
+
+    def abort(self) -> None:
+        """The forward failed: pages go back and lengths stay, but rings may be half-written: close the step's rows."""
+        self._finish()
+        for pages in self.new_pages:
+            self.store._release(pages)
+
+    def _finish(self) -> None:
+        if self.done:
+            raise CacheError("this step was committed or aborted already")
+        self.done = True

@@ -1,0 +1,67 @@
+"""Driving an engine to its end, and what it said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from spectral.engine.engine import Engine
+from spectral.engine.types import Delta, EngineLimits, Event, Failed, GenerateRequest, SamplingParams
+from tests.spectral.helpers import random_codebook, random_model
+
+GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
+
+
+class Letters:
+    """A tokenizer whose token i is one letter."""
+
+    eos_token_id = bos_token_id = 2
+    chat_template = None
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return "".join(chr(97 + i % 26) for i in ids)
+
+
+def tiny_engine(family: str = "qwen3", *, setting: str = "test", window_bits: int = 8, **limits: Any) -> Engine:
+    """A random model of three layers, checked after every step. At the setting "test" its cache is compressed."""
+    loaded = random_model(family)
+    loaded.eos_token_ids, loaded.tokenizer = set(), Letters()
+    book = None
+    if setting == "test":
+        book = random_codebook(loaded.shape, [6, 4, 2, 0], sinks=4, window=16, page=8, window_bits=window_bits)
+    values = {"prefill_chunk": 32, "token_budget": 64, "max_concurrency": 4, **limits}
+    return Engine(loaded, codebook=book, setting=setting, limits=EngineLimits(**values), checked=True)
+
+
+def request(name: str, prompt: list[int], count: int = 20, *, sampling: Any = None, **more: Any) -> GenerateRequest:
+    params = SamplingParams(max_tokens=count, **{**GREEDY, **(sampling or {})})
+    return GenerateRequest(name, prompt, params, **more)
+
+
+def drive(engine: Engine, each: Callable[[int], None] | None = None, steps: int = 3000) -> list[Event]:
+    """Step until nothing is left; `each(step)` may do something before a step. No request may fail."""
+    events: list[Event] = []
+    for step in range(steps):
+        if each is not None:
+            each(step)
+        elif not engine.has_work:
+            return events
+        if each is not None and step and not engine.has_work:
+            return events
+        events += engine.step()
+        assert not any(isinstance(e, Failed) for e in events), events[-1]
+    raise AssertionError("the engine does not come to an end")
+
+
+def answer(events: list[Event], name: str, index: int = 0) -> list[int]:
+    """Token ids of a choice."""
+    deltas = [e for e in events if isinstance(e, Delta) and (e.request_id, e.index) == (name, index)]
+    return [token for delta in deltas for token in delta.token_ids]
+
+
+def ask(engine: Engine, *requests: GenerateRequest) -> dict[str, list[int]]:
+    """Submit requests together and run them to their end: first choices' tokens."""
+    for each in requests:
+        engine.submit(each)
+    events = drive(engine)
+    return {each.request_id: answer(events, each.request_id) for each in requests}

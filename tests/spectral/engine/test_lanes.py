@@ -1,0 +1,134 @@
+"""Live squeeze and relax, quality floors, and what several settings share: one budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from spectral.engine.build import build_engine, find_profile
+from spectral.engine.engine import Engine
+from spectral.engine.types import EngineLimits
+from spectral.errors import ProfileError, RequestError, SettingError
+from spectral.hf import LoadedModel, load_model
+from tests.spectral.engine.engine_helpers import answer, ask, drive, request, tiny_engine
+
+PROMPT = [50 + i % 900 for i in range(0, 3000, 7)][:300]
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    return load_model("demo-7m", device="cpu")
+
+
+def demo(loaded: LoadedModel, setting: str, **limits: Any) -> Engine:
+    values = {"prefill_chunk": 64, "token_budget": 128, **limits}
+    engine = build_engine(loaded, find_profile(loaded), setting=setting, limits=EngineLimits(**values)).engine
+    engine._checked = True
+    return engine
+
+
+def test_a_squeeze_frees_bytes_and_streams_go_on(loaded: LoadedModel) -> None:
+    engine = demo(loaded, "4x", max_host_bytes=None, max_concurrency=2)
+    for i in range(3):
+        engine.submit(request(f"r{i}", [7 + i, *PROMPT], 60))
+    freed: list[int] = []
+
+    def each(step: int) -> None:
+        if step == 12:
+            engine.park("r0")  # comes back to a store that is coarser than what it left
+        if step in (13, 20):
+            before = engine.lanes.nbytes
+            freed.append(engine.set_setting("8x" if step == 13 else "16x"))
+            assert engine.lanes.nbytes == before - freed[-1] and len(engine.lanes.all) == 1
+
+    events = drive(engine, each)
+    assert all(len(answer(events, f"r{i}")) == 60 for i in range(3))
+    assert len(freed) == 2 and min(freed) > 0
+    assert engine.setting == "16x" and engine.stats().squeezes == 2
+    # A request that begins now is answered as by an engine that never had another setting.
+    assert ask(engine, request("x", PROMPT, 30)) == ask(demo(loaded, "16x"), request("x", PROMPT, 30))
+
+
+def test_relaxing_is_for_those_who_begin_then(loaded: LoadedModel) -> None:
+    engine = demo(loaded, "16x")
+    engine.submit(request("old", PROMPT, 40))
+    lanes: list[int] = []
+
+    def each(step: int) -> None:
+        if step == 10:
+            engine.set_setting("4x")
+            engine.submit(request("new", PROMPT, 20))
+        lanes.append(len(engine.lanes.all))
+
+    events = drive(engine, each)
+    assert max(lanes) == 2 and len(engine.lanes.all) == 1 and engine.setting == "4x"
+    assert answer(events, "old") == ask(demo(loaded, "16x"), request("x", PROMPT, 40))["x"]
+    assert answer(events, "new") == ask(demo(loaded, "4x"), request("x", PROMPT, 20))["x"]
+
+
+def test_from_exact_to_a_setting_and_back(loaded: LoadedModel) -> None:
+    engine = demo(loaded, "exact")
+    exact = ask(engine, request("a", PROMPT, 20))["a"]
+    engine.submit(request("live", PROMPT, 20))
+    events = engine.step()
+    engine.set_setting("8x")
+    assert answer(events + drive(engine), "live") == exact
+    assert ask(engine, request("b", PROMPT, 20))["b"] == ask(demo(loaded, "8x"), request("x", PROMPT, 20))["x"]
+    engine.set_setting("exact")
+    assert ask(engine, request("c", PROMPT, 20))["c"] == exact
+    assert engine.set_setting("exact") == 0
+
+
+def test_a_floor_chooses_a_setting_and_keeps_it_through_a_squeeze(loaded: LoadedModel) -> None:
+    profile = find_profile(loaded)
+    assert profile is not None
+    limit = profile.row("4x").kl_mean
+    engine = demo(loaded, "8x")
+    engine.submit(request("careful", PROMPT, 40, max_kl=limit))
+    engine.submit(request("any", PROMPT, 40))
+
+    def each(step: int) -> None:
+        if step == 12:
+            assert {lane.setting for lane in engine.lanes.all} == {"4x", "8x"}
+            engine.set_setting("16x")
+            assert {lane.setting for lane in engine.lanes.all} == {"4x", "16x"}
+
+    events = drive(engine, each)
+    assert answer(events, "careful") == ask(demo(loaded, "4x"), request("x", PROMPT, 40))["x"]
+    assert [lane.setting for lane in engine.lanes.all] == ["16x"]
+
+
+def test_a_floor_that_nothing_meets_is_refused_with_the_ladder(loaded: LoadedModel) -> None:
+    engine = demo(loaded, "8x")
+    with pytest.raises(RequestError, match=r"max_kl is 1e-09.*3\.5x .*16x ") as caught:
+        engine.submit(request("a", PROMPT, 5, max_kl=1e-9))
+    assert (caught.value.param, caught.value.code) == ("max_kl", "quality_unavailable") and not engine.has_work
+    assert len(ask(demo(loaded, "exact"), request("a", PROMPT, 5, max_kl=0.0))["a"]) == 5
+    with pytest.raises(RequestError, match="0 or more"):
+        request("a", PROMPT, 5, max_kl=-1.0)
+
+
+def test_all_settings_share_one_budget(loaded: LoadedModel) -> None:
+    profile = find_profile(loaded)
+    assert profile is not None
+    free = demo(loaded, "4x")
+    room = int(free.store.bytes_per_token(400) * 400 * 1.6)
+    engine = demo(loaded, "8x", max_kv_bytes=room, context_length=400)
+    names = [f"r{i}" for i in range(4)]
+    for i, name in enumerate(names):
+        engine.submit(request(name, [9 + i, *PROMPT[:200]], 50, max_kl=profile.row("4x").kl_mean if i % 2 else None))
+    events = drive(engine)
+    assert engine.lanes.nbytes <= room
+    for i, name in enumerate(names):
+        alone = demo(loaded, "4x" if i % 2 else "8x")
+        assert answer(events, name) == ask(alone, request("x", [9 + i, *PROMPT[:200]], 50))["x"]
+
+
+def test_unknown_settings_change_nothing(loaded: LoadedModel) -> None:
+    engine = demo(loaded, "8x")
+    with pytest.raises(SettingError, match="ladder"):
+        engine.set_setting("7x")
+    assert engine.setting == "8x"
+    with pytest.raises(ProfileError, match="without one"):
+        tiny_engine().set_setting("8x")
