@@ -1,6 +1,6 @@
 """What the gateway and a worker say to each other: msgspec structs as msgpack, each behind a 4-byte big-endian length.
 
-The parent side reads with :func:`read_message` (asyncio); the child side uses server.worker.channel on a plain socket.
+The parent side reads with :class:`MessageReader`; the child side uses server.worker.channel.
 A frame that cannot be decoded raises :class:`BadFrame`: a worker then ends, and the gateway replaces the worker.
 """
 
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from collections import deque
 from typing import Any
 
 import msgspec
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
+READ_BYTES = 64 * 1024
 LENGTH = struct.Struct(">I")
 
 
@@ -350,13 +352,45 @@ def decode_to_worker(body: bytes) -> ToWorker:
         raise BadFrame(f"not a message to a worker: {error}") from error
 
 
-async def read_message(reader: asyncio.StreamReader) -> ToParent | None:
-    """The worker's next message, or None at the end of the stream. Raises BadFrame."""
-    try:
-        body = await reader.readexactly(body_length(await reader.readexactly(LENGTH.size)))
-    except (asyncio.IncompleteReadError, ConnectionError):
-        return None
-    return decode_to_parent(body)
+class MessageReader:
+    """The worker's messages. One read of the socket takes all that have come: two reads for each cost more than it."""
+
+    def __init__(self, reader: asyncio.StreamReader) -> None:
+        self._reader = reader
+        self._bytes = bytearray()
+        self._needed = LENGTH.size  # bytes that make the next step possible
+        self._messages: deque[ToParent] = deque()
+        self._broken: BadFrame | None = None
+
+    async def next(self) -> ToParent | None:
+        """The next message, or None at the end of the stream. Raises BadFrame, after the messages before it."""
+        while not self._messages:
+            if self._broken is not None:
+                raise self._broken
+            try:
+                data = await self._reader.read(READ_BYTES)
+            except ConnectionError:
+                return None
+            if not data:
+                return None
+            self._bytes += data
+            if len(self._bytes) >= self._needed:
+                self._split()
+        return self._messages.popleft()
+
+    def _split(self) -> None:
+        data, at, self._needed = bytes(self._bytes), 0, LENGTH.size
+        try:
+            while len(data) - at >= LENGTH.size:
+                end = at + LENGTH.size + body_length(data[at : at + LENGTH.size])
+                if end > len(data):
+                    self._needed = end - at
+                    break
+                self._messages.append(decode_to_parent(data[at + LENGTH.size : end]))
+                at = end
+        except BadFrame as error:  # what came before it counts
+            self._broken = error
+        del self._bytes[:at]
 
 
 def write_message(writer: asyncio.StreamWriter, message: ToWorker) -> None:

@@ -30,7 +30,7 @@ class WorkerProcess:
     ) -> None:
         self.name = name
         self._process = process
-        self._reader = reader
+        self._messages = messages.MessageReader(reader)
         self._writer = writer
         self._log_task = asyncio.create_task(self._forward_log())
 
@@ -71,7 +71,7 @@ class WorkerProcess:
 
     async def receive(self) -> messages.ToParent | None:
         """The next message; None when the worker ended. Raises BadFrame."""
-        return await messages.read_message(self._reader)
+        return await self._messages.next()
 
     async def stop(self, grace_s: float) -> str:
         """End the child: close the socket, wait `grace_s`, then terminate, then kill. Returns how it ended.
