@@ -94,15 +94,6 @@ def model_unavailable(name: str, state: str, why: str, retry_after: int) -> ApiE
     return ApiError(503, message, code=f"model_{state}", retry_after=retry_after)
 
 
-def quality_not_met(setting: str, kl: float, max_kl: float) -> ApiError:
-    """400: the cache of this model is coarser than the request allows."""
-    message = (
-        f"kv_quality.max_kl: the request allows {max_kl:g} nats, and this model's cache runs at setting {setting} with "
-        f"a measured KL of {kl:.4g}; allow as much, or use a model with a finer setting"
-    )
-    return ApiError(400, message, code="kv_quality_not_met", param="kv_quality.max_kl")
-
-
 def unauthorized(message: str) -> ApiError:
     """401."""
     return ApiError(401, message, code="invalid_api_key")

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any, Protocol, TypeVar
 
+import msgspec
 from fastapi import Request
 
 from server import errors, sse
@@ -69,6 +70,7 @@ class Generation:
         self._stream = stream
         self.began = began
         self.accepted_at = began
+        self._setting = ""
         self._notes = notes
         self._permit = permit
         metrics = scheduler.metrics
@@ -83,16 +85,14 @@ class Generation:
         item = await self._next()
         if isinstance(item, messages.Rejected):
             self._over = True
-            wait = 1 if item.status in (429, 503) else None
-            param = self._field_names.get(item.param or "", item.param)
-            error = errors.ApiError(item.status, item.message, code=item.code, param=param, retry_after=wait)
-            raise self._failed(error)
+            raise self._failed(_refusal(item, self._field_names))
         if isinstance(item, messages.Failed):
             self._over = True
             raise self._failed(errors.ApiError(500, item.message, code=item.code))
         if not isinstance(item, messages.Accepted):
             raise self._failed(errors.ApiError(500, "the worker broke its protocol", code="internal_error"))
         self.prompt_tokens, self.accepted_at = item.prompt_tokens, time.monotonic()
+        self._setting = item.setting
         if self._permit is not None:
             self._permit.spend(item.prompt_tokens)
         self._scheduler.metrics.prompt_tokens.labels(self.model).inc(item.prompt_tokens)
@@ -115,6 +115,7 @@ class Generation:
                 if self._permit is not None:
                     self._permit.spend(item.usage.completion_tokens)
                 self.kv_bytes += item.usage.kv_bytes
+                self._setting = item.usage.setting or self._setting  # a squeeze may have changed it on the way
                 if len(self.finish_reasons) == self._choices:
                     self._over = True
                 yield item
@@ -158,13 +159,13 @@ class Generation:
     @property
     def headers(self) -> dict[str, str]:
         """Response headers about the cache, and about the caller's limits."""
-        ready = self._ready
+        info = setting_info(self._ready, self._setting)
         about = {
-            "X-Spectral-Setting": ready.setting,
-            "X-Spectral-Rank": f"{ready.rank:g}",
-            "X-Spectral-Bits": f"{ready.bits_per_element:.4g}",
-            "X-Spectral-KL": f"{ready.kl_mean:.4g}",
-            "X-Spectral-Bytes-Per-Token": f"{ready.bytes_per_token:.6g}",
+            "X-Spectral-Setting": info["setting"],
+            "X-Spectral-Rank": f"{info['rank']:g}",
+            "X-Spectral-Bits": f"{info['bits_per_element']:.4g}",
+            "X-Spectral-KL": f"{info['kl_mean']:.4g}",
+            "X-Spectral-Bytes-Per-Token": f"{info['bytes_per_token']:.6g}",
         }
         return about if self._permit is None else {**about, **self._permit.headers}
 
@@ -178,18 +179,37 @@ class Generation:
     @property
     def spectral(self) -> dict[str, Any]:
         """What the cache did for this request; see :func:`setting_info`."""
-        return {**setting_info(self._ready), "cache_bytes": self.kv_bytes}
+        return {**setting_info(self._ready, self._setting), "cache_bytes": self.kv_bytes}
 
 
-def setting_info(ready: messages.Ready) -> dict[str, Any]:
-    """A hot model's setting in figures: bits per element, bytes per token at a stated context, mean KL (nats)."""
-    ratio = ready.bytes_per_token_exact / ready.bytes_per_token if ready.bytes_per_token else 1.0
+def _refusal(item: messages.Rejected, field_names: dict[str, str]) -> errors.ApiError:
+    """A worker's Rejected in the words of the interface that the client speaks."""
+    param = field_names.get(item.param or "", item.param)
+    message = item.message if param is None or param in item.message else f"{param}: {item.message}"
+    wait = 1 if item.status in (429, 503) else None
+    return errors.ApiError(item.status, message, code=item.code, param=param, retry_after=wait)
+
+
+def setting_info(ready: messages.Ready, setting: str = "") -> dict[str, Any]:
+    """A setting of a hot model in figures: bits per element, bytes per token at a stated context, mean KL (nats).
+
+    `setting`: "exact" or a row of the ladder; "" for the one that the model runs at.
+    """
+    exact = ready.bytes_per_token_exact
+    name, rank, bits, kl = ready.setting, ready.rank, ready.bits_per_element, ready.kl_mean
+    size = ready.bytes_per_token
+    row = next((row for row in ready.ladder if row.name == setting), None)
+    if setting == "exact" != name:
+        name, rank, bits, kl, size = setting, 0.0, 16.0, 0.0, exact
+    elif row is not None and setting != name:
+        name, rank, bits, kl, size = setting, row.rank, row.bits_per_element, row.kl_mean, exact / row.ratio
+    ratio = exact / size if size else 1.0
     return {
-        "setting": ready.setting,
-        "rank": ready.rank,
-        "bits_per_element": ready.bits_per_element,
-        "kl_mean": ready.kl_mean,
-        "bytes_per_token": ready.bytes_per_token,
+        "setting": name,
+        "rank": rank,
+        "bits_per_element": bits,
+        "kl_mean": kl,
+        "bytes_per_token": size,
         "bytes_per_token_exact": ready.bytes_per_token_exact,
         "reference_context": ready.reference_context,
         "ratio": round(ratio, 3),
@@ -211,7 +231,7 @@ class Gateway:
         began = time.monotonic()
         slot, permit = self._admit(body.model, request)
         try:
-            submit = body.submit(uuid.uuid4().hex)
+            submit = self._on_behalf(body.submit(uuid.uuid4().hex), request)
             notes = request.scope["state"]
             work = self._open(slot, submit, began, notes, body, permit, field_names)
             opening = asyncio.ensure_future(work)
@@ -225,6 +245,12 @@ class Gateway:
             if permit is not None:
                 permit.release()
             raise
+
+    def _on_behalf(self, submit: messages.Submit, request: Request) -> messages.Submit:
+        """Callers with keys share the engine fairly, and no prefixes: how fast an answer begins would tell what others
+        have asked."""
+        record = caller_of(request.scope).record
+        return submit if record is None else msgspec.structs.replace(submit, tenant=record.name, cache_salt=record.name)
 
     def _admit(self, model: str, request: Request) -> tuple[Slot, Permit | None]:
         """The model's slot and the caller's permit. Raises ApiError 403, 404 or 429."""
@@ -268,8 +294,7 @@ class Gateway:
         finally:
             self.scheduler.release(slot, stream, cancel=False)
         if isinstance(item, messages.Rejected):
-            param = field_names.get(item.param or "", item.param)
-            raise errors.ApiError(item.status, item.message, code=item.code, param=param)
+            raise _refusal(item, field_names)
         if not isinstance(item, messages.Tokenized):
             raise self.scheduler.worker_lost(slot)
         return item

@@ -19,8 +19,10 @@ from server.scheduler.loop import Scheduler, Slot
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
-_CHAT_NAMES = {"grammar": "response_format"}
-_RESPONSES_NAMES = {"grammar": "text.format", "messages": "input", "max_tokens": "max_output_tokens"}
+_COMPLETION_NAMES = {"max_kl": "kv_quality.max_kl"}
+_CHAT_NAMES = {**_COMPLETION_NAMES, "grammar": "response_format"}
+_RESPONSES_NAMES = {**_COMPLETION_NAMES, "grammar": "text.format", "messages": "input"}
+_RESPONSES_NAMES["max_tokens"] = "max_output_tokens"
 
 
 @router.post("/chat/completions", openapi_extra=body(schemas.ChatRequest), responses=streamed())
@@ -32,7 +34,7 @@ async def chat_completions(request: Request) -> Response:
 @router.post("/completions", openapi_extra=body(schemas.CompletionRequest), responses=streamed())
 async def completions(request: Request) -> Response:
     """Text completion, streamed or whole."""
-    return await _answer(request, schemas.CompletionRequest, Completion, {})
+    return await _answer(request, schemas.CompletionRequest, Completion, _COMPLETION_NAMES)
 
 
 @router.post("/responses", openapi_extra=body(schemas.ResponsesRequest), responses=streamed())

@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from server.errors import quality_not_met
 from server.schemas.base import Harmless, Request
 from server.schemas.fields import (
     MAX_TOKEN_ID,
@@ -66,10 +65,13 @@ class SamplingFields(Request):
     logit_bias: Bias = {}
     kv_quality: KvQuality | None = None
 
+    @property
+    def max_kl(self) -> float | None:
+        """The most that the cache's setting may cost, mean KL in nats; None: whatever it costs."""
+        return None if self.kv_quality is None else self.kv_quality.max_kl
+
     def check(self, ready: wire.Ready) -> None:
-        """Raises ApiError 400 where the model's cache is coarser than this request allows."""
-        if self.kv_quality is not None and ready.kl_mean > self.kv_quality.max_kl:
-            raise quality_not_met(ready.setting, ready.kl_mean, self.kv_quality.max_kl)
+        """The worker checks what depends on the model."""
 
     def sampling(self, **more: Any) -> wire.Sampling:
         """The sampling part of the message to the worker."""

@@ -32,7 +32,7 @@ class CompletionRequest(OpenAIFields):
     def submit(self, request_id: str) -> wire.Submit:
         """The message to the worker."""
         sampling = self.sampling(n=self.n, logprobs=self.logprobs, max_tokens=self.max_tokens)
-        return wire.Submit(request_id=request_id, kind="completion", sampling=sampling, prompt=self.prompt)
+        return wire.Submit(request_id, "completion", sampling, prompt=self.prompt, max_kl=self.max_kl)
 
 
 class GenerateRequest(SamplingFields):
@@ -44,7 +44,7 @@ class GenerateRequest(SamplingFields):
     def submit(self, request_id: str) -> wire.Submit:
         """The message to the worker."""
         sampling = self.sampling(max_tokens=self.max_tokens)
-        return wire.Submit(request_id=request_id, kind="completion", sampling=sampling, prompt=self.prompt)
+        return wire.Submit(request_id, "completion", sampling, prompt=self.prompt, max_kl=self.max_kl)
 
 
 class TokenizeRequest(Request):

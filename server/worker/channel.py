@@ -1,13 +1,67 @@
-"""A worker's end of its socket to the gateway: blocking, for several sending threads and one that receives."""
+"""The two ends of the socket between gateway and worker: asynchronous here, blocking there."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import select
 import socket
 import threading
+from collections import deque
 
-from server.worker.messages import LENGTH, ToParent, ToWorker, body_length, decode_to_worker, encode
+from server.worker.messages import (
+    LENGTH,
+    BadFrame,
+    ToParent,
+    ToWorker,
+    body_length,
+    decode_to_parent,
+    decode_to_worker,
+    encode,
+)
+
+READ_BYTES = 64 * 1024
+
+
+class MessageReader:
+    """The worker's messages. One read of the socket takes all that have come: two reads for each cost more than it."""
+
+    def __init__(self, reader: asyncio.StreamReader) -> None:
+        self._reader = reader
+        self._bytes = bytearray()
+        self._needed = LENGTH.size  # bytes that make the next step possible
+        self._messages: deque[ToParent] = deque()
+        self._broken: BadFrame | None = None
+
+    async def next(self) -> ToParent | None:
+        """The next message, or None at the end of the stream. Raises BadFrame, after the messages before it."""
+        while not self._messages:
+            if self._broken is not None:
+                raise self._broken
+            try:
+                data = await self._reader.read(READ_BYTES)
+            except ConnectionError:
+                return None
+            if not data:
+                return None
+            self._bytes += data
+            if len(self._bytes) >= self._needed:
+                self._split()
+        return self._messages.popleft()
+
+    def _split(self) -> None:
+        data, at, self._needed = bytes(self._bytes), 0, LENGTH.size
+        try:
+            while len(data) - at >= LENGTH.size:
+                end = at + LENGTH.size + body_length(data[at : at + LENGTH.size])
+                if end > len(data):
+                    self._needed = end - at
+                    break
+                self._messages.append(decode_to_parent(data[at + LENGTH.size : end]))
+                at = end
+        except BadFrame as error:  # what came before it counts
+            self._broken = error
+        del self._bytes[:at]
 
 
 class SocketChannel:

@@ -24,11 +24,21 @@ def to_request(message: wire.Submit) -> types.GenerateRequest:
     if message.kind == "chat":
         if not message.messages:
             raise RequestError("messages must not be empty", param="messages")
-        tools = tuple(message.tools)
-        return types.GenerateRequest(message.request_id, _turns(message), params, message.timeout_s, tools=tools)
-    if message.kind == "completion":
-        return types.GenerateRequest(message.request_id, message.prompt, params, timeout_s=message.timeout_s)
-    raise RequestError(f"kind must be chat or completion, got {message.kind!r}", param="kind")
+        prompt: Any = _turns(message)
+    elif message.kind == "completion":
+        prompt = message.prompt
+    else:
+        raise RequestError(f"kind must be chat or completion, got {message.kind!r}", param="kind")
+    return types.GenerateRequest(
+        message.request_id,
+        prompt,
+        params,
+        message.timeout_s,
+        tools=tuple(message.tools),
+        tenant=message.tenant,
+        cache_salt=message.cache_salt,
+        max_kl=message.max_kl,
+    )
 
 
 def to_encode(message: wire.Tokenize) -> types.GenerateRequest:
@@ -104,7 +114,8 @@ class EventTranslator:
             logprobs = None if event.logprobs is None else [self._logprob(item) for item in event.logprobs]
             return wire.Delta(event.request_id, event.index, event.text, list(event.token_ids), logprobs)
         if isinstance(event, types.Finished):
-            usage = wire.Usage(event.usage.prompt_tokens, event.usage.completion_tokens, event.usage.kv_bytes)
+            used = event.usage
+            usage = wire.Usage(used.prompt_tokens, used.completion_tokens, used.kv_bytes, used.setting)
             return wire.Finished(event.request_id, event.index, event.reason, usage)
         if isinstance(event, types.Failed):
             return failed(event.request_id, event.error)

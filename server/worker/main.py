@@ -246,11 +246,13 @@ class Worker:
         try:
             if isinstance(outcome, Exception):
                 raise outcome
-            tokens = self._engines.current.submit(request, outcome)
+            engine = self._engines.current
+            tokens = engine.submit(request, outcome)
+            setting = engine.lanes.setting_for(request.max_kl)
         except Exception as error:  # as above
             self._writer.send(child_wire.rejected(ident, error))
             return
-        self._writer.send(wire.Accepted(ident, tokens))
+        self._writer.send(wire.Accepted(ident, tokens, setting))
         if cancelled:
             self._engines.cancel(ident)
 

@@ -1,6 +1,6 @@
 """What the gateway and a worker say to each other: msgspec structs as msgpack, each behind a 4-byte big-endian length.
 
-The parent side reads with :class:`MessageReader`; the child side uses server.worker.channel.
+Both ends of the socket: server/worker/channel.py.
 A frame that cannot be decoded raises :class:`BadFrame`: a worker then ends, and the gateway replaces the worker.
 """
 
@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections import deque
 from typing import Any
 
 import msgspec
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
-READ_BYTES = 64 * 1024
 LENGTH = struct.Struct(">I")
 
 
@@ -99,6 +97,7 @@ class Usage(msgspec.Struct, frozen=True):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     kv_bytes: int = 0
+    setting: str = ""
 
 
 class LadderFigure(msgspec.Struct, frozen=True):
@@ -132,7 +131,8 @@ class Load(msgspec.Struct, tag="load", frozen=True):
 class Submit(msgspec.Struct, tag="submit", frozen=True):
     """A request. kind "chat": `messages` and `tools` (as OpenAI has them); kind "completion": `prompt` (text, ids).
 
-    `timeout_s`: it fails with deadline_exceeded if it has not ended by then.
+    `timeout_s`: it fails with deadline_exceeded if it has not ended by then. `max_kl`: how far the cache's setting may
+    be from the exact cache (mean KL, nats). `tenant`: on whose behalf; `cache_salt`: who shares prefixes with it.
     """
 
     request_id: str
@@ -142,6 +142,9 @@ class Submit(msgspec.Struct, tag="submit", frozen=True):
     prompt: str | list[int] = ""
     tools: list[dict[str, Any]] = []
     timeout_s: float | None = None
+    max_kl: float | None = None
+    tenant: str = ""
+    cache_salt: str = ""
 
 
 class Tokenize(msgspec.Struct, tag="tokenize", frozen=True):
@@ -230,10 +233,11 @@ class LoadFailed(msgspec.Struct, tag="load_failed", frozen=True):
 
 
 class Accepted(msgspec.Struct, tag="accepted", frozen=True):
-    """The request is queued or running; sent before any Delta."""
+    """The request is queued or running, at a setting of the cache ("": the model's); sent before any Delta."""
 
     request_id: str
     prompt_tokens: int
+    setting: str = ""
 
 
 class Rejected(msgspec.Struct, tag="rejected", frozen=True):
@@ -350,47 +354,6 @@ def decode_to_worker(body: bytes) -> ToWorker:
         return _to_worker.decode(body)
     except msgspec.MsgspecError as error:
         raise BadFrame(f"not a message to a worker: {error}") from error
-
-
-class MessageReader:
-    """The worker's messages. One read of the socket takes all that have come: two reads for each cost more than it."""
-
-    def __init__(self, reader: asyncio.StreamReader) -> None:
-        self._reader = reader
-        self._bytes = bytearray()
-        self._needed = LENGTH.size  # bytes that make the next step possible
-        self._messages: deque[ToParent] = deque()
-        self._broken: BadFrame | None = None
-
-    async def next(self) -> ToParent | None:
-        """The next message, or None at the end of the stream. Raises BadFrame, after the messages before it."""
-        while not self._messages:
-            if self._broken is not None:
-                raise self._broken
-            try:
-                data = await self._reader.read(READ_BYTES)
-            except ConnectionError:
-                return None
-            if not data:
-                return None
-            self._bytes += data
-            if len(self._bytes) >= self._needed:
-                self._split()
-        return self._messages.popleft()
-
-    def _split(self) -> None:
-        data, at, self._needed = bytes(self._bytes), 0, LENGTH.size
-        try:
-            while len(data) - at >= LENGTH.size:
-                end = at + LENGTH.size + body_length(data[at : at + LENGTH.size])
-                if end > len(data):
-                    self._needed = end - at
-                    break
-                self._messages.append(decode_to_parent(data[at + LENGTH.size : end]))
-                at = end
-        except BadFrame as error:  # what came before it counts
-            self._broken = error
-        del self._bytes[:at]
 
 
 def write_message(writer: asyncio.StreamWriter, message: ToWorker) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from server.aio import within
 from server.worker import messages
+from server.worker.channel import MessageReader
 
 log = logging.getLogger("spectral.worker")
 TERMINATE_S = 2.0
@@ -30,7 +31,7 @@ class WorkerProcess:
     ) -> None:
         self.name = name
         self._process = process
-        self._messages = messages.MessageReader(reader)
+        self._messages = MessageReader(reader)
         self._writer = writer
         self._log_task = asyncio.create_task(self._forward_log())
 

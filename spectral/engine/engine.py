@@ -293,7 +293,8 @@ class Engine:
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         held = 0 if sequence.row is None else self.store.row_nbytes(sequence.row)
-        usage = Usage(sequence.prompt_length, sequence.answer.count, held)
+        setting = self.setting if sequence.lane is None else sequence.lane.setting
+        usage = Usage(sequence.prompt_length, sequence.answer.count, held, setting)
         self._events.append(Finished(sequence.request_id, sequence.index, reason, usage))
         self.finished[reason] += 1
         name = self._session_of.get(sequence.request_id)

@@ -215,11 +215,12 @@ class EngineLimits:
 
 @dataclass(frozen=True)
 class Usage:
-    """What one choice used: tokens, and the cache bytes that its row held at the end."""
+    """What one choice used: tokens, the cache bytes that its row held at the end, and the setting that it ended at."""
 
     prompt_tokens: int
     completion_tokens: int
     kv_bytes: int
+    setting: str = ""
 
 
 @dataclass(frozen=True)

@@ -225,9 +225,14 @@ def test_quality_is_asked_for_and_told(server: Running, official: openai.OpenAI)
     )
     assert fine.headers["x-spectral-setting"] == "8x" and fine.headers["x-spectral-kl"] == "0.012"
     assert fine.headers["x-spectral-rank"] == "24" and fine.headers["x-spectral-bits"] == "1.9"
-    answer = server.client.post("/v1/responses", json={"model": "demo", "input": "x", "kv_quality": {"max_kl": 0.01}})
+    body = {"model": "demo", "input": "x", "kv_quality": {"max_kl": 0.01}}
+    finer = server.client.post("/v1/responses", json=body)
+    assert finer.headers["x-spectral-setting"] == "4x" and finer.headers["x-spectral-kl"] == "0.001"
+    told = finer.json()["spectral"]
+    assert (told["setting"], told["ratio"], told["bytes_per_token"], told["cache_bytes"]) == ("4x", 4.0, 200.0, 640)
+    answer = server.client.post("/v1/responses", json={**body, "kv_quality": {"max_kl": 0}})
     error = answer.json()["error"]
-    assert (answer.status_code, error["code"]) == (400, "kv_quality_not_met") and "0.012" in error["message"]
+    assert (answer.status_code, error["code"], error["param"]) == (400, "quality_unavailable", "kv_quality.max_kl")
 
 
 def test_embeddings_are_refused_clearly(official: openai.OpenAI) -> None:

@@ -87,7 +87,7 @@ def check(response: Any, status: int, code: str, param: str | None) -> str:
         ({"tools": [STRICT]}, "unsupported_parameter", "tools[0].function.strict"),
         ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
         ({"kv_quality": {"max_kl": -1}}, "invalid_value", "kv_quality.max_kl"),
-        ({"kv_quality": {"max_kl": 0.001}}, "kv_quality_not_met", "kv_quality.max_kl"),
+        ({"kv_quality": {"max_kl": 0.0001}}, "quality_unavailable", "kv_quality.max_kl"),
         ({"messages": [{"role": "user", "content": "x", "name": "y"}]}, "unsupported_parameter", "messages[0].name"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "invalid_value", "messages[0].content"),
         ({"stream_options": {"include_usag": True}}, "unsupported_parameter", "stream_options.include_usag"),

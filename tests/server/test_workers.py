@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from server.scheduler import policy
 from server.worker import messages as m
-from server.worker.channel import SocketChannel
+from server.worker.channel import MessageReader, SocketChannel
 from tests.server.conftest import Running, alive, serving, settings
 
 
@@ -263,7 +263,7 @@ def test_the_two_ends_of_the_socket_understand_each_other() -> None:
         assert isinstance(request, m.Submit) and request.sampling.logit_bias == {3: 1.0}
         child.send(*sent)
         child.close()
-        messages = m.MessageReader(reader)
+        messages = MessageReader(reader)
         got = [await messages.next() for _ in range(4)]
         writer.close()
         return got
@@ -276,7 +276,7 @@ async def test_messages_come_whole_in_pieces_of_any_size(size: int) -> None:
     sent = [m.Accepted("r", 1), m.Delta("r", 0, "x" * 1000, [1]), m.Pong(1), m.Finished("r", 0, "stop")]
     data = b"".join(m.encode(message) for message in sent)
     reader = asyncio.StreamReader()
-    messages = m.MessageReader(reader)
+    messages = MessageReader(reader)
     for at in range(0, len(data), size):
         reader.feed_data(data[at : at + size])
     assert [await messages.next() for _ in sent] == sent
@@ -292,7 +292,7 @@ async def test_a_frame_that_is_cut_off_is_the_end() -> None:
     reader = asyncio.StreamReader()
     reader.feed_data(m.encode(m.Pong(2))[:-1])
     reader.feed_eof()
-    assert await m.MessageReader(reader).next() is None
+    assert await MessageReader(reader).next() is None
 
 
 @pytest.mark.parametrize("data", [b"\xff\xff\xff\xff", b"\x00\x00\x00\x01\x00", b"\x00\x00\x00\x00"])
