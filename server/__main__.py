@@ -37,10 +37,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = load_settings(options.config, host=options.host, port=options.port)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        if options.command == "check" and options.json:
+            print(json.dumps({"valid": False, "error": str(error)}, indent=2))
+        else:
+            print(error, file=sys.stderr)
         return 1
     if options.command == "check":
-        print(f"The configuration is valid: {len(settings.models)} models.")
+        names = [model.name for model in settings.models]
+        text = f"The configuration is valid: {len(names)} models."
+        print(json.dumps({"valid": True, "models": names}, indent=2) if options.json else text)
         return 0
     logs.configure(settings.logging, options.log_level)
     try:
@@ -71,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", help="configuration file; else ./config.yaml, else the one in the package")
     parser.add_argument("--host", help="instead of server.host")
     parser.add_argument("--port", type=int, help="instead of server.port")
+    parser.add_argument("--json", action="store_true", help="check: print JSON")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="instead of logging.level")
     return parser
 

@@ -79,8 +79,18 @@ def ollama_failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"description": _MEANING[status], "model": OllamaError} for status in sorted({*statuses, 401, 403})}
 
 
+GENERATES = (400, 404, 408, 413, 415, 429, 500, 503, 504)
+
+
 def streamed() -> dict[int | str, dict[str, Any]]:
     """The answers of a route that generates, whole or streamed."""
-    found = failures(400, 404, 408, 413, 415, 429, 500, 503, 504)
-    forms: dict[str, Any] = {"application/json": {}, "text/event-stream": {}}
-    return {**found, 200: {"description": "The answer, or its events.", "content": forms}}
+    return {**failures(*GENERATES), 200: _in_forms("application/json", "text/event-stream")}
+
+
+def ollama_streamed() -> dict[int | str, dict[str, Any]]:
+    """The same for the Ollama API."""
+    return {**ollama_failures(*GENERATES), 200: _in_forms("application/json", "application/x-ndjson")}
+
+
+def _in_forms(*kinds: str) -> dict[str, Any]:
+    return {"description": "The answer, whole or in pieces.", "content": {kind: {} for kind in kinds}}

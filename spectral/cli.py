@@ -8,11 +8,16 @@ import typer
 
 from spectral.commands import chat, evaluate, keys, profile, serve, status, version
 
+EXIT_STATUS = (
+    "Exit status: 0 done; 1 the server could not start, or the configuration is not valid; 2 a wrong command line, or "
+    "an error that the last line on standard error names; 130 stopped with Ctrl-C."
+)
 app = typer.Typer(
     name="spectral",
     help="Serve language models with a KV cache that stays compressed in a spectral basis.",
+    epilog=EXIT_STATUS,
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
 )
 
@@ -27,6 +32,7 @@ def root(
 
 
 app.command("serve")(serve.serve)
+app.command("check")(serve.check)
 app.command("chat")(chat.chat)
 app.command("ps")(status.ps)
 app.command("models")(status.models)

@@ -14,7 +14,7 @@ from starlette.background import BackgroundTask
 from server import errors, schemas, sse
 from server.answers.ollama import Ollama, error_line, now
 from server.auth import caller_of
-from server.documents import body, ollama_failures
+from server.documents import body, ollama_failures, ollama_streamed
 from server.gateway import Gateway, setting_info, unless_gone
 from server.routes.body import read_json
 from server.routes.openai import visible
@@ -24,7 +24,7 @@ from server.schemas.ollama import OllamaChatRequest, OllamaGenerateRequest, Show
 
 router = APIRouter(prefix="/api", tags=["Ollama"])
 _NAMES = {"grammar": "format"}
-_GENERATES = ollama_failures(400, 404, 408, 413, 415, 429, 500, 503, 504)
+_GENERATES = ollama_streamed()
 _REFUSED = {
     "pull": "models are listed in the server's configuration; add it there",
     "push": "this server gives no models away",

@@ -23,7 +23,7 @@ async def health() -> Response:
     return JSONResponse({"status": "ok"})
 
 
-@router.get("/ready")
+@router.get("/ready", responses={503: {"description": "A startup model is not hot yet."}})
 async def ready(request: Request) -> Response:
     """200 when every startup model is hot, else 503; what each model does."""
     scheduler: Scheduler = request.app.state.scheduler
@@ -38,7 +38,7 @@ async def version() -> Response:
     return JSONResponse({"version": installed_version(), "python": platform.python_version()})
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(request: Request) -> Response:
     """Prometheus text format."""
     return Response(request.app.state.metrics.render(), media_type=CONTENT_TYPE_LATEST)

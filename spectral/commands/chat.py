@@ -205,7 +205,9 @@ def interactive(session: Session, as_json: bool) -> None:
 
 
 def chat(
-    model: str | None = typer.Argument(None, help="Model to talk to (default: the server's first)."),
+    model: str | None = typer.Argument(
+        None, help="Model to talk to (default: the server's first).", autocompletion=http.model_names
+    ),
     url: str | None = typer.Option(None, "--url", help=f"Server (default: SPECTRAL_URL or {http.DEFAULT_URL})."),
     system: str | None = typer.Option(None, "--system", help="System message."),
     max_tokens: int | None = typer.Option(None, "--max-tokens", min=1, help="Most tokens in one answer."),

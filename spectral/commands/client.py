@@ -51,7 +51,21 @@ def refusal(response: httpx.Response) -> ServerError:
         message = str(response.json()["error"]["message"])
     except (ValueError, LookupError, TypeError):
         message = response.text.strip()[:300] or response.reason_phrase
-    return ServerError(f"the server answered {response.status_code}: {message}")
+    hint = ""
+    if response.status_code in (401, 403):
+        sent = "SPECTRAL_API_KEY is set" if os.environ.get("SPECTRAL_API_KEY") else "SPECTRAL_API_KEY is not set"
+        hint = f" ({sent}; it is the key that this command sends)"
+    return ServerError(f"the server answered {response.status_code}: {message}{hint}")
+
+
+def model_names(incomplete: str) -> list[str]:
+    """For shell completion: models of the server that answers at the usual address; none where none does."""
+    try:
+        with open_client(None, timeout=0.5) as client:
+            data = get_json(client, "/v1/models").get("data") or []
+    except SpectralError:
+        return []
+    return [str(model["id"]) for model in data if str(model.get("id", "")).startswith(incomplete)]
 
 
 def get_json(client: httpx.Client, path: str, allowed: tuple[int, ...] = (200,)) -> Any:

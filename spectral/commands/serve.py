@@ -4,24 +4,45 @@ from __future__ import annotations
 
 import os
 import sys
+from enum import Enum
 from pathlib import Path
 
 import typer
+
+
+class LogLevel(str, Enum):
+    """How much the server logs."""
+
+    debug = "debug"
+    info = "info"
+    warning = "warning"
+    error = "error"
 
 
 def serve(
     config: Path | None = typer.Option(None, "--config", "-c", help="Configuration (default: the shipped one)."),
     host: str | None = typer.Option(None, "--host", help="Address to bind (default: as configured)."),
     port: int | None = typer.Option(None, "--port", min=0, max=65535, help="Port to bind (default: as configured)."),
+    log_level: LogLevel | None = typer.Option(None, "--log-level", help="How much to log (default: as configured)."),
 ) -> None:
     """Start the inference server."""
-    # The library does not import the server: it only knows how to start it.
-    command = [sys.executable, "-m", "server"]
-    if config is not None:
-        command += ["--config", str(config)]
-    if host is not None:
-        command += ["--host", host]
-    if port is not None:
-        command += ["--port", str(port)]
+    level = None if log_level is None else log_level.value
+    _become_server([], {"--config": config, "--host": host, "--port": port, "--log-level": level})
+
+
+def check(
+    config: Path | None = typer.Option(None, "--config", "-c", help="Configuration (default: the shipped one)."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+) -> None:
+    """Check a configuration without starting anything; exit status 1 where it is not valid."""
+    _become_server(["check", *(["--json"] if as_json else [])], {"--config": config})
+
+
+def _become_server(words: list[str], options: dict[str, object]) -> None:
+    """The library does not import the server: it only knows how to start it."""
+    command = [sys.executable, "-m", "server", *words]
+    for name, value in options.items():
+        if value is not None:
+            command += [name, str(value)]
     sys.stdout.flush()
     os.execv(sys.executable, command)

@@ -1,0 +1,88 @@
+"""What holds for every command: help for each option, one line for an error, an exit status, and completion."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from spectral.cli import app
+from spectral.commands import client
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def commands(command: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command with the words that name it."""
+    command = command or typer.main.get_command(app)
+    if hasattr(command, "commands"):
+        for name, inner in command.commands.items():
+            yield from commands(inner, (*path, name))
+    else:
+        yield path, command
+
+
+ALL = list(commands())
+
+
+@pytest.mark.parametrize(("path", "command"), ALL, ids=[" ".join(path) for path, _ in ALL])
+def test_every_command_and_option_says_what_it_does(path: tuple[str, ...], command: Any) -> None:
+    first = (command.help or "").splitlines()[0]
+    assert first.endswith(".") and first[0].isupper(), first
+    for parameter in command.params:
+        text = parameter.help
+        assert text and text.endswith((".", ")", ":")), (path, parameter.name)
+    wrong = CliRunner().invoke(app, [*path, "--no-such-option"])
+    assert wrong.exit_code == 2 and "--no-such-option" in wrong.output
+
+
+def spectral(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    command = [sys.executable, "-c", "from spectral.cli import main; main()", *words]
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_a_configuration_is_checked_without_starting(tmp_path: Path) -> None:
+    fine = spectral("check", "--json")
+    assert (fine.returncode, json.loads(fine.stdout)) == (0, {"valid": True, "models": ["demo-7m"]})
+    path = tmp_path / "config.yaml"
+    path.write_text("models: [{name: a, treads: 1}]")
+    faulty = spectral("check", "--config", str(path))
+    assert faulty.returncode == 1 and "models.0.treads" in faulty.stderr
+    told = spectral("check", "--config", str(path), "--json")
+    assert told.returncode == 1 and "models.0.treads" in json.loads(told.stdout)["error"]
+
+
+def test_the_shell_completes_commands_and_options() -> None:
+    words = {"_PYTHON_C_COMPLETE": "complete_bash", "_SPECTRAL_COMPLETE": "complete_bash"}
+    program = ["-c", "import sys; sys.argv[0] = 'spectral'; from spectral.cli import main; main()"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **words, "COMP_WORDS": "spectral ke", "COMP_CWORD": "1"}
+    done = subprocess.run([sys.executable, *program], env=env, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["keys"]
+    env |= {"COMP_WORDS": "spectral keys create --ad", "COMP_CWORD": "3"}
+    done = subprocess.run([sys.executable, *program], env=env, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["--admin"]
+
+
+def test_models_are_completed_only_from_a_server_that_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECTRAL_URL", "http://127.0.0.1:9")
+    assert client.model_names("d") == []
+    monkeypatch.setattr(client, "get_json", lambda *_: {"data": [{"id": "demo"}, {"id": "other"}]})
+    assert client.model_names("d") == ["demo"]
+
+
+@pytest.mark.parametrize(("key", "words"), [("", "is not set"), ("wrong", "is set")])
+def test_a_refused_key_is_explained(monkeypatch: pytest.MonkeyPatch, key: str, words: str) -> None:
+    import httpx
+
+    monkeypatch.setenv("SPECTRAL_API_KEY", key)
+    answer = httpx.Response(401, json={"error": {"message": "this server asks for an API key"}})
+    assert f"SPECTRAL_API_KEY {words}" in str(client.refusal(answer))
