@@ -71,6 +71,7 @@ class Generation:
         self.began = began
         self.accepted_at = began
         self._setting = ""
+        self.prompt: messages.PromptTokens | None = None
         self._notes = notes
         self._permit = permit
         metrics = scheduler.metrics
@@ -104,7 +105,9 @@ class Generation:
             if isinstance(item, messages.Failed):
                 self._over = True
                 raise self._failed(errors.ApiError(500, item.message, code=item.code))
-            if isinstance(item, messages.Delta):
+            if isinstance(item, messages.PromptTokens):
+                self.prompt = item
+            elif isinstance(item, messages.Delta):
                 self._measure(item)
                 yield item
             elif isinstance(item, messages.Finished):

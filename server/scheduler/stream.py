@@ -8,14 +8,7 @@ from collections import deque
 from server.worker import messages
 
 STREAM_EVENTS = 4096
-StreamItem = (
-    messages.Accepted
-    | messages.Rejected
-    | messages.Tokenized
-    | messages.Delta
-    | messages.Finished
-    | messages.Failed
-)
+StreamItem = messages.Told
 
 
 class SlowReader(Exception):

@@ -9,29 +9,39 @@ from pydantic import Field
 from server.errors import bad_request
 from server.schemas.base import Harmless, Request
 from server.schemas.chat import ChatMessage, ChatRequest
-from server.schemas.fields import MAX_TOKEN_ID, MAX_TOOLS, Limit, ModelName, Prompt
+from server.schemas.fields import MAX_TOKEN_ID, MAX_TOKENS, MAX_TOOLS, Limit, ModelName, Prompt
 from server.schemas.sampling import COMMON_HARMLESS, OpenAIFields, SamplingFields
 from server.schemas.tools import Tool, ToolUse
 from server.worker import messages as wire
 
 
 class CompletionRequest(OpenAIFields):
-    """POST /v1/completions; 16 tokens where max_tokens is not given, as the API has it."""
+    """POST /v1/completions; 16 tokens where max_tokens is not given, as the API has it, and none (0) only with echo."""
 
     harmless: ClassVar[Harmless] = {
         **COMMON_HARMLESS,
         "best_of": lambda value: value == 1 and value is not True,
-        "echo": lambda value: value is False,
         "suffix": lambda value: value == "",
     }
 
     prompt: Prompt
-    max_tokens: Limit | None = 16
+    max_tokens: int | None = Field(16, ge=0, le=MAX_TOKENS)
     logprobs: int | None = Field(None, ge=0, le=5)
+    echo: bool = False
 
     def submit(self, request_id: str) -> wire.Submit:
         """The message to the worker."""
-        sampling = self.sampling(n=self.n, logprobs=self.logprobs, max_tokens=self.max_tokens)
+        if self.max_tokens == 0 and not self.echo:
+            raise bad_request("max_tokens: must be at least 1, or 0 with echo", "max_tokens")
+        # One token is the least that is generated; with max_tokens 0 it is not shown.
+        limit = None if self.max_tokens is None else max(1, self.max_tokens)
+        shown = self.echo and (self.logprobs is not None or not isinstance(self.prompt, str))
+        sampling = self.sampling(
+            n=self.n,
+            logprobs=self.logprobs,
+            max_tokens=limit,
+            prompt_logprobs=(self.logprobs or 0) if shown else None,
+        )
         return wire.Submit(request_id, "completion", sampling, prompt=self.prompt, max_kl=self.max_kl)
 
 

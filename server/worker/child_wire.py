@@ -106,6 +106,7 @@ class EventTranslator:
     """Engine events to messages; knows the tokenizer for the texts of log probabilities."""
 
     def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
         self._token = lru_cache(maxsize=4096)(lambda token: _token(tokenizer, token))
 
     def __call__(self, event: types.Event) -> wire.ToParent | None:
@@ -113,6 +114,8 @@ class EventTranslator:
         if isinstance(event, types.Delta):
             logprobs = None if event.logprobs is None else [self._logprob(item) for item in event.logprobs]
             return wire.Delta(event.request_id, event.index, event.text, list(event.token_ids), logprobs)
+        if isinstance(event, types.PromptLogprobs):
+            return self._prompt(event)
         if isinstance(event, types.Finished):
             used = event.usage
             usage = wire.Usage(used.prompt_tokens, used.completion_tokens, used.kv_bytes, used.setting)
@@ -120,6 +123,11 @@ class EventTranslator:
         if isinstance(event, types.Failed):
             return failed(event.request_id, event.error)
         return None  # Started: the gateway counts from Accepted
+
+    def _prompt(self, event: types.PromptLogprobs) -> wire.PromptTokens:
+        text = str(self._tokenizer.decode([event.first, *(item.token_id for item in event.logprobs)]))
+        tokens = [self._logprob(item) for item in event.logprobs]
+        return wire.PromptTokens(event.request_id, text, self._token(event.first)[0], tokens)
 
     def _logprob(self, item: types.Logprob) -> wire.TokenLogprob:
         text, data = self._token(item.token_id)

@@ -70,6 +70,7 @@ class Sampling(msgspec.Struct, frozen=True):
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = {}
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     typical_p: float = 1.0
     grammar: Grammar | None = None
 
@@ -258,6 +259,18 @@ class Tokenized(msgspec.Struct, tag="tokenized", frozen=True):
     text: str
 
 
+class PromptTokens(msgspec.Struct, tag="prompt_tokens", frozen=True):
+    """The prompt's text and tokens, where `prompt_logprobs` asked for them; before the first Delta.
+
+    `first`: the text of its first token, which nothing predicts; `logprobs`: all other tokens.
+    """
+
+    request_id: str
+    text: str
+    first: str
+    logprobs: list[TokenLogprob]
+
+
 class Delta(msgspec.Struct, tag="delta", frozen=True):
     """New text of choice `index`. `text` may be empty where tokens do not make whole characters yet."""
 
@@ -312,9 +325,8 @@ class Stats(msgspec.Struct, tag="stats", frozen=True):
 
 
 ToWorker = Load | Submit | Tokenize | Cancel | SetProfile | Ping | Shutdown
-ToParent = (
-    Loading | Ready | LoadFailed | Accepted | Rejected | Tokenized | Delta | Finished | Failed | Pong | Done | Stats
-)
+Told = Accepted | Rejected | Tokenized | PromptTokens | Delta | Finished | Failed
+ToParent = Loading | Ready | LoadFailed | Told | Pong | Done | Stats
 AnyMessage = ToWorker | ToParent
 
 _encoder = msgspec.msgpack.Encoder()

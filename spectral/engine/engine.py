@@ -32,6 +32,7 @@ from spectral.engine.types import (
     GenerateRequest,
     Logprob,
     Message,
+    PromptLogprobs,
     Started,
     Usage,
 )
@@ -202,9 +203,12 @@ class Engine:
         )
         grammar = None if params.grammar is None else self._grammars.start(params.grammar)
         sampler = SamplerState(params, ids, index, grammar)
+        scores: dict[int, Logprob] | None = {} if params.prompt_logprobs is not None and index == 0 else None
+        # A prefix that is taken over is not computed, and so not scored: such a prompt shares its prefix with nobody.
+        salt = request.cache_salt if scores is None else f"{request.cache_salt}\0{request.request_id}"
         return Sequence(
             request.request_id, index, self._order, list(ids), len(ids), sampler=sampler, answer=answer,
-            priority=request.priority, tenant=request.tenant, salt=request.cache_salt, max_kl=request.max_kl,
+            priority=request.priority, tenant=request.tenant, salt=salt, max_kl=request.max_kl, scores=scores,
         )  # fmt: skip
 
     def cancel(self, request_id: str) -> None:
@@ -280,6 +284,10 @@ class Engine:
         if grammar is not None and grammar.error is not None:
             self._fail(sequence.request_id, grammar.error)
             return
+        if sequence.scores is not None:
+            found, sequence.scores = sequence.scores, None
+            logprobs = tuple(found[place] for place in range(1, sequence.prompt_length))
+            self._events.append(PromptLogprobs(sequence.request_id, sequence.tokens[0], logprobs))
         sequence.tokens.append(token)
         answer: Answer = sequence.answer
         reason = answer.push(token, logprob)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from spectral.engine.sampler import score_prompt
 from spectral.engine.scheduler import Part
 from spectral.engine.sequence import Sequence
 from spectral.hf import LoadedModel, attending
@@ -24,17 +25,24 @@ class Runner:
     def run(self, part: Part) -> tuple[list[Sequence], torch.Tensor]:
         """One forward. Returns the sequences that get a token now, in order, and their logits [sequences, V].
 
-        A sequence gets one when this step reaches its last token; chunks before that only fill the cache.
+        A sequence gets one when this step reaches its last token; chunks before that only fill the cache, and score the
+        prompt where that is wanted.
         """
         ids: list[int] = []
         positions: list[int] = []
         keep: list[int] = []
         sampling: list[Sequence] = []
+        scored: list[tuple[Sequence, int, int]] = []  # sequence, first position, positions
+        extra: list[int] = []
         for sequence, count in part.work:
             tokens, start = sequence.tokens, sequence.row.length
             if start + count == len(tokens):
                 keep.append(len(ids) + count - 1)
                 sampling.append(sequence)
+            if sequence.scores is not None and start < sequence.prompt_length - 1:
+                positions_scored = min(count, sequence.prompt_length - 1 - start)
+                scored.append((sequence, start, positions_scored))
+                extra.extend(range(len(ids), len(ids) + positions_scored))
             if count == 1:
                 ids.append(tokens[start])
                 positions.append(start)
@@ -43,7 +51,8 @@ class Runner:
                 positions.extend(range(start, start + count))
         flat = torch.tensor((ids, positions), device=self._device)[:, None]  # [2, 1, N]
         # 0 is transformers' word for "all"; an index would copy the hidden states.
-        kept: Any = 0 if len(keep) == len(ids) else torch.tensor(keep, dtype=torch.long, device=self._device)
+        all_kept = len(keep) == len(ids) and not extra
+        kept: Any = 0 if all_kept else torch.tensor(keep + extra, dtype=torch.long, device=self._device)
         with attending(self._model, part.batch):
             out = self._model(
                 input_ids=flat[0],
@@ -52,4 +61,10 @@ class Runner:
                 use_cache=False,
                 logits_to_keep=kept,
             )
-        return sampling, out.logits[0]
+        logits = out.logits[0]
+        if scored:
+            at = len(keep)
+            for sequence, start, count in scored:
+                score_prompt(sequence, start, logits[at : at + count])
+                at += count
+        return sampling, logits[: len(keep)]

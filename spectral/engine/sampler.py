@@ -8,11 +8,15 @@ from __future__ import annotations
 import random
 import secrets
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from spectral.engine.grammar import GrammarState
 from spectral.engine.types import Logprob, SamplingParams
+
+if TYPE_CHECKING:
+    from spectral.engine.sequence import Sequence as EngineSequence
 
 SHORTLIST = 1024
 """Candidates that nucleus sampling sorts first; the whole vocabulary is sorted only where they do not suffice."""
@@ -168,6 +172,21 @@ def _typical(weights: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
     ordered = p.gather(1, order)
     drop = torch.zeros_like(p, dtype=torch.bool).scatter(1, order, (ordered.cumsum(-1) - ordered) >= mass)
     return torch.where(drop & (mass < 1.0), torch.zeros_like(weights), weights)
+
+
+def score_prompt(sequence: EngineSequence, start: int, logits: torch.Tensor) -> None:
+    """Keep the log probabilities of a prompt's tokens start + 1, ...; `logits` [count, V] predict them."""
+    values = logits.float().log_softmax(-1)
+    tokens = sequence.tokens[start + 1 : start + 1 + values.shape[0]]
+    own = values.gather(1, torch.tensor(tokens, device=values.device)[:, None]).squeeze(1).tolist()
+    wanted = min(sequence.sampler.params.prompt_logprobs or 0, values.shape[1])
+    best = values.topk(wanted) if wanted else None
+    ids = best.indices.tolist() if best is not None else [[]] * len(tokens)
+    tops = best.values.tolist() if best is not None else [[]] * len(tokens)
+    assert sequence.scores is not None
+    for place, token in enumerate(tokens):
+        top = tuple(zip(ids[place], tops[place], strict=True))
+        sequence.scores[start + 1 + place] = Logprob(token, own[place], top)
 
 
 def _logprob(logits: torch.Tensor, token: int, wanted: int | None) -> Logprob | None:

@@ -19,6 +19,7 @@ class Sequence:
         row: its row in the lane's store, None while it waits. The row holds tokens[: row.length].
         parked: its row in host memory, to go on from; keep: tokens of it that are still right (None: all).
         started: it has left the queue once; resumed: its row did not begin as a prompt, so it makes no prefix entries.
+        scores: log probabilities of the prompt's tokens by position, as far as they are computed; None: not wanted.
         keys: what spectral.engine.prefix knows it by; sampler: its SamplerState; answer: its Answer.
     """
 
@@ -39,6 +40,7 @@ class Sequence:
     keep: int | None = None
     started: bool = False
     resumed: bool = False
+    scores: dict[int, Any] | None = None
     keys: tuple[bytes, list[bytes]] | None = None
 
     @property

@@ -76,6 +76,7 @@ class SamplingParams:
         seed: the same seed gives the same text; None draws one. Choice i of n uses its own stream of the seed.
         stop: strings that end the answer and are not part of it.
         logprobs: None for none, else how many of the most probable tokens to report beside the chosen one.
+        prompt_logprobs: as logprobs, for the prompt's own tokens; None for none. The prompt is then computed anew.
         ignore_eos: go on past the model's end token (for measurements).
         grammar: what the answer must look like; None for anything.
     """
@@ -93,6 +94,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     ignore_eos: bool = False
     typical_p: float = 1.0
     grammar: Grammar | None = None
@@ -118,8 +120,9 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             _integer("logit_bias", token, 0, None, "a map from token ids to numbers")
             _number("logit_bias", bias, -100.0, 100.0, "between -100 and 100")
-        if self.logprobs is not None:
-            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}")
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 0, MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}")
 
     @property
     def penalised(self) -> bool:
@@ -252,6 +255,15 @@ class Delta:
 
 
 @dataclass(frozen=True)
+class PromptLogprobs:
+    """The prompt's tokens under the model, all but the first (which nothing predicts); before the first Delta."""
+
+    request_id: str
+    first: int
+    logprobs: tuple[Logprob, ...]
+
+
+@dataclass(frozen=True)
 class Finished:
     """Choice `index` ended."""
 
@@ -269,7 +281,7 @@ class Failed:
     error: Exception
 
 
-Event: TypeAlias = Started | Delta | Finished | Failed
+Event: TypeAlias = Started | PromptLogprobs | Delta | Finished | Failed
 
 
 @dataclass(frozen=True)

@@ -186,6 +186,9 @@ class Worker:
 
     def answer(self, message: m.Submit) -> None:
         """Three words for each choice."""
+        if message.sampling.prompt_logprobs is not None:
+            scores = [m.TokenLogprob("lo", -0.25, [], [m.TopLogprob("lo", -0.25), m.TopLogprob("p", -2.0)])]
+            self.channel.send(m.PromptTokens(message.request_id, "hello", "hel", scores))
         for index in range(message.sampling.n):
             for token, word in enumerate(("one ", "two ", "three ")):
                 top = [m.TopLogprob(word, -0.5, list(word.encode()))]

@@ -219,6 +219,29 @@ def test_tokens_and_back(server: Running, prefix: str) -> None:
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
 
 
+def test_the_prompt_is_scored_and_shown(server: Running, official: openai.OpenAI) -> None:
+    """As lm-eval asks: the log probabilities of a prompt's own tokens."""
+    answer = official.completions.create(model="demo", prompt="hello", echo=True, logprobs=1, max_tokens=1)
+    choice = answer.choices[0]
+    assert choice.text == "helloone two three " and choice.logprobs is not None
+    assert choice.logprobs.tokens == ["hel", "lo", "one ", "two ", "three "]
+    assert choice.logprobs.token_logprobs == [None, -0.25, -0.5, -0.5, -0.5]
+    assert choice.logprobs.top_logprobs is not None and choice.logprobs.top_logprobs[1] == {"lo": -0.25, "p": -2.0}
+    assert choice.logprobs.text_offset == [0, 3, 5, 9, 13]
+    only = official.completions.create(model="demo", prompt=[1, 2], echo=True, logprobs=0, max_tokens=0)
+    assert only.choices[0].text == "hello" and only.choices[0].logprobs is not None
+    assert only.choices[0].logprobs.tokens == ["hel", "lo"]
+    assert only.usage is not None and only.usage.completion_tokens == 0
+    stream = official.completions.create(model="demo", prompt="hello", echo=True, logprobs=1, stream=True, n=2)
+    pieces = [c for chunk in stream for c in chunk.choices if c.index == 1]
+    assert "".join(c.text for c in pieces) == "helloone two three "
+    assert [t for c in pieces if c.logprobs for t in c.logprobs.tokens or []][:3] == ["hel", "lo", "one "]
+    plain = official.completions.create(model="demo", prompt="hello", echo=True)
+    assert plain.choices[0].text == "helloone two three " and plain.choices[0].logprobs is None
+    refused = server.client.post("/v1/completions", json={"model": "demo", "prompt": "hello", "max_tokens": 0})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "max_tokens")
+
+
 def test_quality_is_asked_for_and_told(server: Running, official: openai.OpenAI) -> None:
     fine = official.chat.completions.with_raw_response.create(
         model="demo", messages=ask("hello"), extra_body={"kv_quality": {"max_kl": 0.05}}

@@ -109,7 +109,7 @@ def test_harmless_values_are_accepted() -> None:
     harmless = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "audio": None, "store": False}
     parsed = schemas.parse(schemas.ChatRequest, {**OK, **harmless, "temperature": None, "messages": [answer]})
     assert (parsed.temperature, parsed.messages[0].content) == (1.0, "hi")
-    completion = schemas.parse(schemas.CompletionRequest, {"model": "m", "prompt": ["x"], "echo": False, "best_of": 1})
+    completion = schemas.parse(schemas.CompletionRequest, {"model": "m", "prompt": ["x"], "suffix": "", "best_of": 1})
     assert (completion.prompt, completion.max_tokens) == ("x", 16)
 
 
