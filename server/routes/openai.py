@@ -9,11 +9,11 @@ from fastapi.responses import JSONResponse, Response
 
 from server import errors, schemas, sse
 from server.answers.chat import Chat
-from server.answers.completion import Completion
+from server.answers.completion import Completions
 from server.answers.responses import Responses
 from server.auth import Caller, caller_of
 from server.documents import body, failures, streamed
-from server.gateway import Gateway, setting_info, unless_gone
+from server.gateway import Gateway, Generation, setting_info, unless_gone
 from server.routes.body import read_json
 from server.scheduler.loop import Scheduler, Slot
 
@@ -33,8 +33,26 @@ async def chat_completions(request: Request) -> Response:
 
 @router.post("/completions", openapi_extra=body(schemas.CompletionRequest), responses=streamed())
 async def completions(request: Request) -> Response:
-    """Text completion, streamed or whole."""
-    return await _answer(request, schemas.CompletionRequest, Completion, _COMPLETION_NAMES)
+    """Text completion of one prompt or several, streamed or whole."""
+    gateway: Gateway = request.app.state.gateway
+    server = gateway.scheduler.settings.server
+    asked = schemas.parse(schemas.CompletionRequest, await read_json(request, server))
+    generations: list[Generation] = []
+    try:
+        for one in asked.split():
+            generations.append(await gateway.open(one, request, _COMPLETION_NAMES))
+    except BaseException:  # also a cancellation: the prompts before it must not go on for nobody
+        for generation in generations:
+            await generation.close()
+        raise
+    answer = Completions(generations, asked)
+    if asked.stream:
+        return sse.EventStream(answer.events(), answer.close, answer.headers, ping_s=server.ping_seconds)
+    try:
+        whole = await unless_gone(request, answer.whole())
+    finally:
+        await answer.close()
+    return JSONResponse(whole, headers=answer.headers)
 
 
 @router.post("/responses", openapi_extra=body(schemas.ResponsesRequest), responses=streamed())

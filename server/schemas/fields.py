@@ -14,6 +14,7 @@ MAX_TOKEN_ID = 2**31
 MAX_BIASES = 1024
 MAX_STOPS, MAX_STOP_CHARACTERS = 4, 1024
 MAX_TOOLS = 128
+MAX_PROMPTS = 64
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -67,6 +68,14 @@ def _prompt(value: Any) -> str | list[int]:
     raise ValueError("must be one non-empty string, or one non-empty list of token ids")
 
 
+def _prompts(value: Any) -> list[str | list[int]]:
+    many = isinstance(value, list) and bool(value) and all(isinstance(item, (str, list)) for item in value)
+    prompts = value if many else [value]
+    if len(prompts) > MAX_PROMPTS:
+        raise ValueError(f"must not be more than {MAX_PROMPTS} prompts")
+    return [_prompt(prompt) for prompt in prompts]
+
+
 _string: dict[str, Any] = {"type": "string"}
 _ids: dict[str, Any] = {
     "type": "array",
@@ -93,6 +102,13 @@ _biases: dict[str, Any] = {
 Text = Annotated[str, BeforeValidator(join_parts), WithJsonSchema({"anyOf": [_string, _parts]})]
 Stop = Annotated[tuple[str, ...], BeforeValidator(check_stop), WithJsonSchema({"anyOf": [_short, _stops]})]
 Bias = Annotated[dict[int, float], BeforeValidator(_bias), WithJsonSchema(_biases)]
+_texts: dict[str, Any] = {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS, "items": _some}
+_lists: dict[str, Any] = {**_texts, "items": _ids}
+Prompts = Annotated[
+    list[str | list[int]],
+    BeforeValidator(_prompts),
+    WithJsonSchema({"anyOf": [_some, _ids, _texts, _lists]}),
+]
 Prompt = Annotated[str | list[int], BeforeValidator(_prompt), WithJsonSchema({"anyOf": [_some, _ids]})]
 ModelName = Annotated[str, Field(min_length=1, max_length=300, description="A configured model, or an alias of one.")]
 Probability = Annotated[float, Field(gt=0, le=1)]

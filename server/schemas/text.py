@@ -9,7 +9,7 @@ from pydantic import Field
 from server.errors import bad_request
 from server.schemas.base import Harmless, Request
 from server.schemas.chat import ChatMessage, ChatRequest
-from server.schemas.fields import MAX_TOKEN_ID, MAX_TOKENS, MAX_TOOLS, Limit, ModelName, Prompt
+from server.schemas.fields import MAX_TOKEN_ID, MAX_TOKENS, MAX_TOOLS, Limit, ModelName, Prompt, Prompts
 from server.schemas.sampling import COMMON_HARMLESS, OpenAIFields, SamplingFields
 from server.schemas.tools import Tool, ToolUse
 from server.worker import messages as wire
@@ -24,25 +24,30 @@ class CompletionRequest(OpenAIFields):
         "suffix": lambda value: value == "",
     }
 
-    prompt: Prompt
+    prompt: Prompts
     max_tokens: int | None = Field(16, ge=0, le=MAX_TOKENS)
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool = False
 
+    def split(self) -> list[CompletionRequest]:
+        """One request for each prompt."""
+        return [self.model_copy(update={"prompt": [prompt]}) for prompt in self.prompt]
+
     def submit(self, request_id: str) -> wire.Submit:
-        """The message to the worker."""
+        """The message to the worker, for the first prompt."""
         if self.max_tokens == 0 and not self.echo:
             raise bad_request("max_tokens: must be at least 1, or 0 with echo", "max_tokens")
         # One token is the least that is generated; with max_tokens 0 it is not shown.
         limit = None if self.max_tokens is None else max(1, self.max_tokens)
-        shown = self.echo and (self.logprobs is not None or not isinstance(self.prompt, str))
+        prompt = self.prompt[0]
+        shown = self.echo and (self.logprobs is not None or not isinstance(prompt, str))
         sampling = self.sampling(
             n=self.n,
             logprobs=self.logprobs,
             max_tokens=limit,
             prompt_logprobs=(self.logprobs or 0) if shown else None,
         )
-        return wire.Submit(request_id, "completion", sampling, prompt=self.prompt, max_kl=self.max_kl)
+        return wire.Submit(request_id, "completion", sampling, prompt=prompt, max_kl=self.max_kl)
 
 
 class GenerateRequest(SamplingFields):

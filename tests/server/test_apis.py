@@ -242,6 +242,45 @@ def test_the_prompt_is_scored_and_shown(server: Running, official: openai.OpenAI
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "max_tokens")
 
 
+def test_several_prompts_are_answered_in_their_order(server: Running, official: openai.OpenAI) -> None:
+    answer = official.completions.create(model="demo", prompt=["hello", "echo", "hello"], n=2, logprobs=1)
+    assert [choice.index for choice in answer.choices] == list(range(6))
+    texts = [choice.text for choice in answer.choices]
+    assert texts[0] == texts[1] == texts[4] == texts[5] == "one two three " and '"prompt":"echo"' in texts[2]
+    assert answer.usage is not None and (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (15, 14)
+    stream = official.completions.create(
+        model="demo", prompt=[[1, 2], [3]], n=2, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    pieces = [choice for chunk in chunks for choice in chunk.choices]
+    for index in range(4):
+        assert "".join(c.text for c in pieces if c.index == index) == "one two three "
+        assert [c.finish_reason for c in pieces if c.index == index][-1] == "stop"
+    assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 12
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+@pytest.mark.parametrize("bad", ["fail", "long", "full"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_one_prompt_that_fails_ends_the_others(server: Running, bad: str, stream: bool) -> None:
+    before = server.cancelled()
+    body = {"model": "demo", "prompt": ["forever", bad, "forever"], "stream": stream}
+    answer = server.client.post("/v1/completions", json=body)
+    assert '"error"' in answer.text and "[DONE]" not in answer.text
+    assert answer.status_code == {"fail": 200 if stream else 500, "long": 400, "full": 429}[bad]
+    server.until(lambda: server.cancelled() == before + (2 if bad == "fail" else 1))
+    assert server.slot().streams == {}
+
+
+def test_a_client_of_several_prompts_that_goes_away_frees_all(server: Running) -> None:
+    for stream in (True, False):
+        before = server.cancelled()
+        with server.connect("/v1/completions", {"model": "demo", "prompt": ["forever"] * 3, "stream": stream}):
+            server.until(lambda: server.slot().stats.running == 3)
+        server.until(lambda before=before: server.cancelled() == before + 3)
+        assert server.slot().streams == {}
+
+
 def test_quality_is_asked_for_and_told(server: Running, official: openai.OpenAI) -> None:
     fine = official.chat.completions.with_raw_response.create(
         model="demo", messages=ask("hello"), extra_body={"kv_quality": {"max_kl": 0.05}}

@@ -110,13 +110,14 @@ def test_harmless_values_are_accepted() -> None:
     parsed = schemas.parse(schemas.ChatRequest, {**OK, **harmless, "temperature": None, "messages": [answer]})
     assert (parsed.temperature, parsed.messages[0].content) == (1.0, "hi")
     completion = schemas.parse(schemas.CompletionRequest, {"model": "m", "prompt": ["x"], "suffix": "", "best_of": 1})
-    assert (completion.prompt, completion.max_tokens) == ("x", 16)
+    assert (completion.prompt, completion.max_tokens) == (["x"], 16)
 
 
-@pytest.mark.parametrize("prompt", ["", [], [[]], ["a", "b"], [1, -1], [2**70], [True], 5, None])
-def test_a_prompt_is_one_text_or_one_list_of_ids(prompt: Any) -> None:
+@pytest.mark.parametrize("schema", [schemas.CompletionRequest, schemas.GenerateRequest])
+@pytest.mark.parametrize("prompt", ["", [], [[]], ["a", ""], ["a", 1], [1, -1], [2**70], [True], 5, None, ["x"] * 65])
+def test_a_prompt_is_a_text_or_a_list_of_ids(schema: Any, prompt: Any) -> None:
     with pytest.raises(ApiError) as caught:
-        schemas.parse(schemas.CompletionRequest, {"model": "m", "prompt": prompt})
+        schemas.parse(schema, {"model": "m", "prompt": prompt})
     assert (caught.value.status, caught.value.param) == (400, "prompt")
 
 
