@@ -11,54 +11,33 @@ import contextvars
 import ipaddress
 import json
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
     SecretStr,
     ValidationError,
-    WithJsonSchema,
     model_validator,
 )
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError
 
 from server.config_auth import AuthSettings
+from server.config_memory import Bytes, DefaultMemory, MemorySettings, ModelMemory, Section
 from server.worker import messages
 from server.yaml_source import YamlSource
 
 ENV_PREFIX, ENV_DELIMITER = "SPECTRAL_", "__"
 _OVERRIDES: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("_OVERRIDES", default=None)
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 class ConfigError(Exception):
     """The configuration cannot be used; the message names the field and the remedy."""
 
 
-def parse_bytes(value: Any) -> Any:
-    """512 -> 512, "512MiB" -> 536870912. Raises ValueError for text that is no size."""
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
-    if match is None or match[2].upper() not in _UNITS:
-        raise ValueError('write a number of bytes, or a size such as "512MiB" or "2GiB"')
-    return int(float(match[1]) * _UNITS[match[2].upper()])
-
-
-Bytes = Annotated[
-    int,
-    BeforeValidator(parse_bytes),
-    Field(ge=1),
-    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "examples": ["512MiB"]}]}),
-]
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:@-]*$")]
 
 
@@ -70,11 +49,7 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ServerSettings(_Section):
+class ServerSettings(Section):
     """Where and how the gateway listens."""
 
     host: str = Field("127.0.0.1", description="Address to listen on; a public one needs keys (see auth).")
@@ -95,7 +70,7 @@ class ServerSettings(_Section):
     drain_seconds: float = Field(10.0, ge=0, description="Time that running requests get at shutdown.")
 
 
-class LogSettings(_Section):
+class LogSettings(Section):
     """What the log looks like. Prompts and answers are never in it, nor are keys."""
 
     format: Literal["console", "json"] = Field("console", description="json: one object per line.")
@@ -103,7 +78,7 @@ class LogSettings(_Section):
     access: bool = Field(True, description="A line for each request.")
 
 
-class LimitSettings(_Section):
+class LimitSettings(Section):
     """A model's limits; null means the model's own maximum."""
 
     context_length: int | None = Field(None, ge=2, description="Longest prompt plus answer, in tokens.")
@@ -121,7 +96,7 @@ SettingName = Annotated[str, Field(min_length=1)]
 Threads = Annotated[int, Field(ge=1, le=1024)]
 
 
-class DefaultSettings(_Section):
+class DefaultSettings(DefaultMemory):
     """Values for all models that do not give their own; null leaves the model's own default."""
 
     quantization: Quantization | None = None
@@ -133,7 +108,7 @@ class DefaultSettings(_Section):
     threads: Threads | None = None
 
 
-class ModelSettings(_Section):
+class ModelSettings(ModelMemory):
     """One model and its worker process."""
 
     name: Name = Field(description="The name that requests use.")
@@ -205,6 +180,7 @@ class Settings(BaseSettings):
     server: ServerSettings = ServerSettings()
     auth: AuthSettings = AuthSettings()
     logging: LogSettings = LogSettings()
+    memory: MemorySettings = MemorySettings()
     defaults: DefaultSettings = DefaultSettings()
     models: tuple[ModelSettings, ...] = Field(min_length=1, description="The models to serve.")
 

@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from server.worker import messages
 
-STATES = ("cold", "loading", "hot", "failed", "stopping")
+STATES = ("cold", "loading", "hot", "asleep", "failed", "stopping")
 _LATENCY = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
 

@@ -136,6 +136,11 @@ class Ledger:
             account.holdings.pop(model, None)
             account.pids.pop(model, None)
 
+    def drop(self, model: str, device: str) -> None:
+        """The model holds nothing on this device any more."""
+        if device in self.accounts:
+            self.accounts[device].holdings.pop(model, None)
+
     def of(self, model: str) -> dict[str, Holding]:
         """What a model holds, by device."""
         return {a.name: a.holdings[model] for a in self.accounts.values() if model in a.holdings}

@@ -1,6 +1,7 @@
 """The single owner of the workers' state: loads them once, watches them, replaces them, ends them.
 
-States: cold (no worker), loading, hot, failed (waiting for the next try, or for a person), stopping (the server ends).
+States: cold (no worker), loading, hot, asleep (its weights are in host memory), failed (waiting for the next try, or
+for a person), stopping (the server ends). Where and when a model loads, sleeps and wakes is decided in memory.py.
 Everything here runs on the gateway's event loop; nothing else changes a slot.
 """
 
@@ -11,10 +12,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
-
-import msgspec
 
 from server import errors
 from server.aio import within
@@ -22,6 +20,8 @@ from server.config import ModelSettings, Settings
 from server.events import EventLog
 from server.metrics import Metrics
 from server.scheduler import policy
+from server.scheduler.memory import MemoryManager, NoRoom
+from server.scheduler.slots import Slot
 from server.scheduler.stream import RequestStream, StreamItem
 from server.worker import messages
 from server.worker.process import DEFAULT_COMMAND, WorkerProcess
@@ -29,46 +29,6 @@ from server.worker.process import DEFAULT_COMMAND, WorkerProcess
 log = logging.getLogger("spectral.scheduler")
 
 PINGS_PER_SILENCE = 6
-
-
-@dataclass
-class Slot:
-    """One configured model and what is known about its worker."""
-
-    settings: ModelSettings
-    state: str = "cold"
-    stage: str = ""
-    fraction: float = 0.0
-    error: str = ""
-    permanent: bool = False
-    failures: int = 0
-    restarts: int = 0
-    next_start: float = 0.0
-    hot_since: float | None = None
-    last_pong: float = 0.0
-    worker: WorkerProcess | None = None
-    ready: messages.Ready | None = None
-    stats: messages.Stats = field(default_factory=messages.Stats)
-    streams: dict[str, RequestStream] = field(default_factory=dict)
-    waiting: int = 0
-    pinned: bool = False
-    profile: str | None = None  # the file of an activated profile, instead of the configured or shipped one
-    setting: str | None = None  # chosen by hand, instead of the configured one
-    unloading: bool = False
-    commands: dict[str, asyncio.Future[None]] = field(default_factory=dict)
-    task: asyncio.Task[None] | None = None
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @property
-    def name(self) -> str:
-        """The model's configured name."""
-        return self.settings.name
-
-    def load_message(self) -> messages.Load:
-        """What the worker is told to load: as configured, with what was chosen since."""
-        message = self.settings.load_message()
-        changes = {"profile": self.profile, "setting": self.setting}
-        return msgspec.structs.replace(message, **{name: value for name, value in changes.items() if value is not None})
 
 
 class Scheduler:
@@ -89,9 +49,11 @@ class Scheduler:
         self.slots: dict[str, Slot] = {model.name: Slot(model) for model in settings.models}
         for name in self.slots:
             metrics.set_state(name, "cold")
+        self.memory = MemoryManager(self)
 
     def start(self) -> None:
         """Begin to load the startup models; returns at once."""
+        self.memory.start()
         for slot in self.slots.values():
             if slot.settings.load == "startup":
                 self._launch(slot)
@@ -114,19 +76,23 @@ class Scheduler:
             while slot.settings.load == "startup" and slot.state not in ("hot", "failed"):
                 await self._next_change(slot)
 
-    async def ensure(self, slot: Slot) -> WorkerProcess:
-        """The model's hot worker; starts one load for all who wait. Raises ApiError 429 or 503."""
+    async def ensure(self, slot: Slot, keep_alive: float | None = None) -> WorkerProcess:
+        """The model's hot worker; starts one load for all who wait. `keep_alive`: seconds that the model stays hot
+        after this request, negative for ever, None as configured. Raises ApiError 429 or 503."""
+        self.memory.requested(slot, keep_alive)
         if slot.state == "hot" and slot.worker is not None:
             return slot.worker
         if slot.waiting >= slot.settings.limits.max_queue + slot.settings.limits.max_concurrency:
             raise errors.queue_full("too many requests wait for this model to load")
         slot.waiting += 1
+        self.memory.report(slot)
         try:
             return await within(self.settings.server.load_wait_seconds, self._until_hot(slot))
         except asyncio.TimeoutError:
             raise self._unavailable(slot) from None
         finally:
             slot.waiting -= 1
+            self.memory.report(slot)
 
     async def _until_hot(self, slot: Slot) -> WorkerProcess:
         while True:
@@ -170,6 +136,7 @@ class Scheduler:
             return stream
         slot.streams[message.request_id] = stream
         worker.send(message)
+        self.memory.report(slot)
         return stream
 
     def release(self, slot: Slot, stream: RequestStream, *, cancel: bool) -> None:
@@ -177,6 +144,7 @@ class Scheduler:
         stream.close()
         if slot.streams.pop(stream.request_id, None) is not None and cancel and slot.worker is not None:
             slot.worker.send(messages.Cancel(stream.request_id))
+        self.memory.report(slot)
 
     # ------------------------------------------------------------------------------------------ by hand
 
@@ -184,6 +152,7 @@ class Scheduler:
         """Serve one more model; it is loaded now if it is a startup model. `prepare` gets its slot before that."""
         slot = self.slots[settings.name] = Slot(settings)
         prepare(slot)
+        self.memory.adopt(slot)
         self.metrics.set_state(slot.name, "cold")
         if settings.load == "startup":
             self._launch(slot)
@@ -219,6 +188,14 @@ class Scheduler:
         finally:
             slot.commands.pop(ident, None)
 
+    def set_state(self, slot: Slot, state: str, reason: str = "") -> None:
+        """For the memory manager: a model fell asleep, or is hot again."""
+        self._set(slot, state, reason)
+
+    def launch(self, slot: Slot) -> None:
+        """For the memory manager: begin to load, as soon as there is room."""
+        self._launch(slot)
+
     def note(self, kind: str, reason: str, slot: Slot, **detail: Any) -> None:
         """Write an event about a model."""
         if self.events is not None:
@@ -244,6 +221,7 @@ class Scheduler:
             await asyncio.gather(*tasks, return_exceptions=True)
         for slot in self.slots.values():
             self._set(slot, "cold")
+        await self.memory.stop()
 
     def hurry(self) -> None:
         """Let a running or coming :meth:`stop` wait for nobody."""
@@ -264,12 +242,18 @@ class Scheduler:
             slot.permanent = False
             self._set(slot, "loading")
             try:
+                slot.granted = await self.memory.room(slot)
+                slot.load_began = time.monotonic()
                 await self._run_worker(slot)
+            except NoRoom as error:
+                slot.error, slot.permanent = str(error), True
             except OSError as error:
                 slot.error = f"its worker cannot be started: {error}"
             except Exception as error:  # whatever it is, the other models go on and this one is tried again
                 log.exception("model %s: the supervision of its worker failed", slot.name)
                 slot.error = f"internal error: {type(error).__name__}: {error}"
+            finally:
+                self.memory.gone(slot)
             if self._closing or slot.unloading:
                 break
             hot_for = None if slot.hot_since is None else time.monotonic() - slot.hot_since
@@ -320,7 +304,7 @@ class Scheduler:
     def _forget_worker(self, slot: Slot) -> None:
         """Nobody works for this slot any more: its streams end, its gauges are zero."""
         slot.worker, slot.ready = None, None
-        if slot.state == "hot":
+        if slot.state in ("hot", "asleep"):
             self._set(slot, "loading")
         for stream in slot.streams.values():
             stream.put(None)
@@ -363,16 +347,29 @@ class Scheduler:
                 answer.set_exception(refusal) if refusal is not None else answer.set_result(None)
         elif isinstance(message, messages.Loading):
             slot.stage, slot.fraction = message.stage, message.fraction
+        elif isinstance(message, messages.Footprint):
+            slot.footprint = message
+            self.memory.footprint(slot, message)
         elif isinstance(message, messages.Ready):
-            slot.ready, slot.hot_since, slot.error = message, time.monotonic(), ""
-            self.metrics.set_ready(slot.name, message)
-            self._set(slot, "hot", f"setting {message.setting}")
+            self._take_ready(slot, message)
         elif isinstance(message, messages.LoadFailed):
             slot.error, slot.permanent = message.message, message.permanent
+
+    def _take_ready(self, slot: Slot, message: messages.Ready) -> None:
+        """The first one of a worker says that it is hot; later ones say what its setting is now."""
+        before, slot.ready = slot.state, message
+        self.metrics.set_ready(slot.name, message)
+        if before == "loading":
+            slot.hot_since, slot.error = time.monotonic(), ""
+            self.memory.hot(slot, time.monotonic() - slot.load_began)
+            self._set(slot, "hot", f"setting {message.setting}")
+        else:
+            self.memory.described(slot)
 
     def _take_stats(self, slot: Slot, stats: messages.Stats) -> None:
         slot.stats = stats
         self.metrics.set_stats(slot.name, stats)
+        self.memory.report(slot)
 
     def _set(self, slot: Slot, state: str, reason: str = "") -> None:
         if slot.state != state:

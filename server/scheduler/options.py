@@ -28,12 +28,15 @@ def options(model: Demand, devices: Sequence[Device]) -> list[Choice]:
     penalty, so that a plan always exists.
     """
     found = [] if model.resting and not (model.busy or model.needed or model.pinned) else _hot(model, devices)
+    # Requests of a model that is away have it loaded first and then pay for quality like all others.
+    finest = min((rung.kl for rung in _rungs(model)), default=0.0) * KL_SECONDS
     host = {device.name: device for device in devices}.get(HOST)
     if model.can_sleep and not model.busy and host is not None and model.weights <= host.budget:
-        cost = _traffic(model) * model.wake_s + _away(model) + switch_cost(model, ASLEEP, (), model.now.setting)
+        cost = _traffic(model) * (model.wake_s + finest) + _away(model)
+        cost += switch_cost(model, ASLEEP, (), model.now.setting)
         found.append(Choice(model.name, ASLEEP, ((HOST, model.weights),), model.now.setting, cost=cost))
     if not (model.busy and found):
-        cost = _traffic(model) * model.load_s + _away(model) + switch_cost(model, COLD, (), "")
+        cost = _traffic(model) * (model.load_s + finest) + _away(model) + switch_cost(model, COLD, (), "")
         found.append(Choice(model.name, COLD, cost=cost))
     return found
 
@@ -56,7 +59,7 @@ def switch_cost(model: Demand, residency: str, devices: tuple[str, ...], setting
             if now.setting == setting:
                 return 0.0
             names = [rung.name for rung in model.rungs]
-            finer = now.setting in names and names.index(setting) < names.index(now.setting)
+            finer = now.setting not in names or names.index(setting) < names.index(now.setting)
             return RELAX_S if finer else SQUEEZE_S / HORIZON_S  # an empty cache changes its setting for nothing
         # One that sleeps wakes on the devices that it left.
         wakes = now.residency == ASLEEP and now.devices in ((), devices)

@@ -80,6 +80,9 @@ def _present(models: Sequence[Demand], search: Search) -> np.ndarray | None:
 
 def _best(search: Search, stay: np.ndarray | None, solve: bool, time_limit_s: float) -> tuple[np.ndarray, str]:
     """The best of several starts, each improved, and of the solver's answer; and which it was."""
+    best = np.array([search.first[m] + int(np.argmin(search.cost[search.owner == m])) for m in range(search.models)])
+    if search.fits(best):  # everybody has what is best for it: nothing to solve, and SciPy is not even loaded
+        return best, "exact"
     starts: list[np.ndarray] = [] if stay is None else [stay]
     price: np.ndarray | None = None
     small = len(search.options) <= EXACT_OPTIONS or time_limit_s >= PATIENT_S

@@ -23,6 +23,8 @@ RELAX_AFTER_S = 60.0
 """A squeezed model gets a finer setting again only after so long without a squeeze, and only while it holds nothing."""
 REPLAN_S = 30.0
 RETRY_S = 1.0
+REFUSED_S = 30.0
+"""A model whose worker did not do as it was told is planned around for so long."""
 LEASE_SLACK = 0.1
 """A lease that would grow by less than this part is left alone."""
 
@@ -76,6 +78,7 @@ class Ward:
     used_at: float = 0.0
     keep_alive_s: float | None = None
     squeezed_at: float = -math.inf
+    refused_at: float = -math.inf
     pinned: bool = False
 
     def rate_at(self, now: float) -> float:
@@ -154,9 +157,10 @@ class Steward:
             self._dirty = True
         ward.running, ward.waiting, ward.kv_tokens = running, waiting, kv_tokens
 
-    def moved(self, name: str, placement: Placement, lease: int, now: float) -> None:
-        """A move ended, or failed: this is where the model is now."""
+    def moved(self, name: str, placement: Placement, lease: int, now: float, *, refused: bool = False) -> None:
+        """A move ended, or failed: this is where the model is now. One that was `refused` is left alone for a while."""
         ward = self.wards[name]
+        ward.refused_at = now if refused else ward.refused_at
         if ward.now.residency == HOT and placement.setting != ward.now.setting:
             ward.squeezed_at = now
         ward.now, ward.lease, ward.moving = placement, lease, None
@@ -184,10 +188,12 @@ class Steward:
         facts, wishes, at = ward.facts, ward.wishes, ward.moving or ward.now
         floor = min(wishes.min_context, facts.context)
         sequences = max(1, wishes.max_concurrency)
+        fixed = at.residency == HOT and (ward.moving is not None or now - ward.refused_at < REFUSED_S)
+        rungs = tuple(rung for rung in facts.rungs if rung.name == at.setting) if fixed else ()
         return Demand(
             name=ward.name,
             weights=facts.weights,
-            rungs=facts.rungs,
+            rungs=rungs or facts.rungs,
             overhead=facts.overhead,
             tokens=max(floor, math.ceil(ward.peak_tokens * 1.25)),
             sequences=max(sequences, math.ceil(ward.peak_sequences)),
@@ -205,7 +211,7 @@ class Steward:
             splittable=wishes.splittable,
             pinned=wishes.pinned or ward.pinned,
             needed=ward.waiting > 0,
-            busy=at.residency == HOT and (ward.running > 0 or ward.moving is not None),
+            busy=at.residency == HOT and (ward.running > 0 or fixed),
             live=at.residency == HOT and (ward.kv_tokens > 0 or now - ward.squeezed_at < RELAX_AFTER_S),
             resting=ward.resting(now),
             now=at,

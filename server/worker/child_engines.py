@@ -45,15 +45,16 @@ class Engines:
     @property
     def has_work(self) -> bool:
         """True if `step` has something to do or to tell."""
-        return any(engine.has_work for engine in self._all)
+        return any(engine.has_work for engine in self.all)
 
     @property
     def live(self) -> list[str]:
         """Ids of the requests that wait or run."""
-        return [ident for engine in self._all for ident in engine.live]
+        return [ident for engine in self.all for ident in engine.live]
 
     @property
-    def _all(self) -> list[Engine]:
+    def all(self) -> list[Engine]:
+        """Every engine that holds a cache."""
         return [*self._retiring, self.current]
 
     def replace(self, built: Built) -> None:
@@ -64,24 +65,24 @@ class Engines:
 
     def cancel(self, request_id: str) -> None:
         """End a request, whichever engine has it."""
-        for engine in self._all:
+        for engine in self.all:
             engine.cancel(request_id)
 
     def step(self) -> list[types.Event]:
         """One step of every engine that has work."""
-        events = [event for engine in self._all if engine.has_work for event in engine.step()]
+        events = [event for engine in self.all if engine.has_work for event in engine.step()]
         self._retire()
         return events
 
     def trim(self) -> None:
         """Give back memory that no request uses."""
-        for engine in self._all:
+        for engine in self.all:
             engine.trim()
 
     def stats(self) -> types.EngineStats:
         """The sum over all engines, counters of retired ones included."""
         total = self._past
-        for engine in self._all:
+        for engine in self.all:
             total = _sum(total, engine.stats())
         return total
 

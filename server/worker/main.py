@@ -29,6 +29,7 @@ from server.worker import messages as wire
 from server.worker.channel import SocketChannel
 from server.worker.child_engines import Change, Engines
 from server.worker.child_load import load
+from server.worker.child_memory import COMMANDS, MemoryControl
 from spectral.engine import types
 from spectral.errors import ModelError, ProfileError, RequestError, SettingError
 
@@ -161,6 +162,7 @@ class Worker:
         self._engines, self._inbox, self._writer = engines, inbox, writer
         self._translate = child_wire.EventTranslator(engines.current.loaded.tokenizer)
         self._encoder = Encoder(engines, inbox, writer)
+        self._memory = MemoryControl(engines, engines.current.limits.max_kv_bytes)
         self._encoding: dict[str, bool] = {}  # requests at the encoder, and whether they were cancelled meanwhile
         self._stop_at: float | None = None
         self._stats_at = 0.0
@@ -213,6 +215,9 @@ class Worker:
         elif isinstance(message, Change):
             self._writer.send(*message.apply())
             self._report()
+        elif isinstance(message, COMMANDS):
+            self._writer.send(*self._memory.handle(message))
+            self._report()
         elif isinstance(message, wire.Shutdown):
             self._stop_at = time.monotonic() + message.deadline_s
         else:
@@ -222,6 +227,9 @@ class Worker:
         ident = message.request_id
         if self._stop_at is not None:
             self._writer.send(wire.Rejected(ident, 503, "shutting_down", "this model is shutting down"))
+            return
+        if self._memory.asleep:
+            self._writer.send(wire.Rejected(ident, 503, "asleep", "this model sleeps; send the request again"))
             return
         try:
             request = child_wire.to_request(message)

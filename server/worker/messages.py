@@ -12,6 +12,8 @@ from typing import Any
 
 import msgspec
 
+from server.worker.memory_messages import Footprint, SetLease, Sleep, Squeeze, Wake
+
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 LENGTH = struct.Struct(">I")
 
@@ -324,9 +326,9 @@ class Stats(msgspec.Struct, tag="stats", frozen=True):
     finished: dict[str, int] = {}
 
 
-ToWorker = Load | Submit | Tokenize | Cancel | SetProfile | Ping | Shutdown
+ToWorker = Load | Submit | Tokenize | Cancel | SetProfile | Ping | Shutdown | SetLease | Squeeze | Sleep | Wake
 Told = Accepted | Rejected | Tokenized | PromptTokens | Delta | Finished | Failed
-ToParent = Loading | Ready | LoadFailed | Told | Pong | Done | Stats
+ToParent = Loading | Ready | LoadFailed | Told | Pong | Done | Footprint | Stats
 AnyMessage = ToWorker | ToParent
 
 _encoder = msgspec.msgpack.Encoder()

@@ -40,6 +40,7 @@ class WorkerProcess:
         """Spawn `command --fd N`. In a session of its own: Ctrl-C in the terminal reaches the gateway only."""
         ours, theirs = socket.socketpair()
         env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+        env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # so that cuda:N is the device that NVML calls N
         try:
             process = await asyncio.create_subprocess_exec(
                 *command,

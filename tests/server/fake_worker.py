@@ -113,6 +113,10 @@ class Worker:
                 self.channel.send(ready(message.profile, message.setting), m.Done(message.command_id))
         elif isinstance(message, m.Tokenize):
             self.tokenize(message)
+        elif isinstance(message, m.Squeeze):
+            self.channel.send(ready(None, message.setting), m.Footprint(freed_bytes=1000), m.Done(message.command_id))
+        elif isinstance(message, (m.SetLease, m.Sleep, m.Wake)):
+            self.channel.send(m.Footprint(context_length=128), m.Done(message.command_id))
         elif isinstance(message, m.Submit):
             text = message.messages[-1].content if message.kind == "chat" else str(message.prompt)
             self.submit(message, text)

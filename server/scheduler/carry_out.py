@@ -1,0 +1,204 @@
+"""Carrying out what the steward decided: commands to workers, in two phases, with what to do when one fails.
+
+Every action ends with `steward.moved`, whatever happened: where the model really is. A squeeze that fails leaves the
+setting; a sleep that fails leaves the model hot; a wake-up that fails leaves it asleep, or cold if its worker is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from server.aio import within
+from server.scheduler.demand import ASLEEP, COLD, HOST, HOT, Placement
+from server.scheduler.ledger import Holding
+from server.scheduler.slots import Slot
+from server.scheduler.steward import Action
+from server.scheduler.words import human
+from server.worker import messages
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from server.scheduler.loop import Scheduler
+    from server.scheduler.memory import MemoryManager
+
+log = logging.getLogger("spectral.memory")
+COMMAND_S = 30.0
+MOVE_S = 120.0
+
+
+class Refused(Exception):
+    """A worker did not do what it was told; the message says why."""
+
+
+class Moves:
+    """Carries actions out. Belongs to the event loop."""
+
+    def __init__(self, scheduler: Scheduler, memory: MemoryManager) -> None:
+        self._scheduler, self._memory = scheduler, memory
+
+    async def carry_out(self, slot: Slot, action: Action) -> None:
+        """One action, to its end."""
+        ward = self._memory.steward.wards[slot.name]
+        before, lease, worker = ward.now, ward.lease, slot.worker
+        how = {
+            "squeeze": self._squeeze,
+            "relax": self._relax,
+            "sleep": self._sleep,
+            "wake": self._wake,
+            "evict": self._evict,
+            "move": self._move,
+        }[action.kind]
+        began, failed = time.monotonic(), ""
+        try:
+            after, lease = await how(slot, action, before, lease)
+        except (Refused, asyncio.TimeoutError) as error:
+            failed = str(error) or f"no answer within {COMMAND_S:g} s"
+            after = self._where(slot, before)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # an internal error must not leave the model "on the move" for ever
+            log.exception("model %s: %s failed", slot.name, action.kind)
+            failed, after = f"{type(error).__name__}: {error}", self._where(slot, before)
+        if slot.name in self._memory.steward.wards and (slot.worker is worker or not failed):
+            self._memory.steward.moved(slot.name, after, lease, time.monotonic(), refused=bool(failed))
+        self._tell(slot, action, failed, time.monotonic() - began)
+        self._memory.look()
+
+    def _tell(self, slot: Slot, action: Action, failed: str, seconds: float) -> None:
+        if failed:
+            log.warning("model %s: %s was not done: %s", slot.name, action.kind, failed)
+            self._scheduler.note("refused", f"{action.kind} was not done: {failed}", slot, action=action.kind)
+        else:
+            detail = {"seconds": round(seconds, 3), "lease_bytes": action.lease, "setting": action.target.setting}
+            self._scheduler.note(action.kind, action.reason, slot, **detail)
+
+    @staticmethod
+    def _where(slot: Slot, before: Placement) -> Placement:
+        """Where a model is after something failed."""
+        if slot.state == "hot" and slot.ready is not None:
+            return Placement(HOT, before.devices, slot.ready.setting)
+        if slot.state == "asleep":
+            return Placement(ASLEEP, before.devices, before.setting)
+        return Placement(COLD)
+
+    async def send(
+        self, slot: Slot, make: Callable[[str], messages.ToWorker], within_s: float = COMMAND_S
+    ) -> messages.Footprint | None:
+        """Send a command and wait for its end; the footprint that came with it. Raises Refused or TimeoutError."""
+        if slot.worker is None:
+            raise Refused("its worker is gone")
+        ident, answer = uuid.uuid4().hex, asyncio.get_running_loop().create_future()
+        slot.commands[ident] = answer
+        slot.footprint = None
+        slot.worker.send(make(ident))
+        try:
+            await within(within_s, asyncio.shield(answer))
+        except asyncio.TimeoutError:
+            raise
+        except Exception as error:
+            raise Refused(getattr(error, "message", str(error))) from error
+        finally:
+            slot.commands.pop(ident, None)
+        return slot.footprint
+
+    def loaded(self, slot: Slot, device: str) -> None:
+        """A load ended: tell the steward, and the worker its lease."""
+        ward = self._memory.steward.wards[slot.name]
+        lease, ready = ward.lease, slot.ready
+        assert ready is not None
+        if ward.moving is not None and slot.granted is not None:
+            lease = slot.granted.lease
+        self._memory.steward.moved(slot.name, Placement(HOT, (device,), ready.setting), lease, time.monotonic())
+        reason = slot.granted.reason if slot.granted is not None else f"hot at {ready.setting}"
+        self._scheduler.note("load", reason, slot, setting=ready.setting, lease_bytes=lease)
+        slot.granted = None
+        if lease:
+            self._memory.spawn(self.set_lease(slot, lease))
+
+    async def set_lease(self, slot: Slot, lease: int) -> None:
+        """Tell a worker its lease. One that does not take it is told again when leases change."""
+        try:
+            await self.send(slot, partial(messages.SetLease, max_bytes=lease))
+        except (Refused, asyncio.TimeoutError) as error:
+            log.warning("model %s: its lease of %s was not taken: %s", slot.name, human(lease), error or "no answer")
+
+    async def _squeeze(self, slot: Slot, action: Action, before: Placement, lease: int) -> tuple[Placement, int]:
+        setting = action.target.setting
+        await self.send(slot, partial(messages.Squeeze, setting=setting))
+        after = Placement(HOT, before.devices, setting)
+        try:
+            await self.send(slot, partial(messages.SetLease, max_bytes=action.lease))
+        except Refused as error:
+            log.warning("model %s: squeezed, but its lease stays: %s", slot.name, error)
+            return after, lease
+        return after, action.lease
+
+    async def _relax(self, slot: Slot, action: Action, before: Placement, lease: int) -> tuple[Placement, int]:
+        await self.send(slot, partial(messages.SetProfile, setting=action.target.setting, reload=False), MOVE_S)
+        await self.send(slot, partial(messages.SetLease, max_bytes=action.lease))
+        return Placement(HOT, before.devices, action.target.setting), action.lease
+
+    async def _sleep(self, slot: Slot, action: Action, before: Placement, lease: int) -> tuple[Placement, int]:
+        if slot.state != "hot" or slot.streams or slot.waiting:
+            raise Refused("requests came meanwhile")
+        self._scheduler.set_state(slot, "asleep", action.reason)  # from now on requests wait instead of being sent
+        try:
+            print_ = await self.send(slot, messages.Sleep, MOVE_S)
+        except (Refused, asyncio.TimeoutError):
+            if slot.state == "asleep":
+                self._scheduler.set_state(slot, "hot", "could not sleep")
+            raise
+        if print_ is not None and before.devices:
+            self._memory.ledger.hold(slot.name, before.devices[0], self._rest(print_))
+        return Placement(ASLEEP, before.devices, before.setting), 0
+
+    @staticmethod
+    def _rest(print_: messages.Footprint) -> Holding:
+        """What a sleeping worker still holds on its device."""
+        return Holding(0, max(0, print_.reserved_bytes - print_.kv_bytes), 0, print_.kv_bytes)
+
+    async def _wake(self, slot: Slot, action: Action, before: Placement, lease: int) -> tuple[Placement, int]:
+        device = action.target.devices[0]
+        self._memory.ledger.hold(slot.name, device, Holding(expected=action.needs[device] - action.lease))
+        began = time.monotonic()
+        await self.send(slot, messages.Wake, MOVE_S)
+        self._memory.ledger.drop(slot.name, HOST)
+        setting = slot.ready.setting if slot.ready is not None else before.setting
+        self._memory.remember_wake(slot, time.monotonic() - began)
+        if action.target.setting != setting:
+            kind = partial(messages.SetProfile, setting=action.target.setting, reload=False)
+            await self.send(slot, kind, MOVE_S)
+        await self.send(slot, partial(messages.SetLease, max_bytes=action.lease))
+        self._scheduler.set_state(slot, "hot", action.reason)
+        return Placement(HOT, (device,), action.target.setting), action.lease
+
+    async def _evict(self, slot: Slot, action: Action, before: Placement, lease: int) -> tuple[Placement, int]:
+        if slot.streams or slot.waiting:
+            raise Refused("requests came meanwhile")
+        await self._scheduler.unload(slot, 0.0, action.reason)
+        return Placement(COLD), 0
+
+    async def _move(self, slot: Slot, action: Action, before: Placement, lease: int) -> tuple[Placement, int]:
+        """To another device: the worker ends and another begins; the load then waits for room as any other does."""
+        if slot.streams:
+            raise Refused("requests came meanwhile")
+        await self._scheduler.unload(slot, 0.0, action.reason)
+        self._scheduler.launch(slot)
+        return Placement(COLD), 0
+
+    def note_foreign(self, device: str, change: int, total: int) -> None:
+        """Somebody else took or gave back memory."""
+        what = "took" if change > 0 else "gave back"
+        reason = f"others {what} {human(abs(change))} on {device}; they hold {human(total)} there"
+        if self._scheduler.events is not None:
+            self._scheduler.events.add("foreign", reason, device=device, bytes=change, total_bytes=total)
+        log.info("%s", reason)
+
+
+__all__: list[Any] = ["Moves", "Refused"]

@@ -1,0 +1,371 @@
+"""Memory as the loop sees it: reads the devices, keeps the ledger, asks the steward, carries out what it decides.
+
+    tick    devices are read (on a thread: a driver may hang), the ledger is told, foreign memory is noticed
+    event   a request waits, a load ended, a worker reported or is gone: the steward is told
+    decide  when something is due: actions that free bytes start at once; those that need bytes start when the ledger
+            has them, in order. An action that fails is reported to the steward as not done, and planned again.
+
+A load waits in :meth:`room` until its action has its bytes. Requests for hot models never come here.
+`MemoryManager` belongs to the gateway's event loop; `vram`, `plan` and `notes` are for routes and commands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Coroutine
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from server.aio import within
+from server.config import ModelSettings
+from server.scheduler.carry_out import Moves
+from server.scheduler.demand import COLD, HOST, HOT, Device, Placement, Plan
+from server.scheduler.facts import Measured, facts_for, with_ladder
+from server.scheduler.ledger import Holding, Ledger
+from server.scheduler.nvml import Devices, Reading
+from server.scheduler.planner import PATIENT_S, plan
+from server.scheduler.slots import Slot
+from server.scheduler.steward import FREEING, Action, Steward, Wishes
+from server.worker import messages
+
+if TYPE_CHECKING:
+    from server.scheduler.loop import Scheduler
+
+log = logging.getLogger("spectral.memory")
+DEFAULT_FLOOR_TOKENS = 32_768
+
+
+class NoRoom(Exception):
+    """A model that no device could ever hold; the message says what it needs and what there is."""
+
+
+class MemoryManager:
+    """One per scheduler. `devices` replaces what is read (tests give scripted readings)."""
+
+    def __init__(self, scheduler: Scheduler, devices: Devices | None = None) -> None:
+        self._scheduler = scheduler
+        settings = scheduler.settings.memory
+        caps: dict[str, int | None] = {"*": settings.max_vram, HOST: settings.max_host}
+        reserves = {"*": settings.reserve, HOST: settings.host_reserve}
+        for name, budget in settings.devices.items():
+            caps |= {} if budget.max_vram is None else {name: budget.max_vram}
+            reserves |= {} if budget.reserve is None else {name: budget.reserve}
+        self.ledger = Ledger(caps, reserves)
+        self.steward = Steward()
+        self.devices = devices or Devices()
+        state = Path(scheduler.settings.server.state_dir or ".spectral")
+        self.measured = Measured(state / "measured.json")
+        self.moves = Moves(scheduler, self)
+        self._pending: list[Action] = []
+        self._grants: dict[str, asyncio.Future[Action]] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._wake = asyncio.Event()
+        self._read_at = -1e9
+
+    # ------------------------------------------------------------------------------------------ life
+
+    def start(self) -> None:
+        """Begin to watch; the devices are read once before anything is loaded."""
+        self._observe(self.devices.read())
+        for note in self.devices.knowledge([account.reading for account in self.ledger.accounts.values()]):
+            log.warning("%s", note)
+        for slot in self._scheduler.slots.values():
+            self.adopt(slot)
+        self.spawn(self._run())
+
+    async def stop(self) -> None:
+        """End all tasks."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.devices.close()
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run something beside the loop until it ends or the server does."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def adopt(self, slot: Slot) -> None:
+        """Take a slot in care, or take its changed configuration over."""
+        wishes = self.wishes(slot.settings, slot.pinned)
+        device = wishes.devices[0]
+        facts = facts_for(slot.settings, device, self._setting(slot), slot.profile, self._measure(slot, device))
+        facts = with_ladder(facts, self._setting(slot), slot.ready)
+        ward = self.steward.wards.get(slot.name)
+        if ward is None:
+            self.steward.add(slot.name, facts, wishes, time.monotonic())
+        else:
+            ward.facts, ward.wishes, ward.pinned = facts, wishes, slot.pinned
+            self.steward.changed()
+
+    def forget(self, name: str) -> None:
+        """A model is no longer served."""
+        self.steward.remove(name)
+        self.ledger.release(name)
+
+    def wishes(self, model: ModelSettings, pinned: bool = False) -> Wishes:
+        """A model's configuration as the steward takes it."""
+        floor = model.min_context or min(model.limits.context_length or DEFAULT_FLOOR_TOKENS, DEFAULT_FLOOR_TOKENS)
+        return Wishes(
+            priority=model.priority,
+            pinned=model.pin or pinned,
+            keep_alive_s=None if model.keep_alive < 0 else model.keep_alive,
+            max_kl=model.max_kl,
+            min_context=floor,
+            max_concurrency=model.limits.max_concurrency,
+            max_bytes=model.max_vram,
+            devices=self._devices_for(model.device),
+            splittable=False,  # a worker's cache lies on one device
+        )
+
+    def _devices_for(self, device: str) -> tuple[str, ...]:
+        gpus = tuple(name for name in self.ledger.accounts if name != HOST)
+        if device in ("auto", "cuda"):
+            return gpus or (HOST,)
+        return (device,)
+
+    def _setting(self, slot: Slot) -> str:
+        return slot.setting or slot.settings.setting
+
+    def _measure(self, slot: Slot, device: str) -> Any:
+        account = self.ledger.accounts.get(device)
+        return self.measured.get(Measured.key(slot.settings, account.reading.name if account else device))
+
+    # ------------------------------------------------------------------------------------------ events
+
+    def requested(self, slot: Slot, keep_alive: float | None = None) -> None:
+        """A request came for a model; `keep_alive` in seconds, negative for ever, None: as configured."""
+        given = keep_alive is not None
+        seconds = None if keep_alive is None or keep_alive < 0 else keep_alive
+        if slot.name in self.steward.wards:
+            self.steward.requested(slot.name, time.monotonic(), seconds, given=given)
+            self.report(slot)
+
+    def report(self, slot: Slot) -> None:
+        """What a model does has changed: its streams, who waits, its worker's figures."""
+        ward = self.steward.wards.get(slot.name)
+        if ward is None:
+            return
+        ward.pinned = slot.pinned
+        waiting = slot.waiting + slot.stats.queued + (slot.name in self._grants)
+        running = max(len(slot.streams) - slot.stats.queued, slot.stats.running)
+        now = time.monotonic()
+        self.steward.report(slot.name, now, running=running, waiting=waiting, kv_tokens=slot.stats.kv_tokens)
+        held = self.ledger.of(slot.name)
+        for device, holding in held.items():
+            if not holding.expected:
+                kv = slot.stats.kv_bytes_allocated
+                self.ledger.hold(slot.name, device, Holding(holding.weights, holding.workspace, 0, kv))
+        self.look()
+
+    def look(self) -> None:
+        """Something may be due."""
+        self._wake.set()
+
+    def footprint(self, slot: Slot, message: messages.Footprint) -> None:
+        """A worker's own report of its bytes."""
+        device = self.device_of(slot)
+        if device != HOST:
+            workspace = max(0, message.reserved_bytes - message.weights_bytes - message.kv_bytes)
+            holding = Holding(message.weights_bytes, workspace, 0, message.kv_bytes)
+            self.ledger.hold(slot.name, device, holding, slot.worker.pid if slot.worker is not None else 0)
+        if message.host_bytes:
+            self.ledger.hold(slot.name, HOST, Holding(weights=message.host_bytes))
+        if slot.ready is not None and slot.ready.context_length != message.context_length:
+            slot.update_ready(context_length=message.context_length)
+
+    def hot(self, slot: Slot, seconds: float) -> None:
+        """A load ended well: predictions give way to measures, and the worker gets its lease."""
+        ready, device = slot.ready, self.device_of(slot)
+        assert ready is not None
+        holding = Holding(ready.weights_bytes, kv=slot.stats.kv_bytes_allocated)
+        self.ledger.hold(slot.name, device, holding, slot.worker.pid if slot.worker is not None else 0)
+        account = self.ledger.accounts[device]
+        key = Measured.key(slot.settings, account.reading.name)
+        self.measured.put(key, weights=ready.weights_bytes, load_s=round(seconds, 2))
+        self.spawn(asyncio.to_thread(self.measured.save))
+        self.adopt(slot)
+        self.moves.loaded(slot, device)
+
+    def described(self, slot: Slot) -> None:
+        """A model that is hot said that its setting is another one now."""
+        self.adopt(slot)
+        ward = self.steward.wards[slot.name]
+        if ward.moving is None and slot.ready is not None and ward.now.residency == HOT:
+            place = Placement(HOT, ward.now.devices, slot.ready.setting)
+            self.steward.moved(slot.name, place, ward.lease, time.monotonic())
+
+    def remember_wake(self, slot: Slot, seconds: float) -> None:
+        """How long a wake-up took, for the next plan."""
+        account = self.ledger.accounts[self.device_of(slot)]
+        self.measured.put(Measured.key(slot.settings, account.reading.name), wake_s=round(seconds, 3))
+        self.adopt(slot)
+
+    def gone(self, slot: Slot) -> None:
+        """A model's worker has ended, whatever the reason."""
+        self.ledger.release(slot.name)
+        if slot.name in self.steward.wards:
+            self.steward.moved(slot.name, Placement(COLD), 0, time.monotonic())
+        self.report(slot)
+
+    def device_of(self, slot: Slot) -> str:
+        """Where a model is, or is going."""
+        ward = self.steward.wards[slot.name]
+        place = ward.moving or ward.now
+        if place.devices:
+            return place.devices[0]
+        if slot.ready is not None and slot.ready.device != "cpu":
+            return "cuda:0" if slot.ready.device == "cuda" else slot.ready.device
+        return HOST
+
+    # ------------------------------------------------------------------------------------------ loads
+
+    async def room(self, slot: Slot) -> Action:
+        """Wait until a model may load; its action says where, at which setting, with which lease. Raises NoRoom."""
+        self.adopt(slot)
+        self._check_possible(slot)
+        grant: asyncio.Future[Action] = asyncio.get_running_loop().create_future()
+        self._grants[slot.name] = grant
+        self.report(slot)
+        try:
+            return await grant
+        finally:
+            self._grants.pop(slot.name, None)
+
+    def _check_possible(self, slot: Slot) -> None:
+        ward = self.steward.wards[slot.name]
+        there = [self.ledger.accounts[name] for name in ward.wishes.devices if name in self.ledger.accounts]
+        largest = max((account.reading.total for account in there), default=None)
+        if largest is None:
+            missing = ", ".join(ward.wishes.devices)
+            raise NoRoom(f"the device {missing} does not exist here; set models.device to one of {self._names()}")
+        if ward.facts.weights > largest:
+            have, need = largest / 2**30, ward.facts.weights / 2**30
+            raise NoRoom(
+                f"its weights take {need:.1f} GiB and the largest device has {have:.1f} GiB; "
+                "quantize it (models.quantization: nf4) or choose a smaller model"
+            )
+
+    def _names(self) -> str:
+        return ", ".join(self.ledger.accounts)
+
+    # ------------------------------------------------------------------------------------------ the loop
+
+    async def _run(self) -> None:
+        tick = self._scheduler.settings.memory.tick_seconds
+        while True:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await within(tick, self._wake.wait())
+            self._wake.clear()
+            try:
+                if time.monotonic() - self._read_at >= tick:
+                    self._observe(await asyncio.to_thread(self.devices.read))
+                self._decide()
+            except Exception:  # whatever it is, models go on as they are and the next tick tries again
+                log.exception("the memory loop failed once")
+                await asyncio.sleep(tick)
+
+    def _observe(self, readings: list[Reading]) -> None:
+        self._read_at = time.monotonic()
+        for slot in self._scheduler.slots.values():
+            self._resident(slot)
+        for device, change in self.ledger.observe(readings, per_process=self.devices.trusts_processes).items():
+            if device == HOST and not self.ledger.excess().get(HOST):
+                continue  # other programs' host memory comes and goes by the second
+            if abs(change) >= 64 << 20:
+                self.steward.changed()
+                self.moves.note_foreign(device, change, self.ledger.accounts[device].foreign)
+        if self.ledger.excess():
+            self.steward.changed()
+
+    def _resident(self, slot: Slot) -> None:
+        """A CPU worker's memory beside weights and cache, as the kernel counts it."""
+        holding = self.ledger.of(slot.name).get(HOST)
+        if holding is None or holding.expected or slot.worker is None or self.device_of(slot) != HOST:
+            return
+        rest = max(0, self.devices.resident(slot.worker.pid) - holding.weights - holding.kv)
+        self.ledger.hold(slot.name, HOST, Holding(holding.weights, rest, 0, holding.kv))
+
+    def _decide(self) -> None:
+        now = time.monotonic()
+        if self.steward.due(now):
+            self._pending = self.steward.decide(now, self.ledger.devices())
+        for action in list(self._pending):
+            if self._may_start(action):
+                self._pending.remove(action)
+                self._begin(action)
+            elif action.kind in ("load", "wake", "move"):
+                break  # what needs bytes is served in order, so that a large model is not passed over for ever
+
+    def _may_start(self, action: Action) -> bool:
+        ward = self.steward.wards.get(action.model)
+        if ward is None or ward.moving is not None:
+            return False
+        if action.kind == "load" and action.model not in self._grants:
+            return False
+        return action.kind in FREEING or all(self._has(action.model, d, n) for d, n in action.needs.items())
+
+    def _has(self, model: str, device: str, needed: int) -> bool:
+        """Whether a device has the bytes, beside what all other models hold and are expected to hold."""
+        account = self.ledger.accounts.get(device)
+        if account is None:
+            return False
+        others = sum(max(h.total, h.expected) for name, h in account.holdings.items() if name != model)
+        return needed <= account.budget - others or not account.holdings
+
+    def _begin(self, action: Action) -> None:
+        slot = self._scheduler.slots.get(action.model)
+        if slot is None:
+            return
+        if action.kind in ("lease", "grow"):
+            self.steward.wards[action.model].lease = action.lease
+            self.spawn(self.moves.set_lease(slot, action.lease))
+            return
+        self.steward.begin(action)
+        if action.kind == "load":
+            for device, size in action.needs.items():
+                self.ledger.hold(action.model, device, Holding(expected=size - action.lease))
+            self._grants[action.model].set_result(action)
+        else:
+            self.spawn(self.moves.carry_out(slot, action))
+
+    # ------------------------------------------------------------------------------------------ views
+
+    def vram(self) -> dict[str, Any]:
+        """GET /admin/vram, `spectral top`: devices by kind and model, leases, and what cannot be known."""
+        readings = [account.reading for account in self.ledger.accounts.values()]
+        leases = {ward.name: ward.lease for ward in self.steward.wards.values() if ward.now.residency == HOT}
+        return {"devices": self.ledger.snapshot(), "leases": leases, "notes": self.devices.knowledge(readings)}
+
+    async def plan(self, extra: ModelSettings | None = None, context: int | None = None) -> Plan:
+        """A dry run, on a thread: what would be decided now; with one more model asked for, or a longer context."""
+        demands = self.steward.demands(time.monotonic())
+        if extra is not None or context is not None:
+            trial = trial_demands(self, extra, context)
+            demands = [d for d in demands if d.name not in {t.name for t in trial}] + trial
+        devices: list[Device] = self.ledger.devices()
+        return await asyncio.to_thread(partial(plan, demands, devices, time_limit_s=4 * PATIENT_S))
+
+
+def trial_demands(manager: MemoryManager, extra: ModelSettings | None, context: int | None) -> list[Any]:
+    """Demands of a steward of its own: with `extra` asked for, and every model at `context` tokens."""
+    steward = Steward()
+    now = time.monotonic()
+    models = {slot.name: (slot.settings, slot.pinned) for slot in manager._scheduler.slots.values()}
+    if extra is not None:
+        models[extra.name] = (extra, False)
+    for name, (settings, pinned) in models.items():
+        wishes = manager.wishes(settings.model_copy(update={"min_context": context} if context else {}), pinned)
+        known = manager.steward.wards.get(name)
+        facts = known.facts if known is not None else facts_for(settings, wishes.devices[0], settings.setting)
+        ward = steward.add(name, facts, wishes, now)
+        if known is not None:
+            ward.now, ward.running, ward.kv_tokens = known.now, known.running, known.kv_tokens
+            ward.rate, ward.rated_at = known.rate, known.rated_at
+        ward.waiting = int(extra is not None and name == extra.name)
+    return steward.demands(now)

@@ -1,0 +1,68 @@
+"""One configured model and what the loop knows about its worker."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from server.config import ModelSettings
+from server.scheduler.steward import Action
+from server.scheduler.stream import RequestStream
+from server.worker import messages
+from server.worker.process import WorkerProcess
+
+
+@dataclass
+class Slot:
+    """One configured model and what is known about its worker."""
+
+    settings: ModelSettings
+    state: str = "cold"
+    stage: str = ""
+    fraction: float = 0.0
+    error: str = ""
+    permanent: bool = False
+    failures: int = 0
+    restarts: int = 0
+    next_start: float = 0.0
+    hot_since: float | None = None
+    last_pong: float = 0.0
+    worker: WorkerProcess | None = None
+    ready: messages.Ready | None = None
+    stats: messages.Stats = field(default_factory=messages.Stats)
+    streams: dict[str, RequestStream] = field(default_factory=dict)
+    waiting: int = 0
+    pinned: bool = False
+    profile: str | None = None  # the file of an activated profile, instead of the configured or shipped one
+    setting: str | None = None  # chosen by hand, instead of the configured one
+    unloading: bool = False
+    granted: Action | None = None  # where and how the next load happens
+    footprint: messages.Footprint | None = None  # the last that its worker sent
+    load_began: float = 0.0
+    commands: dict[str, asyncio.Future[None]] = field(default_factory=dict)
+    task: asyncio.Task[None] | None = None
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def name(self) -> str:
+        """The model's configured name."""
+        return self.settings.name
+
+    def load_message(self) -> messages.Load:
+        """What the worker is told to load: as configured, with what was chosen since, where the scheduler wants it."""
+        message = self.settings.load_message()
+        changes: dict[str, Any] = {"profile": self.profile, "setting": self.setting}
+        if self.granted is not None:
+            target = self.granted.target
+            changes["device"] = target.devices[0]
+            if self.setting is None and message.setting == "auto" and target.setting != "exact":
+                changes["setting"] = target.setting
+        return msgspec.structs.replace(message, **{name: value for name, value in changes.items() if value is not None})
+
+    def update_ready(self, **changes: Any) -> None:
+        """The worker's figures with some of them changed."""
+        if self.ready is not None:
+            self.ready = msgspec.structs.replace(self.ready, **changes)

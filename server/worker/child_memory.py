@@ -1,0 +1,129 @@
+"""A worker's part in the scheduler's moves: leases, squeezes, sleep and wake-up, and what it reports about its bytes.
+
+Everything runs on the inference thread between two steps, so nothing reads the cache or the weights meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from server.worker import messages as wire
+from server.worker.child_load import describe
+from spectral.errors import SpectralError
+
+if TYPE_CHECKING:
+    from server.worker.child_engines import Engines
+
+log = logging.getLogger("spectral.worker")
+COMMANDS = (wire.SetLease, wire.Squeeze, wire.Sleep, wire.Wake)
+
+
+class MemoryControl:
+    """Carries out the memory commands of one worker."""
+
+    def __init__(self, engines: Engines, configured: int | None) -> None:
+        self._engines = engines
+        self._configured = configured  # limits.max_kv_bytes: no lease is above it
+        self._lease = configured
+        self._sleeper: Any = None
+
+    @property
+    def asleep(self) -> bool:
+        """Whether the weights are in host memory: nothing can run."""
+        return self._sleeper is not None and self._sleeper.asleep
+
+    def handle(self, message: wire.ToWorker) -> list[wire.ToParent]:
+        """Carry out a command; the answers, a Done the last of them. A failure changes nothing and is told."""
+        from spectral.residency import Timer
+
+        assert isinstance(message, COMMANDS)
+        timer = Timer()
+        try:
+            if isinstance(message, wire.SetLease):
+                answers, freed = self._set_lease(message.max_bytes)
+            elif isinstance(message, wire.Squeeze):
+                answers, freed = self._squeeze(message.setting)
+            elif isinstance(message, wire.Sleep):
+                answers, freed = self._sleep()
+            else:
+                answers, freed = self._wake()
+        except Exception as error:  # told to the scheduler, which decides; the model goes on as it was
+            known = isinstance(error, SpectralError)
+            text = str(error) if known else f"{type(error).__name__}: {error}"
+            if not known:
+                log.exception("a memory command failed")
+            return [self.footprint(0, timer.seconds), wire.Done(message.command_id, text)]
+        return [*answers, self.footprint(freed, timer.seconds), wire.Done(message.command_id)]
+
+    def footprint(self, freed: int = 0, seconds: float = 0.0) -> wire.Footprint:
+        """What this worker holds now."""
+        from spectral.residency import peak_nbytes, reserved_nbytes
+
+        loaded = self._engines.current.loaded
+        host = self._sleeper.host_nbytes if self._sleeper is not None else 0
+        return wire.Footprint(
+            lease=self._lease,
+            context_length=self._engines.current.context_length,
+            weights_bytes=0 if self.asleep else loaded.weights_nbytes,
+            reserved_bytes=reserved_nbytes(loaded.device),
+            peak_bytes=peak_nbytes(loaded.device),
+            host_bytes=host,
+            kv_bytes=self._engines.stats().kv_bytes_allocated,
+            freed_bytes=freed,
+            seconds=seconds,
+        )
+
+    def _set_lease(self, max_bytes: int | None) -> tuple[list[wire.ToParent], int]:
+        from spectral.engine.lease import set_lease
+        from spectral.residency import give_back
+
+        bounds = [size for size in (max_bytes, self._configured) if size is not None]
+        lease = min(bounds) if bounds else None
+        freed = sum(set_lease(engine, lease) for engine in self._engines.all)
+        give_back(self._engines.current.loaded.device.type)
+        self._lease = lease
+        return [], freed
+
+    def _squeeze(self, setting: str) -> tuple[list[wire.ToParent], int]:
+        """Re-encode every cache of the profile in force; new tokens use the setting too."""
+        from spectral.residency import give_back
+
+        built = self._engines.built
+        if built.profile is None:
+            raise_no_profile(built.engine.loaded.name)
+        assert built.profile is not None
+        row = built.profile.row(setting)
+        book = built.profile.codebook(row.name, device=built.engine.loaded.device)
+        freed = 0
+        for engine in self._engines.all:
+            store = engine.store
+            if store.codebook.profile_hash == book.profile_hash and book.page_nbytes() < store.codebook.page_nbytes():
+                freed += store.squeeze(book) + store.trim()
+                engine.setting = row.name
+        self._engines.built = replace(built, row=row)
+        give_back(built.engine.loaded.device.type)
+        return [describe(self._engines.built)], freed
+
+    def _sleep(self) -> tuple[list[wire.ToParent], int]:
+        from spectral.errors import CacheError
+        from spectral.residency import Sleeper
+
+        if self._engines.has_work:
+            raise CacheError("requests run on this model; it cannot sleep")
+        loaded = self._engines.current.loaded
+        if self._sleeper is None:
+            self._sleeper = Sleeper(loaded.model, loaded.device.type if loaded.device.type != "cpu" else "cuda")
+        self._engines.trim()
+        return [], int(self._sleeper.sleep())
+
+    def _wake(self) -> tuple[list[wire.ToParent], int]:
+        return [], -int(self._sleeper.wake()) if self._sleeper is not None else 0
+
+
+def raise_no_profile(name: str) -> None:
+    """Refuse a squeeze without a profile."""
+    from spectral.errors import CacheError
+
+    raise CacheError(f"{name!r} has no spectral profile, so its cache stays exact and cannot be squeezed")

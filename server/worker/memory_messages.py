@@ -1,0 +1,48 @@
+"""The part of the protocol that is about memory; server.worker.messages has the rest and the framing."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class SetLease(msgspec.Struct, tag="set_lease", frozen=True):
+    """The cache may hold so many bytes (None: no limit); unused memory goes back to the device. Answered by Footprint
+    and Done, like the next three."""
+
+    command_id: str
+    max_bytes: int | None = None
+
+
+class Squeeze(msgspec.Struct, tag="squeeze", frozen=True):
+    """Re-encode what the cache holds at a coarser setting, and use that for new tokens too. Ready comes before Done."""
+
+    command_id: str
+    setting: str
+
+
+class Sleep(msgspec.Struct, tag="sleep", frozen=True):
+    """Move the weights to host memory. Refused while requests run."""
+
+    command_id: str
+
+
+class Wake(msgspec.Struct, tag="wake", frozen=True):
+    """Move the weights back to the device."""
+
+    command_id: str
+
+
+class Footprint(msgspec.Struct, tag="footprint", frozen=True):
+    """What a worker holds, after a memory command. Bytes; `reserved_bytes`: all that torch holds on the device;
+    `peak_bytes`: the most that tensors held there at once; `host_bytes`: weights that sleep. `freed_bytes` and
+    `seconds` are the command's."""
+
+    lease: int | None = None
+    context_length: int = 0
+    weights_bytes: int = 0
+    reserved_bytes: int = 0
+    peak_bytes: int = 0
+    host_bytes: int = 0
+    kv_bytes: int = 0
+    freed_bytes: int = 0
+    seconds: float = 0.0

@@ -1,0 +1,180 @@
+"""A model's weights out of device memory and back, in place: every storage keeps its tensors.
+
+Storages are moved, not parameters: quantized modules (bitsandbytes) hold tensors in objects of their own, and int8
+modules cannot be moved as modules. All tensors that a model's modules reach are found, and each storage is moved once.
+A model on the CPU has nothing to move.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from spectral.errors import CacheError
+
+_DEPTH = 6
+"""How deep tensors hide in the objects of a module: a quantization state has a state of its own."""
+
+
+class Sleeper:
+    """Moves one model's weights. Not thread-safe: nothing may run on the model meanwhile.
+
+    Host memory is one pinned buffer, taken when the model goes to sleep and given back when it is awake. CUDA graphs
+    captured before a sleep point to addresses that are gone: capture them again.
+    """
+
+    def __init__(self, model: torch.nn.Module, kind: str = "cuda") -> None:
+        self._model, self._kind = model, kind
+        self._asleep: list[tuple[torch.UntypedStorage, int, int]] = []
+        self._host: torch.Tensor | None = None
+
+    @property
+    def asleep(self) -> bool:
+        """Whether the weights are in host memory."""
+        return self._host is not None
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of host memory held."""
+        return 0 if self._host is None else self._host.numel()
+
+    def sleep(self) -> int:
+        """Move all storages to host memory; returns the bytes that the device has again.
+
+        Raises CacheError where the host has too little memory; the model is then as it was.
+        """
+        if self.asleep:
+            return 0
+        storages = list(storages_of(self._model, self._kind))
+        total = sum(storage.nbytes() for storage in storages)
+        if not total:
+            return 0
+        try:
+            host = _pinned(total)
+        except RuntimeError as error:
+            raise CacheError(f"host memory for {total} bytes of weights cannot be had: {error}") from error
+        at = 0
+        for storage in storages:
+            size = storage.nbytes()
+            _view(host, at, size).copy_(_bytes_of(storage), non_blocking=True)
+            self._asleep.append((storage, at, size))
+            at += size
+        synchronize(self._kind)
+        for storage in storages:
+            storage.resize_(0)
+        self._host = host
+        give_back(self._kind)
+        return total
+
+    def wake(self) -> int:
+        """Move them back; returns the bytes. A failure (out of memory) leaves the model asleep, and is raised."""
+        if self._host is None:
+            return 0
+        try:
+            for storage, at, size in self._asleep:
+                storage.resize_(size)
+                _bytes_of(storage).copy_(_view(self._host, at, size), non_blocking=True)
+            synchronize(self._kind)
+        except Exception:
+            for storage, _, _ in self._asleep:
+                storage.resize_(0)
+            give_back(self._kind)
+            raise
+        total = self._host.numel()
+        _unpin(self._host)
+        self._asleep, self._host = [], None
+        return total
+
+
+def storages_of(model: torch.nn.Module, kind: str) -> Iterator[torch.UntypedStorage]:
+    """Every storage on a kind of device that the modules of a model reach, once."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for tensor in _tensors(vars(module), _DEPTH, set()):
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if tensor.device.type == kind and key not in seen and storage.nbytes():
+                seen.add(key)
+                yield storage
+
+
+def _tensors(value: Any, depth: int, visited: set[int]) -> Iterator[torch.Tensor]:
+    if depth < 0 or id(value) in visited or isinstance(value, (str, bytes, int, float, torch.nn.Module, type)):
+        return
+    visited.add(id(value))
+    if isinstance(value, torch.Tensor):
+        yield value
+        children: Any = [getattr(value, "quant_state", None), value.grad]
+        children += [v for k, v in vars(value).items() if k not in ("_backward_hooks",)]
+    elif isinstance(value, dict):
+        children = value.values()
+    elif isinstance(value, (list, tuple, set)):
+        children = value
+    elif hasattr(value, "__dict__"):
+        children = vars(value).values()
+    else:
+        return
+    for child in children:
+        yield from _tensors(child, depth - 1, visited)
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+    """The whole storage as uint8."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _view(host: torch.Tensor, at: int, size: int) -> torch.Tensor:
+    return host[at : at + size]
+
+
+def _pinned(size: int) -> torch.Tensor:
+    """Host memory of exactly this size, pinned where there is CUDA: torch's own pinned allocator rounds up to powers
+    of two and keeps what is freed."""
+    host = torch.empty(size, dtype=torch.uint8)
+    if torch.cuda.is_available():
+        status = torch.cuda.cudart().cudaHostRegister(host.data_ptr(), size, 0)
+        if int(status) != 0:
+            raise RuntimeError(f"cudaHostRegister failed with status {int(status)}")
+    return host
+
+
+def _unpin(host: torch.Tensor) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.cudart().cudaHostUnregister(host.data_ptr())
+
+
+def synchronize(kind: str) -> None:
+    """Wait for the copies."""
+    if kind == "cuda":
+        torch.cuda.synchronize()
+
+
+def give_back(kind: str) -> None:
+    """Hand freed memory of torch's allocator back to the driver, where other processes can take it."""
+    if kind == "cuda":
+        torch.cuda.empty_cache()
+
+
+def reserved_nbytes(device: torch.device) -> int:
+    """Bytes of a device that torch holds in this process, used or not; 0 on a CPU, where nobody counts them."""
+    return int(torch.cuda.memory_reserved(device)) if device.type == "cuda" else 0
+
+
+def peak_nbytes(device: torch.device) -> int:
+    """The most bytes of a device that tensors of this process held at once; 0 on a CPU."""
+    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else 0
+
+
+class Timer:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds until now."""
+        return time.perf_counter() - self._began

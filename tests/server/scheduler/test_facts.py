@@ -1,0 +1,95 @@
+"""Predictions from headers alone: weights by quantization, the cache's shape, the ladder; measures of earlier loads."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.config import ModelSettings
+from server.scheduler.facts import Measured, facts_for, folder_of, header, predict, rungs_for, weights_nbytes
+from spectral import resources
+
+
+def write(path: Path, tensors: dict[str, tuple[str, list[int]]]) -> None:
+    """A safetensors file's header, without data."""
+    body = json.dumps({name: {"dtype": kind, "shape": shape} for name, (kind, shape) in tensors.items()}).encode()
+    path.write_bytes(struct.pack("<Q", len(body)) + body)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write(
+        tmp_path / "model.safetensors",
+        {
+            "model.embed_tokens.weight": ("BF16", [1000, 64]),
+            "layers.0.q_proj.weight": ("BF16", [64, 64]),
+            "layers.0.norm.weight": ("BF16", [64]),
+            "packed": ("U8", [10, 10]),
+        },
+    )
+    config: dict[str, Any] = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2}
+    config |= {"hidden_size": 64, "max_position_embeddings": 4096}
+    config["layer_types"] = ["full_attention", "sliding_attention"] * 2
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": config}))
+    return tmp_path
+
+
+def test_weights_follow_dtype_and_quantization(folder: Path) -> None:
+    plain = 2 * (64_000 + 4096 + 64) + 100
+    assert weights_nbytes(folder, "none", None) == plain
+    assert weights_nbytes(folder, "none", 4) == 4 * (64_000 + 4096 + 64) + 100
+    assert weights_nbytes(folder, "nf4", None) == pytest.approx(plain - 4096 * (2 - 0.5625), abs=2)
+    assert weights_nbytes(folder, "int8", None) < plain
+
+
+def test_the_caches_shape_counts_full_attention_only(folder: Path) -> None:
+    found = predict(ModelSettings(name="m", path=str(folder), limits={"context_length": 1000}), "cuda:0")  # type: ignore[arg-type]
+    assert (found.token_nbytes, found.context, found.known) == (2 * 2 * 2 * 8 * 2, 1000, True)
+    assert [rung.name for rung in rungs_for("auto", found)] == ["exact"]
+
+
+def test_the_demo_is_predicted_as_it_is_and_its_ladder_begins_at_the_default() -> None:
+    model = ModelSettings(name="demo-7m")
+    found = predict(model, "cpu")
+    assert found.known and found.weights > 20_000_000 and found.default == "8x"
+    names = [rung.name for rung in rungs_for("auto", found)]
+    assert names[0] == "8x" and len(names) > 1 and "3.5x" not in names
+    assert [rung.name for rung in rungs_for("5x", found)] == ["5x"]
+    assert [rung.name for rung in rungs_for("exact", found)] == ["exact"]
+    kls = [rung.kl for rung in found.rungs]
+    assert kls == sorted(kls) and found.rungs[0].token_bytes > found.rungs[-1].token_bytes
+    on_cpu, on_gpu = facts_for(model, "cpu", "auto"), facts_for(model, "cuda:0", "auto")
+    assert on_cpu.weights == 2 * on_gpu.weights and on_gpu.can_sleep and not on_cpu.can_sleep
+
+
+def test_what_is_not_here_is_not_known(tmp_path: Path) -> None:
+    assert folder_of("nobody/nothing-at-all") is None
+    assert not predict(ModelSettings(name="nobody/nothing-at-all"), "cpu").known
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 40)
+    (tmp_path / "config.json").write_text("{}")
+    assert not predict(ModelSettings(name="m", path=str(tmp_path)), "cpu").known
+    with pytest.raises(ValueError, match="no safetensors"):
+        header(tmp_path / "model.safetensors")
+    assert header(resources.profile_path("demo-7m") or Path())["__metadata__"]
+
+
+def test_measures_are_kept_and_used(tmp_path: Path) -> None:
+    model, path = ModelSettings(name="demo-7m"), tmp_path / "state" / "measured.json"
+    measured = Measured(path)
+    key = Measured.key(model, "card")
+    measured.put(key, weights=123, load_s=2.5)
+    measured.put(key, wake_s=0.5)
+    measured.save()
+    facts = facts_for(model, "cuda:0", "auto", measured=Measured(path).get(key))
+    assert (facts.weights, facts.load_s, facts.wake_s, facts.measured) == (123, 2.5, 0.5, True)
+    path.write_text("[1]")
+    assert Measured(path).get(key) is None
+    path.unlink()
+    path.mkdir()
+    Measured(None).save()
+    Measured(path).save()  # a disk that refuses is no error
+    assert Measured(path).get(key) is None

@@ -1,0 +1,79 @@
+"""A real worker's loop under memory commands: leases, a squeeze while requests run, sleep and wake-up."""
+
+from __future__ import annotations
+
+import queue
+from typing import Any
+
+import pytest
+
+from server.worker import messages as wire
+from server.worker.child_engines import Engines
+from server.worker.main import Inbox, Worker
+from spectral.engine.build import Built, build_engine, find_profile
+from spectral.engine.types import EngineLimits
+from spectral.hf import LoadedModel, load_model
+from tests.server.test_worker_loop import Said, ask
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    return load_model("demo-7m", device="cpu")
+
+
+def build(loaded: LoadedModel, setting: str = "4x") -> Built:
+    return build_engine(loaded, find_profile(loaded), setting=setting, limits=EngineLimits(max_concurrency=4))
+
+
+def work(built: Built, *messages: Any) -> Said:
+    inbox: Inbox = queue.SimpleQueue()
+    for message in (*messages, wire.Shutdown(60.0)):
+        inbox.put(message)
+    said = Said()
+    Worker(Engines(built), inbox, said).run()  # type: ignore[arg-type]
+    return said
+
+
+def done(said: Said, command: str) -> wire.Done:
+    return next(m for m in said.messages if isinstance(m, wire.Done) and m.command_id == command)
+
+
+def footprints(said: Said) -> list[wire.Footprint]:
+    return [m for m in said.messages if isinstance(m, wire.Footprint)]
+
+
+def test_a_squeeze_between_requests_changes_the_setting_and_says_so(loaded: LoadedModel) -> None:
+    built = build(loaded)
+    said = work(built, ask("a", max_tokens=6), wire.Squeeze("s", "8x"), ask("b"))
+    assert done(said, "s").error == ""
+    [ready] = [m for m in said.messages if isinstance(m, wire.Ready)]
+    assert ready.setting == "8x" and ready.kl_mean > 0.001
+    assert built.engine.setting == "8x" and built.engine.store.codebook.setting == "8x"
+    ends = [m for m in said.messages if isinstance(m, wire.Finished)]
+    assert [end.reason for end in ends] == ["length", "length"]
+
+
+def test_a_lease_is_taken_reported_and_bounded_by_the_configuration(loaded: LoadedModel) -> None:
+    built = build(loaded)
+    said = work(built, wire.SetLease("l", 2_000_000), ask("a"), wire.SetLease("free", None))
+    first, second = footprints(said)
+    assert (first.lease, second.lease) == (2_000_000, None)
+    assert first.context_length < second.context_length and first.weights_bytes == loaded.weights_nbytes
+    said = work(build(loaded), wire.SetLease("tiny", 5))
+    assert "max_kv_bytes" in done(said, "tiny").error
+
+
+def test_what_cannot_be_done_is_refused_and_nothing_ends(loaded: LoadedModel) -> None:
+    exact = build_engine(loaded, None, setting="exact")
+    said = work(exact, wire.Squeeze("s", "8x"), ask("a"))
+    assert "no spectral profile" in done(said, "s").error
+    said = work(build(loaded), wire.Squeeze("s", "77x"), ask("a", max_tokens=400), wire.Sleep("z"))
+    assert "77x" in done(said, "s").error and "cannot sleep" in done(said, "z").error
+    assert any(isinstance(m, wire.Finished) for m in said.messages)
+
+
+def test_sleep_and_wake_of_a_model_on_a_cpu_move_nothing(loaded: LoadedModel) -> None:
+    said = work(build(loaded), wire.Sleep("z"), wire.Wake("w"), ask("a"))
+    assert done(said, "z").error == done(said, "w").error == ""
+    assert footprints(said)[0].host_bytes == 0
+    assert any(isinstance(m, wire.Finished) for m in said.messages)
