@@ -232,11 +232,17 @@ class PageStore:
         if spare is not None and self._page_nbytes:
             step = max(missing, min(step, spare // self._page_nbytes // 4))  # other stores may need the rest
         self._room(step * self._page_nbytes)
-        self._ids.grow(self.page_capacity + step)
-        for index, pool in enumerate(self.pools):
-            if pool is not None:
-                new = torch.empty((self.page_capacity, pool.shape[1]), dtype=torch.uint8, device=self.device)
-                new[: pool.shape[0]] = pool
+        capacity = self.page_capacity + step
+        grown: list[torch.Tensor | None] = []
+        try:
+            for pool in self.pools:
+                grown.append(pool if pool is None else pool.new_empty((capacity, pool.shape[1])))
+        except torch.OutOfMemoryError as error:  # others took the device's memory: room is made as for a limit
+            raise OutOfPages(step * self._page_nbytes, 0) from error
+        self._ids.grow(capacity)
+        for index, (old, new) in enumerate(zip(self.pools, grown, strict=True)):
+            if old is not None and new is not None:
+                new[: old.shape[0]] = old
                 self.pools[index] = new
 
     def _grow_slots(self, step: int) -> None:
@@ -244,8 +250,11 @@ class PageStore:
         if spare is not None:
             step = max(1, min(step, spare // max(1, self._slot_nbytes)))
         self._room(step * self._slot_nbytes)
-        for group in self.groups:
-            group.resize(self.slot_capacity + step)
+        try:
+            for group in self.groups:
+                group.resize(self.slot_capacity + step)
+        except torch.OutOfMemoryError as error:
+            raise OutOfPages(step * self._slot_nbytes, 0) from error
         self._free_slots[:0] = range(self.slot_capacity + step - 1, self.slot_capacity - 1, -1)
         self.slot_capacity += step
 

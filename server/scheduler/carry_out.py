@@ -121,27 +121,33 @@ class Moves:
         if lease:
             self._memory.spawn(self.set_lease(slot, lease))
 
+    def lease_message(self, slot: Slot, lease: int) -> Callable[[str], messages.SetLease]:
+        """A lease, and the coarsest setting that the worker may fall back to when its device is out of memory."""
+        ward = self._memory.steward.wards[slot.name]
+        allowed = [r.name for r in ward.facts.rungs if ward.wishes.max_kl is None or r.kl <= ward.wishes.max_kl]
+        return partial(messages.SetLease, max_bytes=lease, coarsest=allowed[-1] if len(allowed) > 1 else "")
+
     async def set_lease(self, slot: Slot, lease: int) -> None:
         """Tell a worker its lease. One that does not take it is told again when leases change."""
         try:
-            await self.send(slot, partial(messages.SetLease, max_bytes=lease))
+            await self.send(slot, self.lease_message(slot, lease))
         except (Refused, asyncio.TimeoutError) as error:
             log.warning("model %s: its lease of %s was not taken: %s", slot.name, human(lease), error or "no answer")
 
     async def _squeeze(self, slot: Slot, action: Action, before: Placement, lease: int) -> tuple[Placement, int]:
         setting = action.target.setting
-        await self.send(slot, partial(messages.Squeeze, setting=setting))
+        await self.send(slot, partial(messages.SetSetting, setting=setting))
         after = Placement(HOT, before.devices, setting)
         try:
-            await self.send(slot, partial(messages.SetLease, max_bytes=action.lease))
+            await self.send(slot, self.lease_message(slot, action.lease))
         except Refused as error:
             log.warning("model %s: squeezed, but its lease stays: %s", slot.name, error)
             return after, lease
         return after, action.lease
 
     async def _relax(self, slot: Slot, action: Action, before: Placement, lease: int) -> tuple[Placement, int]:
-        await self.send(slot, partial(messages.SetProfile, setting=action.target.setting, reload=False), MOVE_S)
-        await self.send(slot, partial(messages.SetLease, max_bytes=action.lease))
+        await self.send(slot, partial(messages.SetSetting, setting=action.target.setting))
+        await self.send(slot, self.lease_message(slot, action.lease))
         return Placement(HOT, before.devices, action.target.setting), action.lease
 
     async def _sleep(self, slot: Slot, action: Action, before: Placement, lease: int) -> tuple[Placement, int]:
@@ -172,9 +178,8 @@ class Moves:
         setting = slot.ready.setting if slot.ready is not None else before.setting
         self._memory.remember_wake(slot, time.monotonic() - began)
         if action.target.setting != setting:
-            kind = partial(messages.SetProfile, setting=action.target.setting, reload=False)
-            await self.send(slot, kind, MOVE_S)
-        await self.send(slot, partial(messages.SetLease, max_bytes=action.lease))
+            await self.send(slot, partial(messages.SetSetting, setting=action.target.setting))
+        await self.send(slot, self.lease_message(slot, action.lease))
         self._scheduler.set_state(slot, "hot", action.reason)
         return Placement(HOT, (device,), action.target.setting), action.lease
 

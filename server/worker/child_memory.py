@@ -1,4 +1,4 @@
-"""A worker's part in the scheduler's moves: leases, squeezes, sleep and wake-up, and what it reports about its bytes.
+"""A worker's part in the scheduler's moves: leases, settings, sleep and wake-up, and what it reports about its bytes.
 
 Everything runs on the inference thread between two steps, so nothing reads the cache or the weights meanwhile.
 """
@@ -6,6 +6,7 @@ Everything runs on the inference thread between two steps, so nothing reads the 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +18,17 @@ if TYPE_CHECKING:
     from server.worker.child_engines import Engines
 
 log = logging.getLogger("spectral.worker")
-COMMANDS = (wire.SetLease, wire.Squeeze, wire.Sleep, wire.Wake)
+COMMANDS = (wire.SetLease, wire.SetSetting, wire.Sleep, wire.Wake)
 
 
 class MemoryControl:
     """Carries out the memory commands of one worker."""
 
-    def __init__(self, engines: Engines, configured: int | None) -> None:
-        self._engines = engines
+    def __init__(self, engines: Engines, configured: int | None, tell: Callable[..., None]) -> None:
+        self._engines, self._tell = engines, tell
         self._configured = configured  # limits.max_kv_bytes: no lease is above it
         self._lease = configured
+        self._coarsest = ""
         self._sleeper: Any = None
 
     @property
@@ -42,9 +44,9 @@ class MemoryControl:
         timer = Timer()
         try:
             if isinstance(message, wire.SetLease):
-                answers, freed = self._set_lease(message.max_bytes)
-            elif isinstance(message, wire.Squeeze):
-                answers, freed = self._squeeze(message.setting)
+                answers, freed = self._set_lease(message)
+            elif isinstance(message, wire.SetSetting):
+                answers, freed = self._set_setting(message.setting)
             elif isinstance(message, wire.Sleep):
                 answers, freed = self._sleep()
             else:
@@ -75,36 +77,41 @@ class MemoryControl:
             seconds=seconds,
         )
 
-    def _set_lease(self, max_bytes: int | None) -> tuple[list[wire.ToParent], int]:
+    def _set_lease(self, message: wire.SetLease) -> tuple[list[wire.ToParent], int]:
         from spectral.engine.lease import set_lease
         from spectral.residency import give_back
 
-        bounds = [size for size in (max_bytes, self._configured) if size is not None]
+        bounds = [size for size in (message.max_bytes, self._configured) if size is not None]
         lease = min(bounds) if bounds else None
         freed = sum(set_lease(engine, lease) for engine in self._engines.all)
         give_back(self._engines.current.loaded.device.type)
-        self._lease = lease
+        self._lease, self._coarsest = lease, message.coarsest
+        for engine in self._engines.all:
+            engine.faults.relief = self._relieve
         return [], freed
 
-    def _squeeze(self, setting: str) -> tuple[list[wire.ToParent], int]:
-        """Re-encode every cache of the profile in force; new tokens use the setting too."""
+    def _set_setting(self, setting: str) -> tuple[list[wire.ToParent], int]:
         from spectral.residency import give_back
 
         built = self._engines.built
-        if built.profile is None:
-            raise_no_profile(built.engine.loaded.name)
-        assert built.profile is not None
-        row = built.profile.row(setting)
-        book = built.profile.codebook(row.name, device=built.engine.loaded.device)
-        freed = 0
-        for engine in self._engines.all:
-            store = engine.store
-            if store.codebook.profile_hash == book.profile_hash and book.page_nbytes() < store.codebook.page_nbytes():
-                freed += store.squeeze(book) + store.trim()
-                engine.setting = row.name
+        freed = built.engine.set_setting(setting)
+        row = None if setting == "exact" or built.profile is None else built.profile.row(setting)
         self._engines.built = replace(built, row=row)
         give_back(built.engine.loaded.device.type)
         return [describe(self._engines.built)], freed
+
+    def _relieve(self) -> int:
+        """Out of memory in a step: the next coarser setting, where the scheduler allows one; the bytes freed."""
+        built = self._engines.built
+        if built.profile is None or built.row is None or not self._coarsest:
+            return 0
+        names = [row.name for row in built.profile.ladder]
+        at, last = names.index(built.row.name), names.index(self._coarsest) if self._coarsest in names else -1
+        if at >= last:
+            return 0
+        messages, freed = self._set_setting(names[at + 1])
+        self._tell(*messages)
+        return freed
 
     def _sleep(self) -> tuple[list[wire.ToParent], int]:
         from spectral.errors import CacheError
@@ -115,15 +122,9 @@ class MemoryControl:
         loaded = self._engines.current.loaded
         if self._sleeper is None:
             self._sleeper = Sleeper(loaded.model, loaded.device.type if loaded.device.type != "cpu" else "cuda")
-        self._engines.trim()
-        return [], int(self._sleeper.sleep())
+        freed = sum(engine.trim(prefixes=True) for engine in self._engines.all)
+        return [], freed + int(self._sleeper.sleep())
 
     def _wake(self) -> tuple[list[wire.ToParent], int]:
         return [], -int(self._sleeper.wake()) if self._sleeper is not None else 0
 
-
-def raise_no_profile(name: str) -> None:
-    """Refuse a squeeze without a profile."""
-    from spectral.errors import CacheError
-
-    raise CacheError(f"{name!r} has no spectral profile, so its cache stays exact and cannot be squeezed")

@@ -162,7 +162,7 @@ class Worker:
         self._engines, self._inbox, self._writer = engines, inbox, writer
         self._translate = child_wire.EventTranslator(engines.current.loaded.tokenizer)
         self._encoder = Encoder(engines, inbox, writer)
-        self._memory = MemoryControl(engines, engines.current.limits.max_kv_bytes)
+        self._memory = MemoryControl(engines, engines.current.limits.max_kv_bytes, writer.send)
         self._encoding: dict[str, bool] = {}  # requests at the encoder, and whether they were cancelled meanwhile
         self._stop_at: float | None = None
         self._stats_at = 0.0

@@ -6,15 +6,18 @@ import msgspec
 
 
 class SetLease(msgspec.Struct, tag="set_lease", frozen=True):
-    """The cache may hold so many bytes (None: no limit); unused memory goes back to the device. Answered by Footprint
-    and Done, like the next three."""
+    """The cache may hold so many bytes (None: no limit); what is not needed goes back to the device. `coarsest`: the
+    setting that the worker may go down to by itself when the device is out of memory; "" for none. Answered by
+    Footprint and Done, like the next three."""
 
     command_id: str
     max_bytes: int | None = None
+    coarsest: str = ""
 
 
-class Squeeze(msgspec.Struct, tag="squeeze", frozen=True):
-    """Re-encode what the cache holds at a coarser setting, and use that for new tokens too. Ready comes before Done."""
+class SetSetting(msgspec.Struct, tag="set_setting", frozen=True):
+    """Run at another setting from now on: a coarser one re-encodes what the cache holds, a finer one is for sequences
+    that begin. Ready comes before Done."""
 
     command_id: str
     setting: str

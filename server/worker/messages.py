@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from server.worker.memory_messages import Footprint, SetLease, Sleep, Squeeze, Wake
+from server.worker.memory_messages import Footprint, SetLease, SetSetting, Sleep, Wake
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 LENGTH = struct.Struct(">I")
@@ -326,7 +326,7 @@ class Stats(msgspec.Struct, tag="stats", frozen=True):
     finished: dict[str, int] = {}
 
 
-ToWorker = Load | Submit | Tokenize | Cancel | SetProfile | Ping | Shutdown | SetLease | Squeeze | Sleep | Wake
+ToWorker = Load | Submit | Tokenize | Cancel | SetProfile | Ping | Shutdown | SetLease | SetSetting | Sleep | Wake
 Told = Accepted | Rejected | Tokenized | PromptTokens | Delta | Finished | Failed
 ToParent = Loading | Ready | LoadFailed | Told | Pong | Done | Footprint | Stats
 AnyMessage = ToWorker | ToParent

@@ -15,6 +15,7 @@ import torch
 from spectral.engine.answer import Answer
 from spectral.engine.chat import encode_prompt
 from spectral.engine.detokenize import longest_token, make_decoder
+from spectral.engine.faults import Faults
 from spectral.engine.grammar import GrammarCompiler
 from spectral.engine.lanes import Lanes
 from spectral.engine.runner import Runner
@@ -88,6 +89,7 @@ class Engine:
         self._grammars = GrammarCompiler(loaded.tokenizer, self.vocab_size, loaded.eos_token_ids)
         self.runner = Runner(loaded)
         self.scheduler = Scheduler(self.lanes, self.limits)
+        self.faults = Faults(self.lanes)
         self._live: dict[str, list[Sequence]] = {}
         self._session_of: dict[str, tuple[str, str]] = {}
         self._deadlines: dict[str, tuple[float, float]] = {}
@@ -232,7 +234,8 @@ class Engine:
     def step(self) -> list[Event]:
         """Schedule, run, postprocess. Returns what happened since the last step.
 
-        An error in the forward fails the requests of this step and no others.
+        An error in the forward fails the requests of this step and no others; for memory, see spectral.engine.faults.
+        Raises DeviceLost.
         """
         if self._deadlines:
             self._expire()
@@ -258,12 +261,15 @@ class Engine:
                 sampling, logits = self.runner.run(part)
                 tokens, logprobs = sample(logits, [s.sampler for s in sampling]) if sampling else ([], [])
         except Exception as error:  # whatever a model raises: these requests fail, the engine goes on
-            log.exception("a step of %d sequences failed", len(part.work))
             part.batch.abort()
-            for sequence, _ in part.work:
+            victims = self.faults.victims(error, part.work)
+            if victims:
+                log.exception("a step of %d sequences failed", len(part.work))
+            for sequence in victims:
                 self._fail(sequence.request_id, error)
             return
         part.batch.commit()
+        self.faults.succeeded()
         for sequence, _ in part.work:
             sequence.lane.prefix.keep(sequence)
         self.generated_tokens += len(tokens)

@@ -113,7 +113,7 @@ class Worker:
                 self.channel.send(ready(message.profile, message.setting), m.Done(message.command_id))
         elif isinstance(message, m.Tokenize):
             self.tokenize(message)
-        elif isinstance(message, m.Squeeze):
+        elif isinstance(message, m.SetSetting):
             self.channel.send(ready(None, message.setting), m.Footprint(freed_bytes=1000), m.Done(message.command_id))
         elif isinstance(message, (m.SetLease, m.Sleep, m.Wake)):
             self.channel.send(m.Footprint(context_length=128), m.Done(message.command_id))

@@ -44,7 +44,7 @@ def footprints(said: Said) -> list[wire.Footprint]:
 
 def test_a_squeeze_between_requests_changes_the_setting_and_says_so(loaded: LoadedModel) -> None:
     built = build(loaded)
-    said = work(built, ask("a", max_tokens=6), wire.Squeeze("s", "8x"), ask("b"))
+    said = work(built, ask("a", max_tokens=6), wire.SetSetting("s", "8x"), ask("b"))
     assert done(said, "s").error == ""
     [ready] = [m for m in said.messages if isinstance(m, wire.Ready)]
     assert ready.setting == "8x" and ready.kl_mean > 0.001
@@ -65,9 +65,9 @@ def test_a_lease_is_taken_reported_and_bounded_by_the_configuration(loaded: Load
 
 def test_what_cannot_be_done_is_refused_and_nothing_ends(loaded: LoadedModel) -> None:
     exact = build_engine(loaded, None, setting="exact")
-    said = work(exact, wire.Squeeze("s", "8x"), ask("a"))
-    assert "no spectral profile" in done(said, "s").error
-    said = work(build(loaded), wire.Squeeze("s", "77x"), ask("a", max_tokens=400), wire.Sleep("z"))
+    said = work(exact, wire.SetSetting("s", "8x"), ask("a"))
+    assert "needs a spectral profile" in done(said, "s").error
+    said = work(build(loaded), wire.SetSetting("s", "77x"), ask("a", max_tokens=400), wire.Sleep("z"))
     assert "77x" in done(said, "s").error and "cannot sleep" in done(said, "z").error
     assert any(isinstance(m, wire.Finished) for m in said.messages)
 

@@ -57,12 +57,12 @@ def main() -> None:
                 channel.send(m.Finished(message.request_id, 0, "stop", m.Usage(5, 1, 64)))
         elif isinstance(message, m.Cancel):
             held = [name for name in held if name != message.request_id]
-        elif kind == "stubborn" and isinstance(message, (m.Squeeze, m.Sleep)):
+        elif kind == "stubborn" and isinstance(message, (m.SetSetting, m.Sleep)):
             channel.send(m.Done(message.command_id, "this worker does not want to"))
             continue
         elif kind == "breaks" and isinstance(message, m.Wake):
             return
-        elif isinstance(message, (m.SetProfile, m.Squeeze)):
+        elif isinstance(message, (m.SetProfile, m.SetSetting)):
             channel.send(ready(gib, message.setting, load.device))
         elif isinstance(message, (m.Sleep, m.Wake)):
             asleep = isinstance(message, m.Sleep)
