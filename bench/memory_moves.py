@@ -75,10 +75,10 @@ def sleep_and_wake(devices: Devices, gib: float) -> dict[str, Any]:
     rate = copy_rate(2 * GIB)
     torch.cuda.empty_cache()
     model = model_of(gib)
-    check = [float(layer.weight.float().sum()) for layer in list(model)[:3]]  # type: ignore[union-attr,operator]
+    check = [float(layer.weight.detach().float().sum()) for layer in list(model)[:3]]  # type: ignore[union-attr,operator]
     torch.cuda.empty_cache()
     sleeper, out = Sleeper(model), []
-    for _ in range(2):
+    for _ in range(3):
         before, began = used(devices), time.perf_counter()
         size = sleeper.sleep()
         slept = time.perf_counter() - began
@@ -87,7 +87,7 @@ def sleep_and_wake(devices: Devices, gib: float) -> dict[str, Any]:
         woke = time.perf_counter() - began
         out.append({"sleep_s": round(slept, 3), "wake_s": round(woke, 3), "wake_gb_s": round(size / woke / 1e9, 1)})
         out[-1] |= {"nvml_freed_part": round(freed / size, 4), "wake_part_of_copy_rate": round(size / woke / rate, 3)}
-    same = check == [float(layer.weight.float().sum()) for layer in list(model)[:3]]  # type: ignore[union-attr,operator]
+    same = check == [float(layer.weight.detach().float().sum()) for layer in list(model)[:3]]  # type: ignore[union-attr,operator]
     return {
         "gib": round(size / GIB, 2),
         "host_to_device_gb_s": round(rate / 1e9, 1),
@@ -154,7 +154,7 @@ def foreign(devices: Devices, gib: int) -> dict[str, Any]:
         ledger.observe(devices.read_gpus())
         time.sleep(0.05)
     row = ledger.snapshot()[0]
-    kinds = sum(part["bytes"] for part in row["segments"]) + row["foreign_bytes"] + row["other_bytes"]
+    kinds = sum(part["bytes"] for part in row["segments"]) + row["foreign_bytes"]
     return {
         "asked_gib": gib,
         "seen_gib": round(took / GIB, 3),

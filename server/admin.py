@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from server import devices, errors, reload, state_tables
+from server import errors, reload, state_tables
 from server.config import ConfigError, Settings, load_settings
 from server.events import EventLog
 from server.jobs import Jobs
@@ -188,7 +188,7 @@ class Admin:
         return found
 
     async def memory(self) -> list[dict[str, Any]]:
-        """Who holds which bytes on which device."""
-        return await asyncio.to_thread(devices.device_map, self.scheduler)
+        """Who holds which bytes on which device, see spectral's ledger."""
+        return list(self.scheduler.memory.vram()["devices"])
 
 

@@ -20,6 +20,7 @@ from server.metrics import Metrics
 from server.middleware import Outermost
 from server.routes import admin as admin_routes
 from server.routes import admin_profiles, generate, ollama, openai, ops, tokens
+from server.routes import memory as memory_routes
 from server.scheduler.loop import Scheduler
 from server.state import State
 from server.worker.process import DEFAULT_COMMAND
@@ -57,6 +58,6 @@ def create_app(
     errors.install(app)
     app.add_middleware(Guard, keys=app.state.keys, settings=settings.auth)
     app.add_middleware(Outermost, metrics=metrics)
-    for module in (openai, ollama, generate, tokens, ops, admin_routes, admin_profiles):
+    for module in (openai, ollama, generate, tokens, ops, admin_routes, admin_profiles, memory_routes):
         app.include_router(module.router)
     return app

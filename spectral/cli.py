@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from spectral.commands import chat, evaluate, keys, profile, serve, status, version
+from spectral.commands import chat, evaluate, keys, plan, profile, serve, status, top, version
 
 EXIT_STATUS = (
     "Exit status: 0 done; 1 the server could not start, or the configuration is not valid; 2 a wrong command line, or "
@@ -35,6 +35,8 @@ app.command("serve")(serve.serve)
 app.command("check")(serve.check)
 app.command("chat")(chat.chat)
 app.command("ps")(status.ps)
+app.command("top")(top.top)
+app.command("plan")(plan.plan)
 app.command("models")(status.models)
 app.command("eval")(evaluate.evaluate_command)
 app.command("version")(version.version)

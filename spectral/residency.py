@@ -7,14 +7,17 @@ A model on the CPU has nothing to move.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
 from spectral.errors import CacheError
 
+PREFAULT_THREADS = 8
 _DEPTH = 6
 """How deep tensors hide in the objects of a module: a quantization state has a state of its own."""
 
@@ -22,8 +25,9 @@ _DEPTH = 6
 class Sleeper:
     """Moves one model's weights. Not thread-safe: nothing may run on the model meanwhile.
 
-    Host memory is one pinned buffer, taken when the model goes to sleep and given back when it is awake. CUDA graphs
-    captured before a sleep point to addresses that are gone: capture them again.
+    Host memory is one pinned buffer, taken when the model goes to sleep and given back when it is awake (by a thread:
+    the kernel takes longer to free it than the weights take to come back). CUDA graphs captured before a sleep point to
+    addresses that are gone: capture them again.
     """
 
     def __init__(self, model: torch.nn.Module, kind: str = "cuda") -> None:
@@ -83,9 +87,9 @@ class Sleeper:
                 storage.resize_(0)
             give_back(self._kind)
             raise
-        total = self._host.numel()
-        _unpin(self._host)
+        total, host = self._host.numel(), self._host
         self._asleep, self._host = [], None
+        threading.Thread(target=_release, args=[[host]], name="host memory", daemon=True).start()
         return total
 
 
@@ -135,13 +139,19 @@ def _pinned(size: int) -> torch.Tensor:
     of two and keeps what is freed."""
     host = torch.empty(size, dtype=torch.uint8)
     if torch.cuda.is_available():
+        # The kernel hands out pages one by one as they are first written: several threads are faster than one.
+        step = -(-size // PREFAULT_THREADS)
+        with ThreadPoolExecutor(PREFAULT_THREADS) as pool:
+            list(pool.map(lambda at: host[at : at + step].zero_(), range(0, size, step)))
         status = torch.cuda.cudart().cudaHostRegister(host.data_ptr(), size, 0)
         if int(status) != 0:
             raise RuntimeError(f"cudaHostRegister failed with status {int(status)}")
     return host
 
 
-def _unpin(host: torch.Tensor) -> None:
+def _release(held: list[torch.Tensor]) -> None:
+    """Free a pinned buffer, the last reference to it: it is taken from the list."""
+    host = held.pop()
     if torch.cuda.is_available():
         torch.cuda.cudart().cudaHostUnregister(host.data_ptr())
 

@@ -51,8 +51,9 @@ async def status(request: Request, actor: Actor) -> Response:
 
 @router.get("/vram")
 async def vram(request: Request, actor: Actor) -> Response:
-    """Who holds which bytes on which device: segments by kind and model, foreign and free bytes."""
-    return JSONResponse({"devices": await admin_of(request).memory()})
+    """Who holds which bytes on which device: segments by kind and model, foreign and free bytes; `leases` of hot
+    models, and `notes` on what cannot be known here."""
+    return JSONResponse(admin_of(request).scheduler.memory.vram())
 
 
 # ---------------------------------------------------------------------------------------------- models

@@ -156,19 +156,21 @@ class Ledger:
     def snapshot(self) -> list[dict[str, Any]]:
         """Every device: total, budget, and bytes by kind and model. JSON-ready.
 
-        `segments` with `foreign_bytes`, `other_bytes` and `free_bytes` add up to `total_bytes`. `other_bytes` is what
-        our loading workers hold and have not reported.
+        `segments` with `foreign_bytes` and `free_bytes` add up to `total_bytes`. What a loading worker holds and has
+        not reported is its workspace.
         """
         return [self._row(account) for account in self.accounts.values()]
 
     def _row(self, account: Account) -> dict[str, Any]:
-        segments = [
-            {"model": model, "kind": kind, "bytes": getattr(holding, kind)}
-            for model, holding in sorted(account.holdings.items())
-            for kind in KINDS
-            if getattr(holding, kind)
-        ]
         used = max(account.reading.used, account.ours)
+        rest = max(0, used - account.ours - account.foreign)
+        segments = []
+        for model, holding in sorted(account.holdings.items()):
+            growth = min(rest, max(0, holding.expected - holding.total)) if holding.expected else 0
+            rest -= growth
+            sizes = {kind: getattr(holding, kind) for kind in KINDS}
+            sizes["workspace"] += growth
+            segments += [{"model": model, "kind": k, "bytes": n} for k, n in sizes.items() if n or k != "context"]
         return {
             "device": account.name,
             "name": account.reading.name,
@@ -177,8 +179,7 @@ class Ledger:
             "max_vram_bytes": account.cap,
             "reserve_bytes": account.reserve,
             "free_bytes": max(0, account.reading.total - used),
-            "foreign_bytes": account.foreign,
-            "other_bytes": max(0, used - account.ours - account.foreign),
+            "foreign_bytes": min(account.foreign, max(0, used - account.ours)) + rest,
             "stale": account.stale,
             "segments": segments,
         }

@@ -24,20 +24,19 @@ from server.aio import within
 from server.config import ModelSettings
 from server.scheduler.carry_out import Moves
 from server.scheduler.demand import COLD, HOST, HOT, Device, Placement, Plan
+from server.scheduler.dry_run import ledger_for, wishes_for
 from server.scheduler.facts import Measured, facts_for, with_ladder
-from server.scheduler.ledger import Holding, Ledger
+from server.scheduler.ledger import Holding
 from server.scheduler.nvml import Devices, Reading
 from server.scheduler.planner import PATIENT_S, plan
 from server.scheduler.slots import Slot
-from server.scheduler.steward import FREEING, Action, Steward, Wishes
+from server.scheduler.steward import FREEING, Action, Steward
 from server.worker import messages
 
 if TYPE_CHECKING:
     from server.scheduler.loop import Scheduler
 
 log = logging.getLogger("spectral.memory")
-DEFAULT_FLOOR_TOKENS = 32_768
-
 
 class NoRoom(Exception):
     """A model that no device could ever hold; the message says what it needs and what there is."""
@@ -48,13 +47,7 @@ class MemoryManager:
 
     def __init__(self, scheduler: Scheduler, devices: Devices | None = None) -> None:
         self._scheduler = scheduler
-        settings = scheduler.settings.memory
-        caps: dict[str, int | None] = {"*": settings.max_vram, HOST: settings.max_host}
-        reserves = {"*": settings.reserve, HOST: settings.host_reserve}
-        for name, budget in settings.devices.items():
-            caps |= {} if budget.max_vram is None else {name: budget.max_vram}
-            reserves |= {} if budget.reserve is None else {name: budget.reserve}
-        self.ledger = Ledger(caps, reserves)
+        self.ledger = ledger_for(scheduler.settings.memory)
         self.steward = Steward()
         self.devices = devices or Devices()
         state = Path(scheduler.settings.server.state_dir or ".spectral")
@@ -92,7 +85,7 @@ class MemoryManager:
 
     def adopt(self, slot: Slot) -> None:
         """Take a slot in care, or take its changed configuration over."""
-        wishes = self.wishes(slot.settings, slot.pinned)
+        wishes = wishes_for(slot.settings, self.ledger.accounts, slot.pinned)
         device = wishes.devices[0]
         facts = facts_for(slot.settings, device, self._setting(slot), slot.profile, self._measure(slot, device))
         facts = with_ladder(facts, self._setting(slot), slot.ready)
@@ -107,27 +100,6 @@ class MemoryManager:
         """A model is no longer served."""
         self.steward.remove(name)
         self.ledger.release(name)
-
-    def wishes(self, model: ModelSettings, pinned: bool = False) -> Wishes:
-        """A model's configuration as the steward takes it."""
-        floor = model.min_context or min(model.limits.context_length or DEFAULT_FLOOR_TOKENS, DEFAULT_FLOOR_TOKENS)
-        return Wishes(
-            priority=model.priority,
-            pinned=model.pin or pinned,
-            keep_alive_s=None if model.keep_alive < 0 else model.keep_alive,
-            max_kl=model.max_kl,
-            min_context=floor,
-            max_concurrency=model.limits.max_concurrency,
-            max_bytes=model.max_vram,
-            devices=self._devices_for(model.device),
-            splittable=False,  # a worker's cache lies on one device
-        )
-
-    def _devices_for(self, device: str) -> tuple[str, ...]:
-        gpus = tuple(name for name in self.ledger.accounts if name != HOST)
-        if device in ("auto", "cuda"):
-            return gpus or (HOST,)
-        return (device,)
 
     def _setting(self, slot: Slot) -> str:
         return slot.setting or slot.settings.setting
@@ -340,7 +312,11 @@ class MemoryManager:
         """GET /admin/vram, `spectral top`: devices by kind and model, leases, and what cannot be known."""
         readings = [account.reading for account in self.ledger.accounts.values()]
         leases = {ward.name: ward.lease for ward in self.steward.wards.values() if ward.now.residency == HOT}
-        return {"devices": self.ledger.snapshot(), "leases": leases, "notes": self.devices.knowledge(readings)}
+        devices = self.ledger.snapshot()
+        for part in (part for row in devices for part in row["segments"]):
+            slot = self._scheduler.slots.get(part["model"])
+            part["setting"] = slot.ready.setting if slot and slot.ready and part["kind"] == "kv" else None
+        return {"devices": devices, "leases": leases, "notes": self.devices.knowledge(readings)}
 
     async def plan(self, extra: ModelSettings | None = None, context: int | None = None) -> Plan:
         """A dry run, on a thread: what would be decided now; with one more model asked for, or a longer context."""
@@ -360,7 +336,8 @@ def trial_demands(manager: MemoryManager, extra: ModelSettings | None, context: 
     if extra is not None:
         models[extra.name] = (extra, False)
     for name, (settings, pinned) in models.items():
-        wishes = manager.wishes(settings.model_copy(update={"min_context": context} if context else {}), pinned)
+        changed = settings.model_copy(update={"min_context": context} if context else {})
+        wishes = wishes_for(changed, manager.ledger.accounts, pinned)
         known = manager.steward.wards.get(name)
         facts = known.facts if known is not None else facts_for(settings, wishes.devices[0], settings.setting)
         ward = steward.add(name, facts, wishes, now)

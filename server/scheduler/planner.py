@@ -117,8 +117,9 @@ def _finish(
         for device, size in choice.shares:
             used[device] += size
     free = {name: budgets[name] - used[name] for name in budgets}
-    why = reasons(models, picked, free)
+    before = free
     picked, free = _hand_out(models, picked, free)
+    why = reasons(models, picked, before)
     unmet = tuple(m.name for m in models if (m.needed or m.pinned or m.busy) and picked[m.name].residency != HOT)
     hot = [(max(m.rate, IDLE_RATE), picked[m.name].kl) for m in models if picked[m.name].residency == HOT]
     kl = sum(rate * value for rate, value in hot) / sum(rate for rate, _ in hot) if hot else 0.0
