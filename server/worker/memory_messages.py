@@ -1,4 +1,7 @@
-"""The part of the protocol that is about memory; server.worker.messages has the rest and the framing."""
+"""The part of the protocol that changes what a model runs with: its profile, its setting, its memory.
+
+server.worker.messages has the rest and the framing.
+"""
 
 from __future__ import annotations
 
@@ -49,3 +52,14 @@ class Footprint(msgspec.Struct, tag="footprint", frozen=True):
     kv_bytes: int = 0
     freed_bytes: int = 0
     seconds: float = 0.0
+
+
+class SetProfile(msgspec.Struct, tag="set_profile", frozen=True):
+    """New requests use this profile (None: the one found for the model) at this setting; running ones end as they
+    began. With `reload` false the profile stays and only the setting changes. Answered by Done, on success after Ready.
+    """
+
+    command_id: str
+    profile: str | None = None
+    setting: str = "auto"
+    reload: bool = True

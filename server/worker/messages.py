@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from server.worker.memory_messages import Footprint, SetLease, SetSetting, Sleep, Wake
+from server.worker.memory_messages import Footprint, SetLease, SetProfile, SetSetting, Sleep, Wake
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 LENGTH = struct.Struct(">I")
@@ -169,17 +169,6 @@ class Cancel(msgspec.Struct, tag="cancel", frozen=True):
     request_id: str
 
 
-class SetProfile(msgspec.Struct, tag="set_profile", frozen=True):
-    """New requests use this profile (None: the one found for the model) at this setting; running ones end as they
-    began. With `reload` false the profile stays and only the setting changes. Answered by Done, on success after Ready.
-    """
-
-    command_id: str
-    profile: str | None = None
-    setting: str = "auto"
-    reload: bool = True
-
-
 class Ping(msgspec.Struct, tag="ping", frozen=True):
     """Are you there; answered by Pong with the same `seq`, from a thread that a long step does not hold up."""
 
@@ -326,6 +315,7 @@ class Stats(msgspec.Struct, tag="stats", frozen=True):
     finished: dict[str, int] = {}
 
 
+ToWorker = Load | Submit | Tokenize | Cancel | SetProfile | Ping | Shutdown | SetLease | SetSetting | Sleep | Wake
 ToWorker = Load | Submit | Tokenize | Cancel | SetProfile | Ping | Shutdown | SetLease | SetSetting | Sleep | Wake
 Told = Accepted | Rejected | Tokenized | PromptTokens | Delta | Finished | Failed
 ToParent = Loading | Ready | LoadFailed | Told | Pong | Done | Footprint | Stats
