@@ -312,7 +312,8 @@ class Gateway:
         permit: Permit | None,
         field_names: dict[str, str] | None,
     ) -> Generation:
-        worker = await self.scheduler.ensure(slot)
+        # 0 is carried out by the interface that has it, when the answer is over.
+        worker = await self.scheduler.ensure(slot, getattr(body, "keep_alive", None) or None)
         ready = slot.ready
         if ready is None:  # the worker ended in the very moment after it was hot
             raise self.scheduler.worker_lost(slot)

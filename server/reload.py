@@ -8,9 +8,9 @@ from typing import Any
 from server.config import Settings
 from server.scheduler.loop import Scheduler, Slot
 
-SECTIONS_AT_START_ONLY = ("auth", "logging")  # a file of keys is read again by itself
+SECTIONS_AT_START_ONLY = ("auth", "logging", "memory")  # a file of keys is read again by itself
 AT_START_ONLY = ("host", "port", "allow_public", "state_dir", "max_profile_bytes")
-LIVE = ("load", "aliases")
+LIVE = ("load", "aliases", "keep_alive", "pin", "priority", "max_kl", "min_context", "max_vram")
 """Fields of a model that need no new worker."""
 
 
@@ -51,8 +51,10 @@ async def apply(
         scheduler.add(models[name], prepare)
     for name in found["changed"]:
         scheduler.slots[name].settings = models[name]
+        scheduler.memory.adopt(scheduler.slots[name])
     for name in found["removed"]:
         await scheduler.unload(scheduler.slots.pop(name), drain_s, "no longer in the configuration")
+        scheduler.memory.forget(name)
     stale = [name for name, fields in found["changed"].items() if _needs_worker(scheduler.slots[name], fields)]
     return {**found, "needs_load": stale}
 

@@ -132,7 +132,8 @@ async def _load(request: Request, gateway: Gateway, name: str, asked: Any) -> Re
     """Without a prompt the model is only loaded, or with keep_alive: 0 let go."""
     slot = gateway.slot(asked.model, caller_of(request.scope))
     leaves = asked.keep_alive == 0
-    await unless_gone(request, _let_go(gateway, slot) if leaves else gateway.scheduler.ensure(slot))
+    work = _let_go(gateway, slot) if leaves else gateway.scheduler.ensure(slot, asked.keep_alive)
+    await unless_gone(request, work)
     nothing = {"role": "assistant", "content": ""}
     empty = {"message": nothing} if isinstance(asked, OllamaChatRequest) else {"response": ""}
     end = {"done": True, "done_reason": "unload" if leaves else "load"}
