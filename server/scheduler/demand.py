@@ -55,6 +55,7 @@ class Demand:
         rate, priority: traffic, and how much a second of it counts (1: normal).
         wake_s, load_s: to make it hot from host memory, from disk. can_sleep: its weights can be kept in host memory.
         max_kl: no setting above it; max_bytes: no more than that on devices, weights included.
+        residue: bytes that its process holds on its device while it sleeps (a CUDA context).
         devices: where it may run, () for anywhere but the host. splittable: it may be spread over several.
         pinned: stays hot. needed: requests wait for it. busy: requests run, so it stays hot where it is.
         live: it holds cache that can only be squeezed, so no finer setting. resting: keep-alive is over, so not hot.
@@ -75,6 +76,7 @@ class Demand:
     wake_s: float = 1.0
     load_s: float = 10.0
     can_sleep: bool = True
+    residue: int = 0
     max_kl: float | None = None
     max_bytes: int | None = None
     devices: tuple[str, ...] = ()

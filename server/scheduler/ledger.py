@@ -23,13 +23,15 @@ KINDS = ("weights", "workspace", "context", "kv")
 
 @dataclass(frozen=True)
 class Holding:
-    """One model's bytes on one device. `expected`: what it will hold when its load is done; 0 for one that is done."""
+    """One model's bytes on one device. `expected`: what it will hold when its load is done; 0 for one that is done.
+    `settle`: so many bytes that nobody explains are its context, if they are there at the next observation."""
 
     weights: int = 0
     workspace: int = 0
     context: int = 0
     kv: int = 0
     expected: int = 0
+    settle: int = 0
 
     @property
     def total(self) -> int:
@@ -91,6 +93,7 @@ class Ledger:
             account.stale, account.reading = False, reading
             if per_process:
                 self._take_processes(account)
+            self._settle(account)
             before, account.foreign = account.foreign, self._foreign(account)
             if account.foreign != before:
                 changed[account.name] = account.foreign - before
@@ -111,6 +114,14 @@ class Ledger:
             rest = max(0, measured - holding.weights - holding.kv - holding.workspace)
             account.holdings[model] = Holding(holding.weights, holding.workspace, rest, holding.kv)
 
+    def _settle(self, account: Account) -> None:
+        """A process that has just loaded holds a context that nobody reports: what came with it, unexplained."""
+        for model, holding in account.holdings.items():
+            if holding.settle:
+                grown = max(0, account.reading.used - account.ours - account.foreign)
+                context = holding.context + min(grown, holding.settle)
+                account.holdings[model] = Holding(holding.weights, holding.workspace, context, holding.kv)
+
     def _foreign(self, account: Account) -> int:
         """Used bytes that nobody of ours explains."""
         unexplained = account.reading.used - account.ours
@@ -125,7 +136,8 @@ class Ledger:
         account = self.accounts.setdefault(device, self._open(device))
         before = account.holdings.get(model)
         if before is not None and not holding.expected and not holding.context:
-            holding = Holding(holding.weights, holding.workspace, before.context, holding.kv)
+            settle = max(before.settle, holding.settle)
+            holding = Holding(holding.weights, holding.workspace, before.context, holding.kv, settle=settle)
         account.holdings[model] = holding
         if pid:
             account.pids[model] = pid

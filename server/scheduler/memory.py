@@ -25,7 +25,7 @@ from server.config import ModelSettings
 from server.scheduler.carry_out import Moves
 from server.scheduler.demand import COLD, HOST, HOT, Device, Placement, Plan
 from server.scheduler.dry_run import ledger_for, wishes_for
-from server.scheduler.facts import Measured, facts_for, with_ladder
+from server.scheduler.facts import GPU_OVERHEAD, Measured, facts_for, with_ladder
 from server.scheduler.ledger import Holding
 from server.scheduler.nvml import Devices, Reading
 from server.scheduler.planner import PATIENT_S, plan
@@ -146,16 +146,32 @@ class MemoryManager:
             workspace = max(0, message.reserved_bytes - message.weights_bytes - message.kv_bytes)
             holding = Holding(message.weights_bytes, workspace, 0, message.kv_bytes)
             self.ledger.hold(slot.name, device, holding, slot.worker.pid if slot.worker is not None else 0)
+            self._measure_overhead(slot, device, message)
         if message.host_bytes:
             self.ledger.hold(slot.name, HOST, Holding(weights=message.host_bytes))
         if slot.ready is not None and slot.ready.context_length != message.context_length:
             slot.update_ready(context_length=message.context_length)
 
+    def _measure_overhead(self, slot: Slot, device: str, message: messages.Footprint) -> None:
+        """What a model takes beside weights and cache, at its largest; and what is left of that while it sleeps."""
+        holding = self.ledger.of(slot.name)[device]
+        if not holding.context:
+            return
+        ward = self.steward.wards[slot.name]
+        ward.residue = holding.context + (holding.workspace if not message.weights_bytes else 0)
+        work = max(holding.workspace, message.peak_bytes - (slot.ready.weights_bytes if slot.ready else 0))
+        if message.weights_bytes and work >= 0:
+            account = self.ledger.accounts[device]
+            key = Measured.key(slot.settings, account.reading.name)
+            known = self.measured.get(key)
+            self.measured.put(key, overhead=max(holding.context + work, known.overhead if known is not None else 0))
+
     def hot(self, slot: Slot, seconds: float) -> None:
         """A load ended well: predictions give way to measures, and the worker gets its lease."""
         ready, device = slot.ready, self.device_of(slot)
         assert ready is not None
-        holding = Holding(ready.weights_bytes, kv=slot.stats.kv_bytes_allocated)
+        settle = GPU_OVERHEAD if device != HOST else 0
+        holding = Holding(ready.weights_bytes, kv=slot.stats.kv_bytes_allocated, settle=settle)
         self.ledger.hold(slot.name, device, holding, slot.worker.pid if slot.worker is not None else 0)
         account = self.ledger.accounts[device]
         key = Measured.key(slot.settings, account.reading.name)

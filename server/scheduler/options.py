@@ -34,7 +34,8 @@ def options(model: Demand, devices: Sequence[Device]) -> list[Choice]:
     if model.can_sleep and not model.busy and host is not None and model.weights <= host.budget:
         cost = _traffic(model) * (model.wake_s + finest) + _away(model)
         cost += switch_cost(model, ASLEEP, (), model.now.setting)
-        found.append(Choice(model.name, ASLEEP, ((HOST, model.weights),), model.now.setting, cost=cost))
+        shares = ((HOST, model.weights), *((name, model.residue) for name in model.now.devices if model.residue))
+        found.append(Choice(model.name, ASLEEP, shares, model.now.setting, cost=cost))
     if not (model.busy and found):
         cost = _traffic(model) * (model.load_s + finest) + _away(model) + switch_cost(model, COLD, (), "")
         found.append(Choice(model.name, COLD, cost=cost))

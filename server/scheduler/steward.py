@@ -78,6 +78,7 @@ class Ward:
     used_at: float = 0.0
     keep_alive_s: float | None = None
     squeezed_at: float = -math.inf
+    residue: int = 0
     refused_at: float = -math.inf
     pinned: bool = False
 
@@ -205,6 +206,7 @@ class Steward:
             wake_s=facts.wake_s,
             load_s=facts.load_s,
             can_sleep=facts.can_sleep,
+            residue=ward.residue if at.residency != COLD else 0,
             max_kl=wishes.max_kl,
             max_bytes=wishes.max_bytes,
             devices=wishes.devices,

@@ -316,7 +316,6 @@ class Stats(msgspec.Struct, tag="stats", frozen=True):
 
 
 ToWorker = Load | Submit | Tokenize | Cancel | SetProfile | Ping | Shutdown | SetLease | SetSetting | Sleep | Wake
-ToWorker = Load | Submit | Tokenize | Cancel | SetProfile | Ping | Shutdown | SetLease | SetSetting | Sleep | Wake
 Told = Accepted | Rejected | Tokenized | PromptTokens | Delta | Finished | Failed
 ToParent = Loading | Ready | LoadFailed | Told | Pong | Done | Footprint | Stats
 AnyMessage = ToWorker | ToParent

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections import Counter
@@ -45,8 +44,6 @@ if TYPE_CHECKING:
     from spectral.hf import LoadedModel
     from spectral.pages import PageStore
     from spectral.profile import SpectralProfile
-
-log = logging.getLogger("spectral.engine")
 
 CONTEXT_TOKENS = 4
 """Prompt tokens that a plain completion's first piece of text is decoded with."""
@@ -234,8 +231,7 @@ class Engine:
     def step(self) -> list[Event]:
         """Schedule, run, postprocess. Returns what happened since the last step.
 
-        An error in the forward fails the requests of this step and no others; for memory, see spectral.engine.faults.
-        Raises DeviceLost.
+        An error in the forward fails the requests of this step and no others. Raises DeviceLost (see faults).
         """
         if self._deadlines:
             self._expire()
@@ -262,10 +258,7 @@ class Engine:
                 tokens, logprobs = sample(logits, [s.sampler for s in sampling]) if sampling else ([], [])
         except Exception as error:  # whatever a model raises: these requests fail, the engine goes on
             part.batch.abort()
-            victims = self.faults.victims(error, part.work)
-            if victims:
-                log.exception("a step of %d sequences failed", len(part.work))
-            for sequence in victims:
+            for sequence in self.faults.victims(error, part.work):
                 self._fail(sequence.request_id, error)
             return
         part.batch.commit()

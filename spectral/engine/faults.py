@@ -58,6 +58,7 @@ class Faults:
         if is_sticky(error):
             raise DeviceLost(f"the device is lost to this process: {error}") from error
         if not is_out_of_memory(error):
+            log.error("a step of %d sequences failed", len(sequences), exc_info=error)
             return sequences
         self.count += 1
         again, self._failed = not self._failed, True

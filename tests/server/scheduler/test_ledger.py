@@ -81,3 +81,17 @@ def test_every_snapshot_adds_up_to_the_total(steps: list[tuple[int, int, int, in
         parts = sum(part["bytes"] for part in row["segments"])
         assert parts + row["foreign_bytes"] + row["free_bytes"] == row["total_bytes"]
         assert row["total_bytes"] >= 40 and row["budget_bytes"] >= 0
+
+
+def test_a_context_that_nobody_reports_comes_with_the_load_and_is_not_foreign() -> None:
+    ledger = Ledger()
+    ledger.observe([gpu(GIB)])
+    ledger.hold("m", "cuda:0", Holding(expected=6 * GIB))
+    ledger.observe([gpu(5 * GIB)])
+    ledger.hold("m", "cuda:0", Holding(weights=4 * GIB, settle=GIB))
+    ledger.hold("m", "cuda:0", Holding(weights=4 * GIB, kv=10))
+    assert ledger.observe([gpu(5 * GIB + GIB // 2)]) == {}
+    assert ledger.of("m")["cuda:0"].context == GIB // 2 - 10
+    ledger.hold("m", "cuda:0", Holding())  # it sleeps: its process is there
+    ledger.observe([gpu(GIB + GIB // 2)])
+    assert ledger.of("m")["cuda:0"].total == GIB // 2 - 10 and ledger.accounts["cuda:0"].foreign <= GIB + 10

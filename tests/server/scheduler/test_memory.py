@@ -185,6 +185,8 @@ async def test_foreign_memory_is_noticed_within_a_second_and_nobody_is_ended(
     async with serving(monkeypatch, tmp_path, devices, model("a", 4), model("b", 3)) as server:
         streams = [await server.ask(name, "hold") for name in "ab"]
         leases = dict(server.scheduler.memory.vram()["leases"])
+        held = server.scheduler.memory.ledger.of
+        await server.until(lambda: not any(held(name)["cuda:0"].settle for name in "ab"))  # loads are over
         devices.foreign = 3 * GIB
         took = await server.until(lambda: bool(server.events.of("foreign")))
         assert took < 1.0 and "others took 3.0 GiB on cuda:0" in server.events.of("foreign")[0]
