@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from server.errors import ApiError, bad_request, shorten, unsupported
 
+MAX_DEPTH = 64
 Harmless = Mapping[str, Callable[[Any], bool]]
 
 
@@ -92,4 +94,38 @@ def json_object(text: str, param: str) -> dict[str, Any]:
         value = None
     if not isinstance(value, dict):
         raise bad_request(f"{param}: must be a text that holds a JSON object", param)
+    try:
+        return check_json(value)
+    except ValueError as error:
+        raise bad_request(f"{param}: {error}", param) from None
+
+
+def check_json(value: dict[str, Any]) -> dict[str, Any]:
+    """An object of the client's own, once it is known that it can go to a worker. Raises ValueError."""
+    rest: list[tuple[Any, int]] = [(value, 1)]
+    while rest:
+        part, depth = rest.pop()
+        if depth > MAX_DEPTH:
+            raise ValueError(f"must not be nested deeper than {MAX_DEPTH} levels")
+        if isinstance(part, dict):
+            rest += [(item, depth + 1) for pair in part.items() for item in pair]
+        elif isinstance(part, list):
+            rest += [(item, depth + 1) for item in part]
+        elif isinstance(part, int) and not -(2**63) <= part < 2**63:
+            raise ValueError("must not hold whole numbers of more than 64 bits")
+        elif isinstance(part, float) and not math.isfinite(part):
+            raise ValueError("must not hold NaN or infinite numbers")
+        elif isinstance(part, str) and not _encodable(part):
+            raise ValueError("must not hold half a surrogate pair")
     return value
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+JsonObject = Annotated[dict[str, Any], AfterValidator(check_json)]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from server.errors import bad_request, unsupported
-from server.schemas.base import Harmless, Request, Strict
+from server.schemas.base import Harmless, JsonObject, Request, Strict, check_json
 from server.schemas.fields import MAX_TOKEN_ID, MAX_TOKENS, MAX_TOOLS, FunctionName, ModelName, Probability, Stop
 from server.schemas.tools import Tool, ToolUse, schema_grammar
 from server.worker import messages as wire
@@ -36,8 +36,10 @@ def duration(value: Any) -> float:
 
 
 def _format(value: Any) -> Any:
-    if value == "json" or isinstance(value, dict):
+    if value == "json":
         return value
+    if isinstance(value, dict):
+        return check_json(value)
     raise ValueError('must be "json" or a JSON schema')
 
 
@@ -138,7 +140,7 @@ class OllamaFunction(Strict):
     """A called function; its arguments are an object here."""
 
     name: FunctionName
-    arguments: dict[str, Any] = {}
+    arguments: JsonObject = {}
     index: int | None = Field(None, ge=0, lt=MAX_TOOLS)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from server.errors import bad_request, unsupported
-from server.schemas.base import Harmless, Strict, json_object
+from server.schemas.base import Harmless, JsonObject, Strict, json_object
 from server.schemas.fields import MAX_TOOLS, FunctionName, Limit, Text
 from server.schemas.sampling import COMMON_HARMLESS, SamplingFields
 from server.schemas.tools import (
@@ -46,7 +46,7 @@ class FlatSchemaFormat(Strict):
     type: Literal["json_schema"]
     name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
     description: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
+    schema_: JsonObject = Field(alias="schema")
     strict: bool | None = None
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from server.errors import bad_request, unsupported
-from server.schemas.base import Strict
+from server.schemas.base import JsonObject, Strict
 from server.schemas.fields import FunctionName
 from server.worker import messages as wire
 
@@ -20,7 +20,7 @@ class Function(Strict):
 
     name: FunctionName
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: JsonObject | None = None
     strict: bool | None = None
 
 
@@ -58,7 +58,7 @@ class JsonSchema(Strict):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
     description: str | None = None
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    schema_: JsonObject | None = Field(None, alias="schema")
     strict: bool | None = None
 
 

@@ -21,9 +21,27 @@ from tests.server.conftest import Running, serving, settings
 JSON = {"Content-Type": "application/json"}
 CALLED = {"name": "f", "arguments": "{}"}
 CALL = {"id": "c", "type": "function", "function": CALLED}
+DEEP: Any = {}
+for _ in range(100):
+    DEEP = {"a": [DEEP]}
 OTHER = {"type": "function", "function": {"name": "g"}}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 STRICT = {"type": "function", "function": {**TOOL["function"], "strict": True}}
+
+
+def tool_with(parameters: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", "parameters": parameters}}
+
+
+def called_with(arguments: str) -> dict[str, Any]:
+    call = {**CALL, "function": {**CALLED, "arguments": arguments}}
+    return {"messages": [{"role": "assistant", "tool_calls": [call]}]}
+
+
+def shape(schema: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
 OK = {"model": "demo", "messages": [{"role": "user", "content": "hello"}]}
 
 
@@ -81,6 +99,13 @@ def check(response: Any, status: int, code: str, param: str | None) -> str:
             "invalid_value",
             "messages[0].tool_calls[0].function.arguments",
         ),
+        *(
+            (called_with(text), "invalid_value", "messages[0].tool_calls[0].function.arguments")
+            for text in (f'{{"a": {10**30}}}', '{"a": NaN}', '{"a": "\\ud800"}', json.dumps(DEEP), "[" * 10_000)
+        ),
+        ({"tools": [tool_with({"maximum": 10**30})]}, "invalid_value", "tools[0].function.parameters"),
+        ({"tools": [tool_with(DEEP)]}, "invalid_value", "tools[0].function.parameters"),
+        ({"response_format": shape({"maximum": 2**63})}, "invalid_value", "response_format.json_schema.schema"),
         ({"tool_choice": "required"}, "invalid_value", "tool_choice"),
         ({"tools": [TOOL], "tool_choice": OTHER}, "invalid_value", "tool_choice"),
         ({"tools": [TOOL, TOOL]}, "invalid_value", "tools"),
