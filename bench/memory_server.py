@@ -99,7 +99,7 @@ async def study(models: dict[str, Path], budget: float, foreign_gib: float) -> d
     state = tempfile.mkdtemp()
     given = [{"name": name, "path": str(path), "load": "on_demand", "device": "cuda"} for name, path in models.items()]
     memory = {"max_vram": f"{budget}GiB", "reserve": 0}
-    settings = Settings(models=given, memory=memory, server={"state_dir": state, "load_wait_seconds": 120})  # type: ignore[arg-type]
+    settings = Settings(models=given, memory=memory, server={"state_dir": state, "load_wait_seconds": 40})  # type: ignore[arg-type]
     events = Events()
     scheduler = Scheduler(settings, Metrics(), events=events)  # type: ignore[arg-type]
     scheduler.start()
@@ -131,6 +131,12 @@ async def study(models: dict[str, Path], budget: float, foreign_gib: float) -> d
             if e["kind"] not in ("state",)
         ]
         out["vram"] = scheduler.memory.vram()["devices"][-1]
+    except Exception:
+        print(
+            json.dumps({"plan": scheduler.memory.steward.last and scheduler.memory.steward.last.as_dict()}), flush=True
+        )
+        print(json.dumps(scheduler.memory.vram()), [e["reason"] for e in events.found], flush=True)
+        raise
     finally:
         await scheduler.stop()
         shutil.rmtree(state, ignore_errors=True)

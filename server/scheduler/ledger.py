@@ -135,9 +135,10 @@ class Ledger:
         """Record what a model holds, or is expected to hold, on a device."""
         account = self.accounts.setdefault(device, self._open(device))
         before = account.holdings.get(model)
-        if before is not None and not holding.expected and not holding.context:
+        if before is not None and not holding.context:  # the process is the same, and so is its context
             settle = max(before.settle, holding.settle)
-            holding = Holding(holding.weights, holding.workspace, before.context, holding.kv, settle=settle)
+            sizes = holding.weights, holding.workspace, before.context, holding.kv
+            holding = Holding(*sizes, holding.expected, settle)
         account.holdings[model] = holding
         if pid:
             account.pids[model] = pid

@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("spectral.memory")
 
+TOLD_BYTES = 256 << 20
+"""A change of foreign memory that people are told of; drivers take and give back about 100 MiB by themselves."""
+
+
 class NoRoom(Exception):
     """A model that no device could ever hold; the message says what it needs and what there is."""
 
@@ -267,6 +271,7 @@ class MemoryManager:
                 continue  # other programs' host memory comes and goes by the second
             if abs(change) >= 64 << 20:
                 self.steward.changed()
+            if abs(change) >= TOLD_BYTES:
                 self.moves.note_foreign(device, change, self.ledger.accounts[device].foreign)
         if self.ledger.excess():
             self.steward.changed()

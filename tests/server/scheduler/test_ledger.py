@@ -94,4 +94,6 @@ def test_a_context_that_nobody_reports_comes_with_the_load_and_is_not_foreign() 
     assert ledger.of("m")["cuda:0"].context == GIB // 2 - 10
     ledger.hold("m", "cuda:0", Holding())  # it sleeps: its process is there
     ledger.observe([gpu(GIB + GIB // 2)])
-    assert ledger.of("m")["cuda:0"].total == GIB // 2 - 10 and ledger.accounts["cuda:0"].foreign <= GIB + 10
+    ledger.hold("m", "cuda:0", Holding(expected=5 * GIB))  # it wakes
+    ledger.hold("m", "cuda:0", Holding(weights=4 * GIB))
+    assert ledger.of("m")["cuda:0"].total == 4 * GIB + GIB // 2 - 10 and ledger.accounts["cuda:0"].foreign <= GIB + 10
