@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from server.config import ModelSettings
+from server.config import ModelSettings, load_settings
 from server.scheduler.facts import Measured, facts_for, folder_of, header, predict, rungs_for, weights_nbytes
 from spectral import resources
 
@@ -93,3 +93,12 @@ def test_measures_are_kept_and_used(tmp_path: Path) -> None:
     Measured(None).save()
     Measured(path).save()  # a disk that refuses is no error
     assert Measured(path).get(key) is None
+
+
+def test_the_example_of_the_document_is_a_configuration(root: Path, tmp_path: Path) -> None:
+    text = (root / "docs" / "memory.md").read_text(encoding="utf-8")
+    path = tmp_path / "config.yaml"
+    path.write_text(text.split("```yaml\n")[1].split("```")[0])
+    found = load_settings(path)
+    assert (found.memory.max_vram, found.models[0].keep_alive) == (10 * 2**30, 1800.0)
+    assert found.memory.devices["cuda:1"].max_vram == 6 * 2**30
