@@ -137,7 +137,8 @@ class MemoryManager:
             if not holding.expected:
                 kv = slot.stats.kv_bytes_allocated
                 self.ledger.hold(slot.name, device, Holding(holding.weights, holding.workspace, 0, kv))
-        self.look()
+        if self._pending or self.steward.due(now):  # most requests change nothing: the loop is not even woken
+            self.look()
 
     def look(self) -> None:
         """Something may be due."""
