@@ -1,4 +1,5 @@
-"""`python -m server [serve | schema | check]`: run, print the configuration's schema, check a configuration."""
+"""`python -m server [serve | schema | metrics | check]`: run, print the configuration's schema or the table of the
+metrics, check a configuration."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ from fastapi import FastAPI
 from server import logs
 from server.app import create_app
 from server.config import ConfigError, Settings, default_path, load_settings, schema_json
-from server.scheduler.loop import Scheduler, Slot
+from server.metrics import table
+from server.scheduler.loop import Scheduler
+from server.scheduler.slots import Slot
 from server.state_schema import StateError
 
 SCHEMA_FILE = "config.schema.json"
@@ -33,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     if options.command == "schema":
         sys.stdout.write(schema_json())
+        return 0
+    if options.command == "metrics":
+        sys.stdout.write(table())
         return 0
     try:
         settings = load_settings(options.config, host=options.host, port=options.port)
@@ -72,7 +78,7 @@ def _event_loop() -> Callable[[Coroutine[Any, Any, int]], int]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m server", description="Spectral, an inference server.")
-    parser.add_argument("command", nargs="?", default="serve", choices=("serve", "schema", "check"))
+    parser.add_argument("command", nargs="?", default="serve", choices=("serve", "schema", "metrics", "check"))
     parser.add_argument("--config", help="configuration file; else ./config.yaml, else the one in the package")
     parser.add_argument("--host", help="instead of server.host")
     parser.add_argument("--port", type=int, help="instead of server.port")

@@ -15,7 +15,10 @@ from server.config import ConfigError, Settings, load_settings
 from server.events import EventLog
 from server.jobs import Jobs
 from server.profiles import ROLLBACK, ProfileStore
-from server.scheduler.loop import Scheduler, Slot
+from server.scheduler.demand import ASLEEP, HOT, Placement
+from server.scheduler.loop import Scheduler
+from server.scheduler.slots import Slot
+from server.scheduler.steward import Action
 from server.state import State
 from server.worker import messages
 
@@ -43,6 +46,7 @@ class Admin:
 
     def _remember(self, slot: Slot, choices: dict[str, Any], sha256: str | None) -> None:
         slot.pinned, slot.setting = bool(choices.get("pinned")), choices.get("setting")
+        self.scheduler.metrics.pinned.labels(slot.name).set(int(slot.pinned))
         self._fingerprints[slot.name] = choices.get("fingerprint") or ""
         if sha256 is None:
             return
@@ -109,10 +113,32 @@ class Admin:
         """A pinned model stays where it is: neither the scheduler nor a plain unload takes it away."""
         await self.state.run(lambda db: state_tables.choose(db, slot.name, "pinned", int(pinned)))
         slot.pinned = pinned
+        self.scheduler.metrics.pinned.labels(slot.name).set(int(pinned))
+        self.scheduler.memory.adopt(slot)
         self.scheduler.note("pin", "pinned" if pinned else "unpinned", slot)
 
-    async def choose_setting(self, slot: Slot, setting: str) -> None:
-        """Use another setting of the ladder; "auto" takes the configured one again. Kept over restarts."""
+    async def sleep(self, slot: Slot) -> None:
+        """Move a model's weights to host memory. Raises ApiError 409 where it does not sleep, with the reason."""
+        if slot.state != "hot" or slot.ready is None:
+            raise errors.ApiError(409, f"{slot.name!r} is {slot.state}; only a hot model can sleep", code="not_hot")
+        memory, before = self.scheduler.memory, self.events.recent()[-1:]
+        now = memory.steward.wards[slot.name].now
+        target = Placement(ASLEEP, now.devices, slot.ready.setting)
+        action = Action("sleep", slot.name, target, 0, "by hand")
+        async with self._lock(slot):
+            memory.steward.begin(action)
+            await memory.moves.carry_out(slot, action)
+        if memory.steward.wards[slot.name].now.residency == HOT:
+            since = before[0]["id"] if before else 0
+            later = [event for event in self.events.recent(since) if event["model"] == slot.name]
+            said = [event["reason"] for event in later if event["kind"] == "refused"]
+            raise errors.ApiError(409, said[-1] if said else f"{slot.name!r} did not fall asleep", code="not_asleep")
+
+    async def choose_setting(self, slot: Slot, setting: str, live: bool = False) -> None:
+        """Use another setting of the ladder; "auto" takes the configured one again. Kept over restarts.
+
+        New requests use it; with `live` a coarser one also re-encodes what running requests hold.
+        """
         wanted = None if setting == "auto" else setting
         async with self._lock(slot):
             if slot.state == "hot":
@@ -123,12 +149,24 @@ class Admin:
                     message = f"setting: {setting!r} is not in the ladder of {slot.name!r}; choose one of {choices}"
                     raise errors.bad_request(message, "setting")
                 before = slot.ready.setting if slot.ready is not None else ""
-                command = partial(messages.SetProfile, setting=target, reload=False)
-                await self.scheduler.command(slot, command, SWITCH_SECONDS)
+                await self._set_setting(slot, target, live)
                 after = slot.ready.setting if slot.ready is not None else target
                 self.scheduler.note("setting", f"{before} -> {after}, by hand", slot, before=before, after=after)
             slot.setting = wanted
             await self.state.run(lambda db: state_tables.choose(db, slot.name, "setting", wanted))
+            self.scheduler.memory.adopt(slot)
+
+    async def _set_setting(self, slot: Slot, target: str, live: bool) -> None:
+        if live and target != "auto":
+            try:
+                await self.scheduler.command(slot, partial(messages.SetSetting, setting=target), SWITCH_SECONDS)
+                return
+            except errors.ApiError as error:
+                if error.code != "refused_by_worker":
+                    raise
+                log.info("model %s: %s; new requests get %s", slot.name, error.message, target)
+        command = partial(messages.SetProfile, setting=target, reload=False)
+        await self.scheduler.command(slot, command, SWITCH_SECONDS)
 
     # -- profiles -------------------------------------------------------------------------------------------------
 
@@ -187,8 +225,14 @@ class Admin:
         self.events.add("config", "the configuration was read again", **found)
         return found
 
-    async def memory(self) -> list[dict[str, Any]]:
-        """Who holds which bytes on which device, see spectral's ledger."""
-        return list(self.scheduler.memory.vram()["devices"])
+    def memory(self) -> dict[str, Any]:
+        """Who holds which bytes on which device: the ledger, with the setting of every cache beside its bytes."""
+        view = self.scheduler.memory.vram()
+        for device in view["devices"]:
+            for part in device["segments"]:
+                slot = self.scheduler.slots.get(part["model"])
+                ready = slot.ready if slot is not None and part["kind"] == "kv" else None
+                part["setting"] = ready.setting if ready is not None else None
+        return view
 
 

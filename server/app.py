@@ -19,7 +19,7 @@ from server.limits import Limiter
 from server.metrics import Metrics
 from server.middleware import Outermost
 from server.routes import admin as admin_routes
-from server.routes import admin_profiles, generate, ollama, openai, ops, tokens
+from server.routes import admin_profiles, console, generate, ollama, openai, ops, tokens
 from server.routes import memory as memory_routes
 from server.scheduler.loop import Scheduler
 from server.state import State
@@ -36,6 +36,9 @@ def create_app(
     events = EventLog(state)
     scheduler = Scheduler(settings, metrics, command, events)
     admin = Admin(state, events, scheduler, config_file)
+    metrics.set_version(ops.installed_version())
+    metrics.watch_devices(scheduler.memory.ledger.snapshot)
+    events.listeners.append(lambda event: metrics.events.labels(event["kind"], event["model"] or "").inc())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -58,6 +61,6 @@ def create_app(
     errors.install(app)
     app.add_middleware(Guard, keys=app.state.keys, settings=settings.auth)
     app.add_middleware(Outermost, metrics=metrics)
-    for module in (openai, ollama, generate, tokens, ops, admin_routes, admin_profiles, memory_routes):
+    for module in (openai, ollama, generate, tokens, ops, admin_routes, admin_profiles, memory_routes, console):
         app.include_router(module.router)
     return app

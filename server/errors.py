@@ -171,6 +171,7 @@ def install(app: FastAPI) -> None:
 
     async def api_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ApiError)
+        request.scope.setdefault("state", {})["code"] = error.code
         return error.response(request.url.path)
 
     async def http_error(request: Request, error: Exception) -> JSONResponse:

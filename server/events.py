@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -29,6 +29,7 @@ class EventLog:
         self._unsaved: list[dict[str, Any]] = []
         self._watchers: set[asyncio.Queue[dict[str, Any]]] = set()
         self._wake = asyncio.Event()
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []
         self._task: asyncio.Task[None] | None = None
 
     def add(
@@ -41,6 +42,8 @@ class EventLog:
         self._ring.append(event)
         self._unsaved.append(event)
         self._wake.set()
+        for listener in self.listeners:
+            listener(event)
         for watcher in list(self._watchers):
             if watcher.full():  # it sees a gap in the ids and can ask for what it missed
                 watcher.get_nowait()

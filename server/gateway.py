@@ -14,7 +14,8 @@ from fastapi import Request
 from server import errors, sse
 from server.auth import Caller, caller_of
 from server.limits import Limiter, Permit
-from server.scheduler.loop import Scheduler, Slot
+from server.scheduler.loop import Scheduler
+from server.scheduler.slots import Slot
 from server.scheduler.stream import RequestStream, SlowReader, StreamItem
 from server.worker import messages
 
@@ -119,8 +120,10 @@ class Generation:
                     self._permit.spend(item.usage.completion_tokens)
                 self.kv_bytes += item.usage.kv_bytes
                 self._setting = item.usage.setting or self._setting  # a squeeze may have changed it on the way
+                self._scheduler.metrics.answers.labels(self.model, item.reason).inc()
                 if len(self.finish_reasons) == self._choices:
                     self._over = True
+                    self._scheduler.metrics.answer_duration.labels(self.model).observe(time.monotonic() - self.began)
                 yield item
 
     async def _next(self) -> StreamItem:
@@ -137,7 +140,7 @@ class Generation:
         return item
 
     def _failed(self, error: errors.ApiError) -> errors.ApiError:
-        self._notes["outcome"] = error.status
+        self._notes["outcome"], self._notes["code"] = error.status, error.code
         return error
 
     def _measure(self, delta: messages.Delta) -> None:

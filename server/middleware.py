@@ -74,7 +74,11 @@ class _Exchange:
         early = self._gone and not self._complete
         status = 499 if early else self._notes.get("outcome", self._status)
         if self._path in _COUNTED:
-            self._metrics.requests.labels(self._notes.get("model", "none"), str(status)).inc()
+            model = self._notes.get("model", "none")
+            self._metrics.requests.labels(model, str(status)).inc()
+            if status >= 400:
+                code = "client_gone" if early else self._notes.get("code", "internal_error")
+                self._metrics.request_errors.labels(model, code).inc()
         level = logging.DEBUG if self._path in _POLLED and status < 400 else logging.INFO
         seconds, method = time.monotonic() - self._began, self._scope["method"]
         facts = {"method": method, "path": self._path, "status": status, "seconds": round(seconds, 6)}

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from server.config import Settings
-from server.scheduler.loop import Scheduler, Slot
+from server.scheduler.loop import Scheduler
+from server.scheduler.slots import Slot
 
 SECTIONS_AT_START_ONLY = ("auth", "logging", "memory")  # a file of keys is read again by itself
 AT_START_ONLY = ("host", "port", "allow_public", "state_dir", "max_profile_bytes")
@@ -55,6 +56,7 @@ async def apply(
     for name in found["removed"]:
         await scheduler.unload(scheduler.slots.pop(name), drain_s, "no longer in the configuration")
         scheduler.memory.forget(name)
+        scheduler.metrics.forget(name)
     stale = [name for name, fields in found["changed"].items() if _needs_worker(scheduler.slots[name], fields)]
     return {**found, "needs_load": stale}
 

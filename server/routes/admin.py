@@ -46,14 +46,14 @@ async def status(request: Request, actor: Actor) -> Response:
         models[name] = {**slot_info(slot), **chosen}
     jobs = [job for job in await admin.jobs.rows() if job["state"] not in OVER]
     body = {"actor": actor, "durable": admin.state.durable, "models": models, "jobs": jobs}
-    return JSONResponse({**body, "devices": await admin.memory()})
+    return JSONResponse({**body, **admin.memory()})
 
 
 @router.get("/vram")
 async def vram(request: Request, actor: Actor) -> Response:
     """Who holds which bytes on which device: segments by kind and model, foreign and free bytes; `leases` of hot
     models, and `notes` on what cannot be known here."""
-    return JSONResponse(admin_of(request).scheduler.memory.vram())
+    return JSONResponse(admin_of(request).memory())
 
 
 # ---------------------------------------------------------------------------------------------- models
@@ -62,10 +62,14 @@ async def vram(request: Request, actor: Actor) -> Response:
 @router.post("/models/{name:path}/load")
 async def load(name: str, request: Request, actor: Actor) -> Response:
     """Begin to load; 202 with the state. GET /ready shows how far it is."""
+    return await _bring(request, actor, name, "load")
+
+
+async def _bring(request: Request, actor: str, name: str, action: str) -> Response:
     admin = admin_of(request)
     slot = admin.scheduler.slot(name)
     await body_of(request, admin_schemas.Empty)
-    async with admin.audited(actor, "load", slot.name):
+    async with admin.audited(actor, action, slot.name):
         admin.load(slot)
     return JSONResponse({"model": slot.name, "state": slot.state}, status_code=202)
 
@@ -81,6 +85,24 @@ async def unload(name: str, request: Request, actor: Actor) -> Response:
     async with admin.audited(actor, "unload", slot.name, drain_seconds=drain, force=body.force):
         await admin.unload(slot, drain, body.force)
     return JSONResponse({"model": slot.name, "state": slot.state})
+
+
+@router.post("/models/{name:path}/sleep")
+async def sleep(name: str, request: Request, actor: Actor) -> Response:
+    """Move the weights of a model without requests to host memory. From then on the planner decides again: the next
+    request wakes it, and it is let go of where a load costs no more than what it holds."""
+    admin = admin_of(request)
+    slot = admin.scheduler.slot(name)
+    await body_of(request, admin_schemas.Empty)
+    async with admin.audited(actor, "sleep", slot.name):
+        await admin.sleep(slot)
+    return JSONResponse({"model": slot.name, "slept": True})
+
+
+@router.post("/models/{name:path}/wake")
+async def wake(name: str, request: Request, actor: Actor) -> Response:
+    """Begin to wake a model, as its next request would; 202 with the state."""
+    return await _bring(request, actor, name, "wake")
 
 
 @router.post("/models/{name:path}/pin")
@@ -106,12 +128,12 @@ async def _pin(request: Request, actor: str, name: str, *, pinned: bool) -> Resp
 
 @router.post("/models/{name:path}/setting")
 async def setting(name: str, request: Request, actor: Actor) -> Response:
-    """Another row of the ladder for new requests; "auto" goes back to the configured one."""
+    """Another row of the ladder for new requests, with `live` also for running ones; "auto": the configured one."""
     admin = admin_of(request)
     slot = admin.scheduler.slot(name)
     body = await body_of(request, admin_schemas.ChooseSetting)
-    async with admin.audited(actor, "setting", slot.name, setting=body.setting):
-        await admin.choose_setting(slot, body.setting)
+    async with admin.audited(actor, "setting", slot.name, **body.model_dump()):
+        await admin.choose_setting(slot, body.setting, body.live)
     return JSONResponse({"model": slot.name, **slot_info(slot), "chosen_setting": slot.setting})
 
 

@@ -16,7 +16,7 @@ from server.aio import within
 from server.profiles import SHIPPED, configured_profile, differences, summary
 from server.routes import admin_schemas
 from server.routes.admin import Actor, admin_of, body_of
-from server.scheduler.loop import Slot
+from server.scheduler.slots import Slot
 
 router = APIRouter(prefix="/admin/profiles")
 _MEDIA = ("application/octet-stream", "application/x-safetensors")

@@ -39,9 +39,10 @@ class Unload(_Strict):
 
 
 class ChooseSetting(_Strict):
-    """A row of the ladder, "exact", or "auto" for the configured one."""
+    """A row of the ladder, "exact", or "auto" for the configured one. `live`: re-encode what running requests hold."""
 
     setting: Annotated[str, Field(min_length=1, max_length=100)]
+    live: bool = False
 
 
 class Activate(_Strict):

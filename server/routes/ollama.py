@@ -19,7 +19,7 @@ from server.gateway import Gateway, setting_info, unless_gone
 from server.routes.body import read_json
 from server.routes.openai import visible
 from server.routes.ops import installed_version
-from server.scheduler.loop import Slot
+from server.scheduler.slots import Slot
 from server.schemas.ollama import OllamaChatRequest, OllamaGenerateRequest, ShowRequest
 
 router = APIRouter(prefix="/api", tags=["Ollama"])

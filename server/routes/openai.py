@@ -15,7 +15,8 @@ from server.auth import Caller, caller_of
 from server.documents import body, failures, streamed
 from server.gateway import Gateway, Generation, setting_info, unless_gone
 from server.routes.body import read_json
-from server.scheduler.loop import Scheduler, Slot
+from server.scheduler.loop import Scheduler
+from server.scheduler.slots import Slot
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
 

@@ -11,7 +11,8 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from server.gateway import setting_info
-from server.scheduler.loop import Scheduler, Slot
+from server.scheduler.loop import Scheduler
+from server.scheduler.slots import Slot
 
 router = APIRouter()
 DISTRIBUTION = "spectral-serve"

@@ -85,6 +85,7 @@ class Scheduler:
         if slot.waiting >= slot.settings.limits.max_queue + slot.settings.limits.max_concurrency:
             raise errors.queue_full("too many requests wait for this model to load")
         slot.waiting += 1
+        self.metrics.waiting.labels(slot.name).set(slot.waiting)
         self.memory.report(slot)
         try:
             return await within(self.settings.server.load_wait_seconds, self._until_hot(slot))
@@ -92,6 +93,7 @@ class Scheduler:
             raise self._unavailable(slot) from None
         finally:
             slot.waiting -= 1
+            self.metrics.waiting.labels(slot.name).set(slot.waiting)
             self.memory.report(slot)
 
     async def _until_hot(self, slot: Slot) -> WorkerProcess:
@@ -283,7 +285,7 @@ class Scheduler:
 
     async def _run_worker(self, slot: Slot) -> None:
         """One life of a worker, from its start to its end; afterwards slot.error says why it ended."""
-        slot.error = ""
+        slot.error, slot.load_began = "", time.monotonic()
         worker = await WorkerProcess.start(slot.name, slot.settings.threads, self._command)
         slot.worker, slot.last_pong = worker, time.monotonic()
         pings = asyncio.create_task(self._ping(slot, worker))
@@ -354,6 +356,7 @@ class Scheduler:
             self._take_ready(slot, message)
         elif isinstance(message, messages.LoadFailed):
             slot.error, slot.permanent = message.message, message.permanent
+            self.metrics.loads.labels(slot.name, "failed").inc()
 
     def _take_ready(self, slot: Slot, message: messages.Ready) -> None:
         """The first one of a worker says that it is hot; later ones say what its setting is now."""
@@ -361,7 +364,10 @@ class Scheduler:
         self.metrics.set_ready(slot.name, message)
         if before == "loading":
             slot.hot_since, slot.error = time.monotonic(), ""
-            self.memory.hot(slot, time.monotonic() - slot.load_began)
+            took = slot.hot_since - slot.load_began
+            self.metrics.loads.labels(slot.name, "hot").inc()
+            self.metrics.load_duration.labels(slot.name).observe(took)
+            self.memory.hot(slot, took)
             self._set(slot, "hot", f"setting {message.setting}")
         else:
             self.memory.described(slot)

@@ -99,6 +99,13 @@ def stats(figures: types.EngineStats) -> wire.Stats:
         prompt_tokens=figures.prompt_tokens,
         generated_tokens=figures.generated_tokens,
         finished=figures.finished,
+        prefix_asked=figures.prefix_asked,
+        prefix_reused=figures.prefix_reused,
+        prefix_bytes=figures.prefix_bytes,
+        parked=figures.parked,
+        parked_bytes=figures.parked_bytes,
+        preemptions=figures.preemptions,
+        squeezes=figures.squeezes,
     )
 
 

@@ -303,7 +303,10 @@ class Done(msgspec.Struct, tag="done", frozen=True):
 
 
 class Stats(msgspec.Struct, tag="stats", frozen=True):
-    """A snapshot, about once a second while there is work and after each change to idle. Counters since the start."""
+    """A snapshot, about once a second while there is work and after each change to idle. Counters since the start.
+
+    `prefix_asked`, `prefix_reused`: prompt tokens, and those of them that an earlier prompt had left in the cache.
+    """
 
     running: int = 0
     queued: int = 0
@@ -313,6 +316,13 @@ class Stats(msgspec.Struct, tag="stats", frozen=True):
     prompt_tokens: int = 0
     generated_tokens: int = 0
     finished: dict[str, int] = {}
+    prefix_asked: int = 0
+    prefix_reused: int = 0
+    prefix_bytes: int = 0
+    parked: int = 0
+    parked_bytes: int = 0
+    preemptions: int = 0
+    squeezes: int = 0
 
 
 ToWorker = Load | Submit | Tokenize | Cancel | SetProfile | Ping | Shutdown | SetLease | SetSetting | Sleep | Wake

@@ -23,7 +23,7 @@ import uvicorn
 from server.__main__ import GracefulServer
 from server.app import create_app
 from server.config import Settings
-from server.scheduler.loop import Slot
+from server.scheduler.slots import Slot
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent

@@ -137,7 +137,8 @@ class Worker:
     def report(self) -> None:
         """The snapshot that tests watch."""
         running = len(self.ticking) + len(self.mute) + len(self.flooding)
-        self.channel.send(m.Stats(running=running, kv_bytes_used=100 * running, finished={"cancelled": self.cancelled}))
+        finished, held = {"cancelled": self.cancelled}, 100 * running
+        self.channel.send(m.Stats(running=running, kv_bytes_used=held, kv_bytes_allocated=held, finished=finished))
 
     def submit(self, message: m.Submit, text: str) -> None:
         """Behave as the prompt says."""

@@ -13,6 +13,7 @@ from server.config import load_settings
 from server.state import State
 from tests.server.conftest import Running, serving, settings
 
+FOREVER = {"model": "demo", "prompt": "forever", "stream": True}
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": "hello"}]}
 
 
@@ -94,9 +95,40 @@ def test_a_setting_chosen_by_hand(admin: Running) -> None:
 def test_the_map_is_whole(admin: Running) -> None:
     (cpu,) = admin.client.get("/admin/vram").json()["devices"]
     held = sum(part["bytes"] for part in cpu["segments"])
-    assert cpu["device"] == "cpu" and held + cpu["free_bytes"] + cpu["foreign_bytes"] == cpu["total_bytes"]
+    rest = sum(cpu[f"{kind}_bytes"] for kind in ("foreign", "free"))
+    assert cpu["device"] == "cpu" and held + rest == cpu["total_bytes"]
     kinds = {(part["model"], part["kind"]) for part in cpu["segments"]}
     assert kinds >= {("demo", "weights"), ("demo", "kv"), ("demo", "workspace")}
+
+
+def test_a_cache_is_in_the_map_with_its_setting(admin: Running) -> None:
+    def caches() -> list[dict[str, object]]:
+        (cpu,) = admin.client.get("/admin/vram").json()["devices"]
+        return [part for part in cpu["segments"] if part["kind"] == "kv" and part["bytes"]]
+
+    with admin.client.stream("POST", "/v1/completions", json=FOREVER) as on:
+        lines = on.iter_lines()
+        assert any("tick" in line for line in lines)
+        admin.until(lambda: caches() != [])
+        assert caches() == [{"model": "demo", "kind": "kv", "bytes": 100, "setting": "8x"}]
+
+
+def test_sleep_and_wake(admin: Running) -> None:
+    admin.client.post("/admin/models/a/b/unload")
+    cold = admin.client.post("/admin/models/a/b/sleep")
+    assert (cold.status_code, cold.json()["error"]["code"]) == (409, "not_hot")
+    assert admin.client.post("/admin/models/demo/sleep").json() == {"model": "demo", "slept": True}
+    events = admin.client.get("/admin/events?model=demo&limit=20").json()["events"]
+    assert ("sleep", "by hand") in [(event["kind"], event["reason"]) for event in events]
+    assert admin.client.post("/admin/models/demo/wake").status_code == 202
+    admin.until_state("demo", "hot")
+    with admin.client.stream("POST", "/v1/completions", json=FOREVER) as on:
+        lines = on.iter_lines()
+        assert any("tick" in line for line in lines)
+        busy = admin.client.post("/admin/models/demo/sleep")
+        assert (busy.status_code, busy.json()["error"]["code"]) == (409, "not_asleep")
+        assert "requests came meanwhile" in busy.json()["error"]["message"]
+    assert admin.client.post("/v1/chat/completions", json=CHAT).status_code == 200
 
 
 def test_every_action_is_in_the_audit_trail_and_events_have_reasons(admin: Running) -> None:

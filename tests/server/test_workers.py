@@ -214,7 +214,7 @@ def test_metrics_and_version(server: Running) -> None:
     assert 'spectral_requests_total{model="demo",status="200"}' in text
     assert all(":" not in line.split("{")[0].split()[0] for line in text.splitlines() if not line.startswith("#"))
     assert 'spectral_model_state{model="other",state="hot"} 1.0' in text
-    assert 'spectral_setting_bits_per_element{model="demo"} 1.9' in text
+    assert 'spectral_setting_bytes_per_element{model="demo"} 0.2375' in text
     assert 'spectral_time_to_first_token_seconds_count{model="demo"}' in text
     assert server.client.get("/version").json()["version"]
     assert server.client.get("/health").json() == {"status": "ok"}
