@@ -68,6 +68,50 @@ def test_whole_answer_is_the_streamed_one(client: openai.OpenAI) -> None:
     assert whole.choices[0].finish_reason in {"stop", "length"}
 
 
+def test_an_answer_is_held_to_a_schema(client: openai.OpenAI) -> None:
+    city = {"type": "string", "enum": ["Paris", "Oslo"]}
+    schema = {"type": "object", "properties": {"city": city}, "required": ["city"], "additionalProperties": False}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    answer = client.chat.completions.create(
+        model=MODEL, messages=QUESTION, response_format=form, temperature=0, max_tokens=64
+    )
+    assert json.loads(answer.choices[0].message.content or "")["city"] in ("Paris", "Oslo")
+    with pytest.raises(openai.BadRequestError) as refused:
+        wrong: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no such type"}}}
+        client.chat.completions.create(model=MODEL, messages=QUESTION, response_format=wrong)
+    assert refused.value.param == "response_format"
+
+
+def test_a_prompt_is_scored_token_by_token(client: openai.OpenAI, server: Server) -> None:
+    prompts = ["The capital of France is Paris.", "The capital of France is Oslo."]
+    answer = client.completions.create(model=MODEL, prompt=prompts, echo=True, logprobs=1, max_tokens=0)
+    scores = []
+    for prompt, choice in zip(prompts, answer.choices, strict=True):
+        logprobs = choice.logprobs
+        assert choice.text == prompt and logprobs is not None and "".join(logprobs.tokens or []) == prompt
+        assert logprobs.token_logprobs is not None and logprobs.token_logprobs[0] is None
+        scores.append(sum(value for value in logprobs.token_logprobs if value is not None))
+        tokens = server.client.post("/tokenize", json={"model": MODEL, "prompt": prompt}).json()
+        assert tokens["count"] == len(logprobs.tokens or [])
+    assert scores[0] > scores[1] + 1
+
+
+def test_a_request_gets_the_quality_that_it_asks_for(client: openai.OpenAI) -> None:
+    def asked(max_kl: float) -> Any:
+        extra = {"kv_quality": {"max_kl": max_kl}}
+        return client.chat.completions.with_raw_response.create(
+            model=MODEL, messages=QUESTION, temperature=0, max_tokens=16, extra_body=extra
+        )
+
+    usual, finer = asked(1.0), asked(0.0005)
+    assert float(usual.headers["x-spectral-kl"]) > float(finer.headers["x-spectral-kl"])
+    told = json.loads(finer.text)["spectral"]
+    assert told["kl_mean"] <= 0.0005 and told["setting"] == finer.headers["x-spectral-setting"]
+    with pytest.raises(openai.BadRequestError) as refused:
+        asked(0.0)
+    assert refused.value.param == "kv_quality.max_kl"
+
+
 def test_model_list_names_the_demo(client: openai.OpenAI) -> None:
     assert MODEL in [model.id for model in client.models.list()]
 
