@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from spectral.commands import chat, evaluate, keys, plan, profile, serve, status, top, version
+from spectral.commands import bench, chat, evaluate, keys, plan, profile, serve, status, top, version
 
 EXIT_STATUS = (
     "Exit status: 0 done; 1 the server could not start, or the configuration is not valid; 2 a wrong command line, or "
@@ -42,6 +42,7 @@ app.command("eval")(evaluate.evaluate_command)
 app.command("version")(version.version)
 app.add_typer(profile.app, name="profile")
 app.add_typer(keys.app, name="keys")
+app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:

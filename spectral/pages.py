@@ -248,7 +248,7 @@ class PageStore:
     def _grow_slots(self, step: int) -> None:
         spare = self._spare()
         if spare is not None:
-            step = max(1, min(step, spare // max(1, self._slot_nbytes)))
+            step = max(1, min(step, spare // max(1, self._slot_nbytes) // 4))
         self._room(step * self._slot_nbytes)
         try:
             for group in self.groups:

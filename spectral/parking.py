@@ -21,18 +21,14 @@ Snapshot = list[list[torch.Tensor]]
 
 @dataclass(frozen=True)
 class Parked:
-    """A row in host memory. `codebook`: the setting of its pages; `length`: tokens; `pages`: uint8 [pages, bytes] for
-    every layer that has any; `windows`: its exact windows."""
+    """A row in host memory. `codebook`: the setting of its pages; `length`: tokens; `page_count`: of every layer that
+    has any; `pages`: uint8 [page_count, bytes] for each of them; `windows`: its exact windows."""
 
     codebook: Codebook
     length: int
+    page_count: int
     pages: list[torch.Tensor | None]
     windows: Snapshot
-
-    @property
-    def page_count(self) -> int:
-        """Pages of the row."""
-        return max((len(pages) for pages in self.pages if pages is not None), default=0)
 
     @property
     def nbytes(self) -> int:
@@ -63,7 +59,7 @@ def park(store: PageStore, row: Row) -> Parked:
     """Copy a row to host memory. The row stays open: the caller closes it."""
     index = torch.tensor(row.pages, dtype=torch.long, device=store.device)
     pages = [None if pool is None else _to_host(pool.index_select(0, index)) for pool in store.pools]
-    return Parked(store.codebook, row.length, pages, take_windows(store, row))
+    return Parked(store.codebook, row.length, len(row.pages), pages, take_windows(store, row))
 
 
 def unpark(store: PageStore, parked: Parked, shared: Sequence[int] = ()) -> Row:

@@ -1,7 +1,8 @@
 """The engines of one worker: one that takes new requests, and those that finish what began under an earlier choice.
 
-A profile, or a setting, is changed by making another engine over the same weights: new requests go to it, running ones
-end on the pages that their own profile encoded. Until they have ended both caches are held, each within max_kv_bytes.
+A profile is changed by making another engine over the same weights: new requests go to it, running ones end on the
+pages that their own profile encoded. Until they have ended both caches are held, each within max_kv_bytes. A setting
+is changed within the engine (Engine.set_setting).
 """
 
 from __future__ import annotations
@@ -63,6 +64,13 @@ class Engines:
         self.built = built
         self._retire()
 
+    def set_setting(self, setting: str) -> None:
+        """Another setting of the profile in use. Raises SettingError or ProfileError, and then nothing has changed."""
+        engine, profile = self.current, self.built.profile
+        engine.set_setting(setting)
+        row = None if engine.setting == "exact" or profile is None else profile.row(engine.setting)
+        self.built = dataclasses.replace(self.built, row=row)
+
     def cancel(self, request_id: str) -> None:
         """End a request, whichever engine has it."""
         for engine in self.all:
@@ -114,6 +122,7 @@ class Change:
     def __init__(self, command: wire.SetProfile, engines: Engines, done: Callable[[Change], None]) -> None:
         self.command = command
         self.outcome: Built | Exception | None = None
+        self._known = engines.built
         self._engines, self._done = engines, done
         threading.Thread(target=self._run, name="profile", daemon=True).start()
 
@@ -127,8 +136,11 @@ class Change:
     def _build(self) -> Built:
         from spectral.engine.build import build_engine, find_profile
 
-        loaded = self._engines.current.loaded
-        profile = find_profile(loaded, self.command.profile) if self.command.reload else self._engines.built.profile
+        if not self.command.reload:
+            self._known.engine.lanes.prepare(self.command.setting)
+            return self._known
+        loaded = self._known.engine.loaded
+        profile = find_profile(loaded, self.command.profile)
         return build_engine(loaded, profile, setting=self.command.setting, limits=self._engines.current.limits)
 
     def apply(self) -> list[wire.ToParent]:
@@ -137,12 +149,15 @@ class Change:
         assert outcome is not None
         if not isinstance(outcome, Exception):
             try:
-                outcome.engine.warm_up()
+                if self.command.reload:
+                    outcome.engine.warm_up()
+                    self._engines.replace(outcome)
+                else:
+                    self._engines.set_setting(self.command.setting)
             except Exception as error:  # too little memory for a second cache, most likely; the first one goes on
                 outcome = error
             else:
-                self._engines.replace(outcome)
-                return [describe(outcome), wire.Done(self.command.command_id)]
+                return [describe(self._engines.built), wire.Done(self.command.command_id)]
         known = isinstance(outcome, SpectralError)
         message = str(outcome) if known else f"{type(outcome).__name__}: {outcome}"
         return [wire.Done(self.command.command_id, message)]

@@ -38,6 +38,7 @@ def to_request(message: wire.Submit) -> types.GenerateRequest:
         tenant=message.tenant,
         cache_salt=message.cache_salt,
         max_kl=message.max_kl,
+        priority=message.priority,
     )
 
 

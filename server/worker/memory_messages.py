@@ -56,7 +56,8 @@ class Footprint(msgspec.Struct, tag="footprint", frozen=True):
 
 class SetProfile(msgspec.Struct, tag="set_profile", frozen=True):
     """New requests use this profile (None: the one found for the model) at this setting; running ones end as they
-    began. With `reload` false the profile stays and only the setting changes. Answered by Done, on success after Ready.
+    began. With `reload` false the profile stays and only the setting changes, as by SetSetting. Answered by Done, on
+    success after Ready.
     """
 
     command_id: str

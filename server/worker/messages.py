@@ -136,6 +136,7 @@ class Submit(msgspec.Struct, tag="submit", frozen=True):
 
     `timeout_s`: it fails with deadline_exceeded if it has not ended by then. `max_kl`: how far the cache's setting may
     be from the exact cache (mean KL, nats). `tenant`: on whose behalf; `cache_salt`: who shares prefixes with it.
+    `priority`: higher ones run first.
     """
 
     request_id: str
@@ -148,6 +149,7 @@ class Submit(msgspec.Struct, tag="submit", frozen=True):
     max_kl: float | None = None
     tenant: str = ""
     cache_salt: str = ""
+    priority: int = 0
 
 
 class Tokenize(msgspec.Struct, tag="tokenize", frozen=True):

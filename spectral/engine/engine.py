@@ -36,7 +36,7 @@ from spectral.engine.types import (
     Started,
     Usage,
 )
-from spectral.engine.upkeep import check, figures, warm_up
+from spectral.engine.upkeep import check, effective_context, figures, warm_up
 from spectral.errors import CacheError, ContextLengthExceeded, DeadlineExceeded, QueueFull, RequestError
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Engine:
         chunk = chunk_length(self.limits)
         self.lanes = Lanes(loaded, self.limits, chunk, codebook=codebook, setting=setting, profile=profile)
         self.sessions = Sessions(self.lanes, loaded.fingerprint, self.limits.max_host_bytes)
-        self.context_length = self._effective_context()
+        self.context_length = effective_context(self)
         self.vocab_size = int(loaded.model.get_input_embeddings().num_embeddings)
         self._longest_token = longest_token(loaded.tokenizer)
         self._decode = make_decoder(loaded.tokenizer)
@@ -104,23 +104,6 @@ class Engine:
     def store(self) -> PageStore:
         """The store of sequences that begin now."""
         return self.lanes.current.store
-
-    def _effective_context(self) -> int:
-        """The longest sequence that the model, the limits and the cache's bytes allow, in tokens."""
-        context = min(self.loaded.context_length, self.limits.context_length or self.loaded.context_length)
-        most = self.limits.max_kv_bytes
-        if most is None or self.store.bytes_per_token(context) * context <= most:
-            return context
-        low, high = 0, context
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.store.bytes_per_token(middle) * middle <= most else (low, middle)
-        if low < 2:
-            needed = round(self.store.bytes_per_token(1))
-            raise CacheError(
-                f"limits.max_kv_bytes is {most} and one sequence's exact window alone takes {needed} bytes; raise it"
-            )
-        return low
 
     # -- requests -------------------------------------------------------------------------------------------------
 
@@ -236,11 +219,14 @@ class Engine:
         if self._deadlines:
             self._expire()
         parts = self.scheduler.schedule()
-        if self.scheduler.failed:
+        while self.scheduler.failed:
+            for part in parts:  # another choice of a request that fails may be in there
+                part.batch.abort()
             failed, self.scheduler.failed = self.scheduler.failed, []
             gone = {sequence for sequence, _ in failed}
             for sequence, error in failed:
                 self._fail(sequence.request_id, error, gone)
+            parts = self.scheduler.schedule()
         for part in parts:
             self._run(part)
         if self._checked or (self._debug and self._checked is None and not self._live):
@@ -249,6 +235,9 @@ class Engine:
         return events
 
     def _run(self, part: Part) -> None:
+        if any(sequence.row is None for sequence, _ in part.work):
+            part.batch.abort()  # a choice's request failed in an earlier part; the others have the next step
+            return
         for sequence, _ in part.work:
             if not sequence.started:
                 self._start(sequence)
@@ -342,9 +331,16 @@ class Engine:
 
         Coarser: live caches are re-encoded in place and their streams go on, save those whose `max_kl` forbids it.
         Finer, or to and from "exact": sequences that begin from now on use it, live ones stay as they are. Idle
-        prefixes are dropped. Raises SettingError or ProfileError, and then nothing has changed.
+        prefixes are dropped; the longest context is what the cache's bytes hold at the setting. Raises SettingError,
+        ProfileError or, where no sequence would fit, CacheError, and then nothing has changed.
         """
+        before = self.setting
         freed = self.lanes.set_setting(setting, self.live_sequences)
+        try:
+            self.context_length = effective_context(self)
+        except CacheError:  # a setting so fine that no sequence fits; nothing was re-encoded for it
+            self.lanes.set_setting(before, self.live_sequences)
+            raise
         self.scheduler.unblock()
         return freed
 

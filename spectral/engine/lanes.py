@@ -97,6 +97,7 @@ class Lanes:
     ) -> None:
         self._loaded, self._limits, self._profile, self._chunk = loaded, limits, profile, chunk
         self.all: list[Lane] = []
+        self._books: dict[str, Codebook | None] = {}
         self.current = self._make(setting, codebook)
         self.parked_nbytes = self.parks = self.squeezes = 0
         self._past_tokens = [0, 0]  # asked and reused, of lanes that have ended
@@ -161,11 +162,21 @@ class Lanes:
         return self._make(setting, self._codebook(setting))
 
     def _codebook(self, setting: str) -> Codebook | None:
+        if setting in self._books:
+            return self._books[setting]
         if setting == EXACT:
             return None
         if self._profile is None:
             raise ProfileError(f"setting {setting!r} needs a spectral profile, and this engine was made without one")
         return self._profile.codebook(setting, device=self._loaded.device)
+
+    def prepare(self, setting: str) -> None:
+        """Make what a setting needs, so that `set_setting` is quick. Another thread may call it.
+
+        Raises SettingError or ProfileError.
+        """
+        setting = self._resolve(setting)
+        self._books = {setting: self._codebook(setting)}
 
     def leave(self, sequence: Sequence) -> None:
         """A sequence ended or goes back to begin anew."""

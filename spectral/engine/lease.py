@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from spectral.engine.upkeep import effective_context
 from spectral.errors import CacheError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def set_lease(engine: Engine, max_bytes: int | None) -> int:
     before = engine.limits
     engine.limits = replace(before, max_kv_bytes=max_bytes)
     try:
-        context = engine._effective_context()
+        context = effective_context(engine)
     except CacheError:
         engine.limits = before
         raise

@@ -208,6 +208,7 @@ class Scheduler:
         """Open a row for the next sequence, if there is room for it."""
         if not self.running:
             self._blocked = False
+        searches = 0
         while not self._blocked and len(self.running) < self.limits.max_concurrency:
             sequence = self._next()
             if sequence is None or (self.running and not self._fits(sequence)):
@@ -215,8 +216,10 @@ class Scheduler:
             try:
                 self.lanes.open(sequence)
             except OutOfPages as error:
-                if self.lanes.make_room(error):
+                searches += 1  # what opening has allocated before it failed is found again every time
+                if searches <= MAX_SEARCHES and self.lanes.make_room(error):
                     continue
+                searches = 0
                 if self.running:
                     self._blocked = True
                     return None

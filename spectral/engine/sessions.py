@@ -62,6 +62,12 @@ class Sessions:
         if shelved is None:
             return
         lane = self._lane(shelved)
+        try:
+            self._begin(name, shelved, lane, sequence)
+        finally:
+            self._lanes.retire(lane)  # where it was made for nothing
+
+    def _begin(self, name: Name, shelved: Shelved, lane: Lane, sequence: Sequence) -> None:
         if sequence.max_kl is not None and lane.kl > sequence.max_kl:
             return
         usable = min(shelved.parked.length, len(sequence.tokens) - 1)
@@ -80,12 +86,15 @@ class Sessions:
         shelved = self._shelf.get(name)
         if shelved is None:
             raise SessionError(f"there is no paused session {name[1]!r}; a session is kept when its answer has ended")
-        store = self._lane(shelved).store
-        row = unpark(store, shelved.parked)
+        lane = self._lane(shelved)
         try:
-            return save_row(store, row, shelved.tokens, path, model=self._model)
+            row = unpark(lane.store, shelved.parked)
+            try:
+                return save_row(lane.store, row, shelved.tokens, path, model=self._model)
+            finally:
+                lane.store.close(row)
         finally:
-            store.close(row)
+            self._lanes.retire(lane)
 
     def resume(self, name: Name, path: str | os.PathLike[str]) -> int:
         """Read a session from a file, to be gone on from. Returns its tokens. Raises SessionError, SettingError,

@@ -10,6 +10,7 @@ from spectral.engine.sampler import SamplerState, sample
 from spectral.engine.scheduler import Part
 from spectral.engine.sequence import Sequence
 from spectral.engine.types import EngineStats, SamplingParams
+from spectral.errors import CacheError
 
 if TYPE_CHECKING:
     from spectral.engine.engine import Engine
@@ -33,6 +34,24 @@ def check(engine: Engine) -> None:
     assert parked == engine.lanes.parked_nbytes, "parked bytes are miscounted"
     most = engine.limits.max_host_bytes
     assert most is None or parked <= most, "over the host budget"
+
+
+def effective_context(engine: Engine) -> int:
+    """The longest sequence that the model, the limits and the cache's bytes allow, in tokens."""
+    context = min(engine.loaded.context_length, engine.limits.context_length or engine.loaded.context_length)
+    most = engine.limits.max_kv_bytes
+    if most is None or engine.store.bytes_per_token(context) * context <= most:
+        return context
+    low, high = 0, context
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if engine.store.bytes_per_token(middle) * middle <= most else (low, middle)
+    if low < 2:
+        needed = round(engine.store.bytes_per_token(1))
+        raise CacheError(
+            f"limits.max_kv_bytes is {most} and one sequence's exact window alone takes {needed} bytes; raise it"
+        )
+    return low
 
 
 def figures(engine: Engine) -> EngineStats:

@@ -263,3 +263,10 @@ def test_when_one_lane_is_out_of_pages_the_others_reservations_are_given_back() 
     b.tokens += [1, 1, 1]
     assert step(scheduler) == [("a", 1)]
     assert [batch.aborted for batch in first.batches] == [False, True, False] and first.parked == ["b"]
+
+
+def test_a_search_for_memory_that_finds_the_same_bytes_again_and_again_ends() -> None:
+    for lanes in (FakeLanes(rows=0), FakeLanes(tokens=0)):
+        lanes.make_room = lambda error: True  # type: ignore[method-assign]
+        scheduler, (a,) = make("a", 2, lanes)
+        assert step(scheduler) == [] and [s for s, _ in scheduler.failed] == [a]

@@ -1,0 +1,233 @@
+"""The engine's figures, beside what each has to reach.
+
+    python bench/engine.py [--json FILE] [--rows leak,streams,prefix,held] [--requests 10000] [--rounds 3]
+
+On a CPU with the embedded demo model. Every row has the figure, what it was compared with in the same run, and the
+ratio.
+
+streams  eight streams through the engine against transformers' `generate` for one prompt after another, tokens/s
+prefix   time to the first token of a second request with the same 4,096 tokens at its beginning, against the first's
+held     sequences of 4,096 tokens held at once in a budget of cache, against bf16 pages; reserved, not computed
+leak     memory of the process and of the cache after many requests, against after a tenth of them; first, because what
+         the other rows have allocated would hide it
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from spectral.engine.build import build_engine, find_profile  # noqa: E402
+from spectral.engine.engine import Engine  # noqa: E402
+from spectral.engine.types import Delta, EngineLimits, Failed, GenerateRequest, SamplingParams  # noqa: E402
+from spectral.errors import OutOfPages  # noqa: E402
+from spectral.hf import LoadedModel, load_model  # noqa: E402
+from spectral.pages import PageStore  # noqa: E402
+from spectral.provenance import provenance  # noqa: E402
+
+SETTING = "8x"
+SEED = 1
+Row = dict[str, Any]
+
+
+def make(loaded: LoadedModel, setting: str = SETTING, **limits: Any) -> Engine:
+    """An engine of the demo model, warmed up."""
+    engine = build_engine(loaded, find_profile(loaded), setting=setting, limits=EngineLimits(**limits)).engine
+    engine.warm_up()
+    return engine
+
+
+def greedy(count: int) -> SamplingParams:
+    """Answers of exactly `count` tokens."""
+    return SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
+
+
+def tokens(count: int, seed: int, size: int) -> list[int]:
+    """Random token ids, special ones left out."""
+    return torch.randint(10, size, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def finish(engine: Engine) -> float:
+    """Step to the end; the seconds until the first text."""
+    began, first = time.perf_counter(), 0.0
+    while engine.has_work:
+        for event in engine.step():
+            if isinstance(event, Failed):
+                raise event.error
+            if isinstance(event, Delta) and not first:
+                first = time.perf_counter() - began
+    return first
+
+
+def row(name: str, text: str, wanted: str, reached: bool, **figures: Any) -> Row:
+    """One line of the table."""
+    return {"row": name, "what": text, "to_reach": wanted, "reached": reached, **figures}
+
+
+def streams(loaded: LoadedModel, options: argparse.Namespace) -> Row:
+    """Eight at once against one after another, alternating; medians over rounds."""
+    from transformers import AutoModelForCausalLM
+
+    from spectral.resources import model_path
+
+    plain = AutoModelForCausalLM.from_pretrained(model_path("demo"), dtype=torch.float32).eval()
+    prompts = [tokens(64, seed, loaded.model.config.vocab_size) for seed in range(8)]
+    count, engine = 128, make(loaded, prefix_bytes=0)
+    ours, theirs = [], []
+    for number in range(options.rounds):
+        for i, prompt in enumerate(prompts):
+            engine.submit(GenerateRequest(f"{number}-{i}", prompt, greedy(count)))
+        began = time.perf_counter()
+        finish(engine)
+        ours.append(8 * count / (time.perf_counter() - began))
+        began = time.perf_counter()
+        with torch.inference_mode():
+            for prompt in prompts:
+                ids = torch.tensor([prompt])
+                mask = torch.ones_like(ids)
+                plain.generate(ids, attention_mask=mask, do_sample=False, min_new_tokens=count, max_new_tokens=count)
+        theirs.append(8 * count / (time.perf_counter() - began))
+    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+    return row(
+        "streams", "8 streams against generate one after another, tokens/s", ">= 3x", ratio >= 3,
+        figure=statistics.median(ours), against=statistics.median(theirs), ratio=ratio, setting=SETTING,
+    )  # fmt: skip
+
+
+def prefix(loaded: LoadedModel, options: argparse.Namespace) -> Row:
+    """A fresh prefix every round; the second request ends differently."""
+    size = loaded.model.config.vocab_size
+    firsts, seconds = [], []
+    engine = make(loaded)
+    for number in range(options.rounds):
+        same = tokens(4096, 100 + number, size)
+        times = []
+        for end in (1, 2):
+            engine.submit(GenerateRequest(f"{number}-{end}", [*same, *tokens(20, end, size)], greedy(4)))
+            times.append(finish(engine))
+        firsts.append(times[0])
+        seconds.append(times[1])
+    ratio = statistics.median(b / a for a, b in zip(firsts, seconds, strict=True))
+    return row(
+        "prefix", "TTFT of a second request with the same 4,096-token prefix, seconds", "<= 0.15x", ratio <= 0.15,
+        figure=statistics.median(seconds), against=statistics.median(firsts), ratio=ratio, setting=SETTING,
+    )  # fmt: skip
+
+
+def count_rows(store: PageStore, length: int) -> int:
+    """Sequences of this length that the store has room for; their pages and windows are really allocated."""
+    count = 0
+    while True:
+        try:
+            store.admit(length, store.pages_at(length))
+        except OutOfPages:
+            return count
+        count += 1
+
+
+def held(loaded: LoadedModel, options: argparse.Namespace) -> Row:
+    """The whole budget is allocated for each of the two."""
+    profile = find_profile(loaded)
+    assert profile is not None
+    budget = options.budget_mib << 20
+    counts = {}
+    for setting in ("exact", SETTING, "16x"):
+        book = None if setting == "exact" else profile.codebook(setting)
+        counts[setting] = count_rows(PageStore(loaded.shape, book, max_bytes=budget), 4096)
+    ratio = counts[SETTING] / counts["exact"]
+    return row(
+        "held", f"requests of 4,096 tokens held at once in {options.budget_mib} MiB, against bf16 pages", ">= 6.5x",
+        ratio >= 6.5, figure=counts[SETTING], against=counts["exact"], ratio=ratio, setting=SETTING,
+        ratio_16x=counts["16x"] / counts["exact"],
+    )  # fmt: skip
+
+
+def leak(loaded: LoadedModel, options: argparse.Namespace) -> Row:
+    """Requests of random lengths, a tenth cancelled, settings changed now and then; the prefix cache is full early."""
+    import gc
+
+    import psutil
+
+    size, process = loaded.model.config.vocab_size, psutil.Process()
+    engine = make(loaded, prefix_bytes=1 << 20)
+    generator = torch.Generator().manual_seed(SEED)
+
+    def memory() -> tuple[int, int]:
+        engine.trim(prefixes=True)
+        gc.collect()
+        return process.memory_info().rss, engine.lanes.nbytes
+
+    after_warm_up = (0, 0)
+    for number in range(options.requests):
+        length = int(torch.randint(2, 24, (1,), generator=generator))
+        engine.submit(GenerateRequest(f"r{number}", tokens(length, number, size), greedy(3)))
+        if number % 10 == 0:
+            engine.cancel(f"r{number}")
+        if number % 500 == 499:
+            engine.set_setting("16x" if engine.setting == SETTING else SETTING)
+        while engine.scheduler.room() <= 56:
+            engine.step()
+        if number + 1 == max(1, options.requests // 10):
+            finish(engine)
+            after_warm_up = memory()
+    finish(engine)
+    end = memory()
+    engine.check()
+    ratio = end[0] / after_warm_up[0]
+    return row(
+        "leak", f"memory after {options.requests} requests against after a tenth of them, bytes", "within 1 %",
+        abs(ratio - 1) <= 0.01 and end[1] == after_warm_up[1], figure=end[0], against=after_warm_up[0], ratio=ratio,
+        cache_bytes=end[1], finished=dict(engine.finished),
+    )  # fmt: skip
+
+
+ROWS: dict[str, Callable[[LoadedModel, argparse.Namespace], Row]] = {
+    "leak": leak, "streams": streams, "prefix": prefix, "held": held,
+}  # fmt: skip
+
+
+def show(result: Row) -> None:
+    """A line for people."""
+    mark = "reached" if result["reached"] else "NOT reached"
+    numbers = f"{result['figure']:.5g} against {result['against']:.5g}: {result['ratio']:.4g}x"
+    print(f"{result['row']:10} {result['what']:84} {numbers}, to reach {result['to_reach']}: {mark}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--rows", default="all", help=f"all, or some of {','.join(ROWS)}")
+    parser.add_argument("--requests", type=int, default=10_000, help="of the row leak")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--budget-mib", type=int, default=256, help="of the row held")
+    options = parser.parse_args()
+    names = [*ROWS] if options.rows == "all" else options.rows.split(",")
+    unknown = sorted({*names} - {*ROWS})
+    if unknown:
+        parser.error(f"--rows: {', '.join(unknown)} is not among {', '.join(ROWS)}")
+    torch.set_num_threads(1)
+    loaded = load_model("demo-7m", device="cpu")
+    results = []
+    for name in names:
+        results.append(ROWS[name](loaded, options))
+        show(results[-1])
+    document = {"rows": results, "seed": SEED, "rounds": options.rounds, **provenance("cpu")}
+    if options.json:
+        options.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
