@@ -59,7 +59,7 @@ class MemorySettings(Section):
 
     max_vram: Bytes | None = Field(None, description="Most bytes on each GPU, what others use included; null: all.")
     reserve: BytesOrNone = Field(512 * 2**20, description="Bytes left free on each GPU.")
-    max_host: Bytes | None = Field(None, description="Most host memory, for CPU models and sleeping weights.")
+    max_host: Bytes | None = Field(None, description="Most host memory for us: CPU models and sleeping weights.")
     host_reserve: BytesOrNone = Field(2**30, description="Host memory left free.")
     devices: dict[Annotated[str, Field(pattern=r"^(cpu|cuda:\d+)$")], DeviceBudget] = Field(
         {}, description='Single devices, by name: "cuda:0".'

@@ -4,7 +4,8 @@ Three sources are reconciled: readings of the devices (the truth about used and 
 (attribution: weights, cache), and predictions (for a load that is under way). What is used and not explained is
 foreign; while a model loads, growth up to its prediction counts as the model's and not as foreign.
 
-    budget of a device = min(max_vram, total - reserve) - foreign      bytes that may be ours, everything included
+    budget of a GPU = min(max_vram, total - reserve) - foreign         bytes that may be ours, everything included
+    budget of host memory = min(max_host, total - reserve - foreign)
 
 `snapshot` is what GET /admin/vram, `spectral top` and metrics show; kinds of one device add up to its total.
 """
@@ -59,9 +60,11 @@ class Account:
 
     @property
     def budget(self) -> int:
-        """Bytes that may be ours."""
-        most = max(0, self.reading.total - self.reserve)
-        return max(0, (most if self.cap is None else min(self.cap, most)) - self.foreign)
+        """Bytes that may be ours. A cap on a GPU is shared with other programs; one on host memory is ours alone."""
+        most, cap = max(0, self.reading.total - self.reserve), self.cap
+        if cap is None or self.name == HOST:
+            return min(max(0, most - self.foreign), most if cap is None else cap)
+        return max(0, min(cap, most) - self.foreign)
 
     @property
     def excess(self) -> int:

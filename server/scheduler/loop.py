@@ -20,7 +20,7 @@ from server.config import ModelSettings, Settings
 from server.events import EventLog
 from server.metrics import Metrics
 from server.scheduler import policy
-from server.scheduler.memory import MemoryManager, NoRoom
+from server.scheduler.memory import WAITS, MemoryManager, NoRoom
 from server.scheduler.slots import Slot
 from server.scheduler.stream import RequestStream, StreamItem
 from server.worker import messages
@@ -111,7 +111,8 @@ class Scheduler:
 
     def _unavailable(self, slot: Slot) -> errors.ApiError:
         wait = policy.retry_after(slot.state, slot.next_start - time.monotonic())
-        return errors.model_unavailable(slot.name, slot.state, slot.error if slot.state == "failed" else "", wait)
+        why = slot.error if slot.state == "failed" else slot.stage if slot.stage.startswith(WAITS) else ""
+        return errors.model_unavailable(slot.name, slot.state, why, wait)
 
     def worker_lost(self, slot: Slot) -> errors.ApiError:
         """Why a stream ended without its end."""
@@ -245,6 +246,7 @@ class Scheduler:
             self._set(slot, "loading")
             try:
                 slot.granted = await self.memory.room(slot)
+                slot.stage = "starting its worker"
                 slot.load_began = time.monotonic()
                 await self._run_worker(slot)
             except NoRoom as error:

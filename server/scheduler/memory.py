@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("spectral.memory")
 
+WAITS = "waits for memory"
 TOLD_BYTES = 256 << 20
 """A change of foreign memory that people are told of; drivers take and give back about 100 MiB by themselves."""
 
@@ -289,12 +290,21 @@ class MemoryManager:
         now = time.monotonic()
         if self.steward.due(now):
             self._pending = self.steward.decide(now, self.ledger.devices())
+            self._tell_waiting()
         for action in list(self._pending):
             if self._may_start(action):
                 self._pending.remove(action)
                 self._begin(action)
             elif action.kind in ("load", "wake", "move"):
                 break  # what needs bytes is served in order, so that a large model is not passed over for ever
+
+    def _tell_waiting(self) -> None:
+        """Why those wait who have to: /ready and the refusal of a request say it."""
+        last = self.steward.last
+        for name in last.unmet if last is not None else ():
+            slot = self._scheduler.slots.get(name)
+            if slot is not None and name in self._grants and last is not None:
+                slot.stage = f"{WAITS}, {last.reasons[name]}"
 
     def _may_start(self, action: Action) -> bool:
         ward = self.steward.wards.get(action.model)

@@ -22,6 +22,13 @@ def test_budget_is_cap_or_total_less_reserve_less_foreign() -> None:
     assert budgets == {"cuda:0": 17 * GIB, "cuda:1": 6 * GIB, "cpu": 60 * GIB}
 
 
+def test_a_cap_on_host_memory_is_ours_alone() -> None:
+    ledger = Ledger({"cpu": 8 * GIB}, {"cpu": GIB})
+    for used, budget in ((20, 8), (60, 3), (64, 0)):
+        ledger.observe([Reading("cpu", "host", 64 * GIB, used * GIB)])
+        assert ledger.devices()[0].budget == budget * GIB
+
+
 def test_a_foreign_process_is_seen_and_our_growth_is_not_foreign() -> None:
     ledger = Ledger()
     ledger.observe([gpu(GIB)])

@@ -223,6 +223,7 @@ async def test_a_pinned_model_is_not_put_away(monkeypatch: pytest.MonkeyPatch, t
         with pytest.raises(errors.ApiError) as caught:
             await server.ask("b")
         assert caught.value.status == 503 and server.state("a") == "hot"
+        assert "waits for memory, cold: it needs at least" in caught.value.message
         last = server.scheduler.memory.steward.last
         assert last is not None and last.unmet == ("b",) and "pinned" in last.reasons["b"]
 
