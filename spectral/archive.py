@@ -67,7 +67,7 @@ def restore_pages(data: bytes, codec: PageCodec) -> torch.Tensor:
     streams = page_streams(codec)
     widths = [sum(len(range(*part.indices(codec.page_nbytes))) for part in stream) for stream in streams]
     count, columns = open_streams(data, widths, codec.page_nbytes, layout_digest(codec))
-    pages = np.empty((count, codec.page_nbytes), dtype=np.uint8)
+    pages = np.zeros((count, codec.page_nbytes), dtype=np.uint8)  # padding is in no stream
     for stream, column in zip(streams, columns, strict=True):
         at = 0
         for part in stream:
@@ -95,16 +95,17 @@ def restore_tensor(data: bytes, like: torch.Tensor) -> torch.Tensor:
 
 
 def page_streams(codec: PageCodec) -> list[Stream]:
-    """Which bytes of a page are coded together: the same field of all units, or the same byte of all numbers."""
+    """Which bytes of a page are coded together: the same plane and class of all units, or the same byte of all
+    numbers."""
     if isinstance(codec, ExactCodec):
         size = codec.dtype.itemsize
         return [(slice(i, codec.page_nbytes, size),) for i in range(size)]
-    parts: dict[tuple[int, str], list[slice]] = {}
+    parts: dict[tuple[int, int], list[slice]] = {}
     start = 0
     for unit in codec.units:
-        for segment in unit.layout.segments:
-            span = slice(start + segment.start, start + segment.stop)
-            parts.setdefault((segment.width, segment.field), []).append(span)
+        for strip in unit.layout.strips:
+            span = slice(start + strip.start, start + strip.stop)
+            parts.setdefault((strip.bits, strip.number), []).append(span)
         start += unit.layout.nbytes
     return [tuple(spans) for spans in parts.values()]
 
@@ -118,9 +119,8 @@ def layout_digest(codec: PageCodec) -> bytes:
         )
     else:
         for unit in codec.units:
-            state.update(f"unit {unit.layout.page_tokens} {unit.layout.channels} {unit.layout.segments}".encode())
-            for place in unit.layout.places.values():
-                state.update(place.astype("<i8").tobytes())
+            state.update(f"unit {unit.layout.page_tokens} {unit.layout.channels} {unit.layout.strips}".encode())
+            state.update(unit.layout.widths.tobytes())
     return state.digest()
 
 

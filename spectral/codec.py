@@ -2,7 +2,7 @@
 
 A `LayerCodec` is one layer of a profile at one setting, ready on a device. It has one or more units: keys and values of
 a run of KV heads share one basis, so that one read of the codes serves both. Per page of P tokens and unit: latents of
-every token, an orthonormal DCT over the page's tokens, one code per coefficient (`spectral.bits.PageLayout`).
+every token, an orthonormal DCT over the page's tokens, one code per coefficient (`spectral.layout.PageLayout`).
 
 Scores and values never rebuild keys or values. With DCT coefficients y, basis B and DCT matrix M,
     q . k_t = q . mean + sum_f M[f, t] (y_f . B^T q)        sum_t w_t v_t = W mean + B sum_f (sum_t M[f, t] w_t) y_f
@@ -14,154 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from spectral.bits import dct_matrix, field_values, frequency_classes, page_layout, split_code
 from spectral.errors import SettingError
+from spectral.unit_codec import UnitCodec
 
 if TYPE_CHECKING:
     from spectral.basis import Unit
     from spectral.bits import Table
     from spectral.frames import BlockFrame
-
-
-def pack_fields(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Integers uint8 [..., count] below 2^bits -> uint8 [..., count * bits / 8], the first in the lowest bits."""
-    per_byte = 8 // bits
-    if per_byte == 1:
-        return values
-    fields = values.unflatten(-1, (-1, per_byte))
-    packed = fields[..., 0]
-    for at in range(1, per_byte):
-        packed = packed | (fields[..., at] << (bits * at))
-    return packed
-
-
-@cache
-def byte_fields(bits: int) -> np.ndarray:
-    """The fields of every byte, lowest bits first: int64 [256, 8 / bits]."""
-    return (np.arange(256)[:, None] >> np.arange(0, 8, bits)) & (2**bits - 1)
-
-
-class UnitCodec(torch.nn.Module):
-    """One unit at one setting: projection, quantizer, packing. R below counts the latents with bits anywhere."""
-
-    def __init__(
-        self,
-        unit: Unit,
-        widths: np.ndarray,
-        tables: Mapping[int, Table],
-        *,
-        page_tokens: int,
-        key_dim: int,
-        value_dim: int,
-        device: torch.device | str,
-    ) -> None:
-        super().__init__()
-        used = np.flatnonzero(np.asarray(widths).any(0))
-        self.layout = page_layout(np.asarray(widths)[:, used], page_tokens)
-        self.page_tokens, self.rank, self.heads = page_tokens, used.size, unit.heads
-        count = unit.heads[1] - unit.heads[0]
-        split = count * key_dim
-
-        def tensor(array: np.ndarray) -> torch.Tensor:
-            return torch.tensor(np.ascontiguousarray(array), dtype=torch.float32, device=device)
-
-        deviation = np.zeros((page_tokens, used.size))
-        for rows, row_deviation in zip(frequency_classes(page_tokens), unit.deviation[:, used], strict=True):
-            deviation[list(rows)] = np.maximum(row_deviation, 1e-12)
-        self.used = torch.tensor(used, device=device)
-        self.project = tensor(unit.encode[:, used])  # [D, R]
-        self.mean = tensor(unit.mean)
-        self.key_decode = tensor(unit.decode[:split, used]).view(count, key_dim, -1)  # [h, d, R]
-        self.value_decode = tensor(unit.decode[split:, used]).view(count, value_dim, -1)  # [h, dv, R]
-        self.key_mean = self.mean[:split].view(count, key_dim, 1)
-        self.value_mean = self.mean[split:].view(count, 1, value_dim)
-        self.deviation = tensor(deviation)  # [P, R]
-        self.dct = tensor(dct_matrix(page_tokens))
-        self.channels = unit.decode.shape[1]
-        # Quantizer: thresholds of every width, and for every field the values of each byte.
-        self._thresholds = {w: tensor(tables[w].cuts) for w in self.layout.places}
-        self._places = {w: torch.tensor(place, device=device) for w, place in self.layout.places.items()}
-        self._values = [
-            tensor(field_values(s.width, s.field, tables[s.width].levels)[byte_fields(s.bits)])
-            for s in self.layout.segments
-        ]
-        self._scatter = self._scatter_index(device)
-
-    def _scatter_index(self, device: torch.device | str) -> torch.Tensor:
-        """For every coefficient of a page, which unpacked code it is: one past the last for those without bits."""
-        places = list(self.layout.places.values())
-        total = sum(place.size for place in places)
-        index: np.ndarray = np.full(self.page_tokens * self.rank, total, dtype=np.int64)
-        if places:
-            index[np.concatenate(places)] = np.arange(total)
-        return torch.tensor(index, device=device)
-
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """x [n, P, D] float32, keys in their frame -> packed uint8 [n, bytes]."""
-        return self.quantize(torch.matmul(self.dct, (x - self.mean) @ self.project) / self.deviation)
-
-    def quantize(self, y: torch.Tensor) -> torch.Tensor:
-        """Coefficients in standard deviations [n, P, R] -> packed uint8 [n, bytes]."""
-        flat = y.flatten(1)
-        parts = []
-        for width, place in self._places.items():
-            codes = torch.bucketize(flat.index_select(1, place), self._thresholds[width]).to(torch.uint8)
-            for segment in self.layout.segments:
-                if segment.width == width:
-                    parts.append(pack_fields(code_field(codes, width, segment.field), segment.bits))
-        return torch.cat(parts, 1) if parts else torch.zeros((y.shape[0], 0), dtype=torch.uint8, device=y.device)
-
-    def levels(self, packed: torch.Tensor) -> torch.Tensor:
-        """Packed uint8 [n, bytes] -> coefficients in standard deviations [n, P, R] float32."""
-        n = packed.shape[0]
-        index = packed.int()
-        fields: dict[tuple[int, str], torch.Tensor] = {}
-        for segment, values in zip(self.layout.segments, self._values, strict=True):
-            # One look-up per byte yields all the fields in it: fewer operations than shifting and masking.
-            fields[segment.width, segment.field] = F.embedding(index[:, segment.start : segment.stop], values).flatten(
-                1
-            )
-        parts = []
-        for width in self.layout.places:
-            parts.append(join_fields(width, {field: values for (w, field), values in fields.items() if w == width}))
-        parts.append(torch.zeros((n, 1), device=packed.device))
-        return torch.cat(parts, 1).index_select(1, self._scatter).view(n, self.page_tokens, self.rank)
-
-    def coefficients(self, packed: torch.Tensor) -> torch.Tensor:
-        """Packed uint8 [n, bytes] -> DCT coefficients of the latents [n, P, R] float32."""
-        return self.levels(packed).mul_(self.deviation)
-
-    def decode(self, packed: torch.Tensor) -> torch.Tensor:
-        """Packed uint8 [n, bytes] -> x [n, P, D] float32, keys still in their frame."""
-        latents = torch.matmul(self.dct.T, self.coefficients(packed))
-        basis = torch.cat([self.key_decode.flatten(0, 1), self.value_decode.flatten(0, 1)])
-        return latents @ basis.T + self.mean
-
-
-def code_field(codes: torch.Tensor, width: int, field: str) -> torch.Tensor:
-    """One field of uint8 codes (see spectral.bits.split_code, whose tensor twin this is)."""
-    return _field_table(width, field, codes.device).index_select(0, codes.flatten().int()).view(codes.shape)
-
-
-def join_fields(width: int, fields: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """What the fields of a width's codes contribute, put together (see spectral.bits.FIELDS)."""
-    if width == 6:
-        return fields["high"] + fields["low"]
-    if width == 3:
-        return fields["magnitude"] * fields["sign"]
-    return fields["code"]
-
-
-@cache
-def _field_table(width: int, field: str, device: torch.device) -> torch.Tensor:
-    return torch.tensor(split_code(width, np.arange(2**width))[field], dtype=torch.uint8, device=device)
 
 
 class LayerCodec(torch.nn.Module):
@@ -248,9 +113,8 @@ class LayerCodec(torch.nn.Module):
     def squeeze(self, pages: torch.Tensor, coarser: LayerCodec) -> torch.Tensor:
         """Pages of this setting [n, page_nbytes] re-encoded at another setting of the same profile.
 
-        Settings share bases, deviations and nested tables, so codes map to codes: nothing is decoded, and the result is
-        what encoding at the other setting would have given (nearly, for latents that had 8 bits; a latent that this
-        setting dropped stays dropped).
+        Settings share bases and deviations, so codes map to codes and nothing is decoded. Against encoding at the other
+        setting it costs 4 to 7 % of KL (docs/codec-research.md); a latent that this setting dropped stays dropped.
         """
         parts = []
         for unit, bounds, other in zip(self.units, self._bounds, coarser.units, strict=True):

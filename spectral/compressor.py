@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from spectral.basis import weighted_basis
-from spectral.bits import FIELDS, STORAGE_ORDER, WIDTHS, allocate, field_values, gaussian_step, gaussian_tables
-from spectral.codec import byte_fields, code_field, join_fields, pack_fields
+from spectral.bits import WIDTHS, allocate, gaussian_step, gaussian_tables
 from spectral.errors import CacheError, SettingError
+from spectral.layout import PLANES
+from spectral.unit_codec import byte_fields, pack_fields
 
 
 @dataclass(frozen=True)
@@ -69,18 +70,14 @@ class SpectralKVCompressor:
         def tensor(array: np.ndarray) -> torch.Tensor:
             return torch.tensor(np.ascontiguousarray(array), dtype=torch.float32, device=device)
 
-        order = np.concatenate([np.flatnonzero(widths == w) for w in STORAGE_ORDER])
-        self._counts = {w: int((widths == w).sum()) for w in STORAGE_ORDER if (widths == w).any()}
+        order = np.concatenate([np.flatnonzero(widths == w) for w in PLANES])
+        self._counts = {w: int((widths == w).sum()) for w in PLANES if (widths == w).any()}
         scale = np.sqrt(variance[order])
         self._mean = tensor(projection.mean)  # [d]
         self._encode = tensor(basis.encode[:, order] / scale)  # [d, rank]: latents in standard deviations, by width
         self._decode = tensor(basis.decode[:, order] * scale)  # [d, rank]
         self._thresholds = {w: tensor(self._tables[w].cuts) for w in self._counts}
-        self._bytes = {
-            (w, field): tensor(field_values(w, field, self._tables[w].levels)[byte_fields(size)])
-            for w in self._counts
-            for field, size in FIELDS[w]
-        }
+        self._levels = {w: tensor(self._tables[w].levels) for w in self._counts}
 
     @property
     def rank(self) -> int:
@@ -90,12 +87,12 @@ class SpectralKVCompressor:
     @property
     def nbytes(self) -> int:
         """Bytes of the compressor's own matrices and tables, shared by everything that it compresses."""
-        held = (self._mean, self._encode, self._decode, *self._thresholds.values(), *self._bytes.values())
+        held = (self._mean, self._encode, self._decode, *self._thresholds.values(), *self._levels.values())
         return sum(x.untyped_storage().nbytes() for x in held)
 
     def codes_nbytes(self, tokens: int) -> int:
         """Bytes of the codes of `tokens` vectors, padding included."""
-        return sum(-(-tokens * count * size // 8) for width, count in self._counts.items() for _, size in FIELDS[width])
+        return sum(-(-tokens * count * size // 8) for width, count in self._counts.items() for size, _ in PLANES[width])
 
     @torch.no_grad()
     def compress(self, states: torch.Tensor) -> CompressedKV:
@@ -106,8 +103,8 @@ class SpectralKVCompressor:
         parts = []
         for width, latent in zip(self._counts, latents.split(list(self._counts.values()), 1), strict=True):
             codes = torch.bucketize(latent.reshape(-1).contiguous(), self._thresholds[width]).to(torch.uint8)
-            for field, size in FIELDS[width]:
-                values = code_field(codes, width, field)
+            for size, shift in PLANES[width]:
+                values = (codes >> shift) & (2**size - 1)
                 parts.append(pack_fields(torch.nn.functional.pad(values, (0, -values.numel() % (8 // size))), size))
         return CompressedKV(torch.cat(parts), states.shape[0])
 
@@ -115,13 +112,13 @@ class SpectralKVCompressor:
         """Latents in standard deviations, as quantized: [n, rank] float32."""
         out, start = [], 0
         for width, count in self._counts.items():
-            fields = {}
-            for field, size in FIELDS[width]:
+            code = torch.zeros(compressed.tokens * count, dtype=torch.int64, device=compressed.codes.device)
+            for size, shift in PLANES[width]:
                 stop = start - (-compressed.tokens * count * size // 8)
-                numbers = self._bytes[width, field][compressed.codes[start:stop].int()].flatten()
-                fields[field] = numbers[: compressed.tokens * count].view(compressed.tokens, count)
+                fields = torch.from_numpy(byte_fields(size)).to(code.device)[compressed.codes[start:stop].int()]
+                code |= fields.flatten()[: code.numel()] << shift
                 start = stop
-            out.append(join_fields(width, fields))
+            out.append(self._levels[width][code].view(compressed.tokens, count))
         return torch.cat(out, 1)
 
     @torch.no_grad()

@@ -20,9 +20,9 @@ from spectral.bits import (
     dct_matrix,
     fit_tables,
     frequency_classes,
-    page_layout,
 )
 from spectral.errors import SettingError
+from spectral.layout import page_layout
 from spectral.profile import CONTEXT, LadderRow, LayerProfile, Widths
 from spectral.shapes import ModelShape
 from spectral.statistics import LayerStatistics, Statistics

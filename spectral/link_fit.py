@@ -25,6 +25,7 @@ from spectral.linked import (
     layer_integers,
     predicted_bins,
     unpacked_codes,
+    width_places,
 )
 
 FORMAT_VERSION = 1
@@ -96,7 +97,7 @@ def _count(counts: dict[int, np.ndarray], codec: LayerCodec, pages: torch.Tensor
     for unit, bounds in zip(codec.units, codec._bounds, strict=True):
         given = bins[:, :, start : start + unit.rank].flatten(1)
         start += unit.rank
-        for width, place in unit._places.items():
+        for width, place in width_places(unit).items():
             index = given.index_select(1, place).long() * 2**width + unpacked_codes(unit, pages[:, bounds], width)
             table = np.bincount(index.flatten().numpy(), minlength=BINS * 2**width).reshape(BINS, -1)
             counts[width] = counts.get(width, 0) + table

@@ -17,14 +17,16 @@ import hashlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
 from spectral.archive import archive_pages, layout_digest, open_streams, restore_pages, seal_streams
 from spectral.bits import frequency_classes
-from spectral.codec import Codebook, LayerCodec, UnitCodec, byte_fields, code_field, pack_fields
+from spectral.codec import Codebook, LayerCodec
 from spectral.errors import CacheError, SessionError
+from spectral.unit_codec import UnitCodec, byte_fields, pack_fields
 
 SOURCES = 2
 """Layers below that a layer is predicted from. One: 3 % larger; three: 1 % smaller, half again as slow."""
@@ -130,7 +132,7 @@ class Chain:
             if layer is not None:
                 classes = len(frequency_classes(codec.page_tokens))
                 fits = fits and layer.weight.shape == (sum(below), latents) and layer.gain.shape == (classes, latents)
-                fits = fits and all(width in self._links.ranks for unit in codec.units for width in unit._places)
+                fits = fits and all(width in self._links.ranks for unit in codec.units for width in width_places(unit))
             below.append(latents)
         if not fits:
             raise CacheError("these links do not fit the setting's layers, although they name it; fit them again")
@@ -206,12 +208,22 @@ def _on_cpu(codec: LayerCodec) -> LayerCodec:
     units = []
     for unit in codec.units:
         part = copy.copy(unit)
-        part.deviation, part._scatter = unit.deviation.cpu(), unit._scatter.cpu()
-        part._places = {width: place.cpu() for width, place in unit._places.items()}
-        part._values = [values.cpu() for values in unit._values]
+        part.__dict__ = {name: _to_cpu(value) for name, value in vars(unit).items()}
         units.append(part)
     clone.units = torch.nn.ModuleList(units)
     return clone
+
+
+def _to_cpu(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_to_cpu(x) for x in value]
+    return value.cpu() if isinstance(value, torch.Tensor) else value
+
+
+def width_places(unit: UnitCodec) -> dict[int, torch.Tensor]:
+    """By width the coefficients f * R + r that have it, int64 ascending, widest first."""
+    width = unit.layout.row_widths.ravel()
+    return {int(w): torch.from_numpy(np.flatnonzero(width == w)) for w in np.unique(width)[::-1] if w}
 
 
 def _chunked(pages: torch.Tensor) -> list[tuple[slice, torch.Tensor]]:
@@ -221,7 +233,7 @@ def _chunked(pages: torch.Tensor) -> list[tuple[slice, torch.Tensor]]:
 
 def _stream_nbytes(unit: UnitCodec) -> dict[int, int]:
     """Bytes per page of each width's ranks."""
-    return {width: place.size // _PER_BYTE[width] for width, place in unit.layout.places.items()}
+    return {width: place.numel() // _PER_BYTE[width] for width, place in width_places(unit).items()}
 
 
 def _per_unit(codec: LayerCodec, bins: torch.Tensor) -> list[torch.Tensor]:
@@ -235,9 +247,9 @@ def _ranked(
     """Streams of a chunk, uint8 [n, bytes] for every unit and width."""
     out = []
     for unit, bounds, given in zip(codec.units, codec._bounds, _per_unit(codec, bins), strict=True):
-        packed = pages[:, bounds]
-        for width, place in unit._places.items():
-            index = given.index_select(1, place).int().mul_(2**width).add_(unpacked_codes(unit, packed, width))
+        codes = unit.codes(pages[:, bounds])
+        for width, place in width_places(unit).items():
+            index = given.index_select(1, place).int().mul_(2**width).add_(codes.index_select(1, place))
             rank = ranks[width].flatten().index_select(0, index.flatten()).view(index.shape)
             out.append(pack_fields(rank, 8 // _PER_BYTE[width]))
     return out
@@ -250,26 +262,20 @@ def _unranked(
     left = iter(streams)
     parts = []
     for unit, given in zip(codec.units, _per_unit(codec, bins), strict=True):
-        for width, place in unit._places.items():
+        code = torch.zeros((len(bins), given.shape[1]), dtype=torch.uint8)
+        for width, place in width_places(unit).items():
             # Masked, as a forged byte may hold a rank that the width does not have (three bits in four).
             rank = _spread(next(left), 8 // _PER_BYTE[width]) & (2**width - 1)
             index = given.index_select(1, place).int().mul_(2**width).add_(rank)
-            code = codes[width].flatten().index_select(0, index.flatten()).view(index.shape)
-            for segment in unit.layout.segments:
-                if segment.width == width:
-                    parts.append(pack_fields(code_field(code, width, segment.field), segment.bits))
+            found = codes[width].flatten().index_select(0, index.flatten()).view(index.shape)
+            code.index_copy_(1, place, found.to(torch.uint8))
+        parts.append(unit.pack(code))
     return torch.cat(parts, 1) if parts else torch.zeros((len(bins), 0), dtype=torch.uint8)
 
 
 def unpacked_codes(unit: UnitCodec, packed: torch.Tensor, width: int) -> torch.Tensor:
-    """A unit's packed pages uint8 [n, bytes] -> codes of one width, uint8 [n, count], in the layout's order."""
-    fields = {s.field: _spread(packed[:, s.start : s.stop], s.bits) for s in unit.layout.segments if s.width == width}
-    if width == 6:
-        return fields["high"] << 2 | fields["low"]
-    if width == 3:
-        sign, magnitude = fields["sign"], fields["magnitude"]
-        return torch.where(sign == 1, magnitude + 4, 3 - magnitude)
-    return fields["code"]
+    """A unit's packed pages uint8 [n, bytes] -> codes of one width, uint8 [n, count], ordered as in `width_places`."""
+    return unit.codes(packed).index_select(1, width_places(unit)[width])
 
 
 def _spread(packed: torch.Tensor, bits: int) -> torch.Tensor:

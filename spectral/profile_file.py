@@ -21,14 +21,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spectral.basis import Unit
-from spectral.bits import CHANNEL_GROUP, UNIFORM_FROM, WIDTHS, Table, frequency_classes
+from spectral.bits import CHANNEL_GROUP, WIDTHS, Table, frequency_classes, uniform_table
 from spectral.errors import ProfileError
 from spectral.files import write_atomically
+from spectral.layout import page_layout
 
 if TYPE_CHECKING:
     from spectral.profile import LadderRow, LayerProfile, SpectralProfile
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MAX_HEADER_BYTES = 16 << 20
 MAX_FILE_BYTES = 4 << 30
 MAX_CONDITION = 1e7
@@ -71,8 +72,7 @@ def _tensors(profile: SpectralProfile) -> dict[str, np.ndarray]:
                 assert widths is not None
                 tensors[f"setting.{i}.{where}"] = np.ascontiguousarray(widths[number], dtype=np.uint8)
     for width, table in profile.tables.items():
-        tensors[f"table.{width}.levels"] = table.levels.astype(np.float32)
-        tensors[f"table.{width}.cuts"] = table.cuts.astype(np.float32)
+        tensors[f"table.{width}.step"] = np.array([table.step], dtype=np.float32)
     return tensors
 
 
@@ -182,8 +182,11 @@ def _read(source: Path) -> SpectralProfile:
             else [_read_widths(tensors, i, f"{index}.{u}", unit, classes) for u, unit in enumerate(layer.units)]
             for index, layer in enumerate(profile.layers)
         ]
-        rows_per_class = np.array([len(rows) for rows in frequency_classes(row.page_tokens)])
-        held = sum(int(w.sum(1) @ rows_per_class) for widths in profile.bits[row.name] for w in widths or []) // 8
+        held = sum(
+            page_layout(w[:, w.any(0)], row.page_tokens).nbytes
+            for widths in profile.bits[row.name]
+            for w in widths or []
+        )
         if held != row.page_nbytes:
             raise ProfileError(f"setting {row.name}: its widths make pages of {held} bytes, not {row.page_nbytes}")
     return profile
@@ -238,16 +241,10 @@ def _read_layer(tensors: dict[str, np.ndarray], index: int, facts: dict[str, Any
 
 
 def _read_table(tensors: dict[str, np.ndarray], width: int) -> Table:
-    levels = _numbers(tensors, f"table.{width}.levels", (2**width,), np.float32)
-    cuts = _numbers(tensors, f"table.{width}.cuts", (2**width - 1,), np.float32)
-    for x in (levels, cuts):
-        if (np.diff(x) <= 0).any() or np.abs(x + x[::-1]).max() > 1e-5 * levels[-1]:
-            raise ProfileError(f"table.{width}: levels and cuts must ascend and be symmetric around zero")
-    if (cuts <= levels[:-1]).any() or (cuts >= levels[1:]).any():
-        raise ProfileError(f"table.{width}: a cut must lie between the levels beside it")
-    if width >= UNIFORM_FROM and np.abs(np.diff(levels, 2)).max() > 1e-4 * levels[-1]:
-        raise ProfileError(f"table.{width}: levels must be uniform")
-    return Table(levels, cuts)
+    step = float(_numbers(tensors, f"table.{width}.step", (1,), np.float32)[0])
+    if not 1e-6 < step < 1e3:
+        raise ProfileError(f"table.{width}.step: the distance of levels must be positive and sensible, got {step!r}")
+    return uniform_table(width, step)
 
 
 def _read_widths(tensors: dict[str, np.ndarray], setting: int, where: str, unit: Unit, classes: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from spectral.bits import CHANNEL_GROUP, gaussian_tables
 from spectral.codec import LayerCodec
@@ -16,3 +17,10 @@ def layer_codec(widths: np.ndarray, *, units: int = 1, dim: int = 16, page: int 
     parts = [(random_unit((u, u + 1), dim, seed + u, page), full) for u in range(units)]
     frame = BlockFrame(None, block_tokens=0, page_tokens=page, sinks=4)
     return LayerCodec(parts, gaussian_tables(), frame, key_dim=dim, value_dim=dim, page_tokens=page)
+
+
+def any_pages(codec: LayerCodec, count: int, seed: int, spread: int = 255) -> torch.Tensor:
+    """Pages of any codes, uint8 [count, page_nbytes]: also such as no encoder would have written. Padding is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    raw = torch.randint(0, spread + 1, (count, codec.page_nbytes), generator=generator).to(torch.uint8)
+    return torch.cat([u.pack(u.codes(raw[:, b])) for u, b in zip(codec.units, codec._bounds, strict=True)], 1)

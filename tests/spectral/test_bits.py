@@ -8,19 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectral.bits import (
-    FIELDS,
-    UNIFORM_FROM,
     WIDTHS,
     Table,
     allocate,
     dct_matrix,
-    field_values,
     fit_tables,
     frequency_classes,
     gaussian_step,
     gaussian_tables,
-    page_layout,
-    split_code,
 )
 
 
@@ -40,32 +35,15 @@ def quantize(table: Table, x: np.ndarray) -> np.ndarray:
     return table.levels[np.searchsorted(table.cuts, x)]
 
 
-def test_fitted_tables_are_near_the_published_optimum_for_a_gaussian() -> None:
-    # Max (1960), non-uniform: errors .3634, .1175, .03454, .009497 for 1 to 4 bits; nesting costs a few per cent.
+def test_fitted_tables_are_the_published_uniform_optimum_for_a_gaussian() -> None:
     sample = np.random.default_rng(0).normal(size=400_000)
     for width, table in fit_tables(sample).items():
         np.testing.assert_allclose(table.levels, -table.levels[::-1])
         np.testing.assert_allclose(table.cuts, -table.cuts[::-1], atol=1e-12)
-        assert (np.diff(table.levels) > 0).all()
+        np.testing.assert_allclose(np.diff(table.levels), table.step)
         assert (table.levels[:-1] < table.cuts).all() and (table.cuts < table.levels[1:]).all()
         error = float(((sample - quantize(table, sample)) ** 2).mean())
-        if width >= UNIFORM_FROM:
-            np.testing.assert_allclose(np.diff(table.levels), table.levels[1] - table.levels[0])
-            assert error <= 1.05 * gaussian_step(width)[1]
-        else:
-            assert error == pytest.approx({1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497}[width], rel=0.07)
-
-
-@pytest.mark.parametrize("kind", ["normal", "laplace"])
-def test_tables_are_nested(kind: str) -> None:
-    """The code of fewer bits follows from the code of more: quantizing twice is quantizing once."""
-    rng = np.random.default_rng(1)
-    tables = fit_tables(getattr(rng, kind)(size=200_000))
-    x = getattr(rng, kind)(size=50_000)
-    for wide in (6, 4, 3, 2):
-        for narrow in (4, 3, 2, 1):
-            if narrow < wide:
-                assert (quantize(tables[narrow], quantize(tables[wide], x)) == quantize(tables[narrow], x)).all()
+        assert error == pytest.approx(gaussian_step(width)[1], rel=0.02 if width < 6 else 0.15)
 
 
 def test_tables_adapt_to_heavy_tails() -> None:
@@ -126,45 +104,3 @@ def test_classes_cover_a_page_and_the_dct_is_orthonormal() -> None:
     np.testing.assert_allclose(dct_matrix(8)[0], 8**-0.5)
     with pytest.raises(ValueError, match="power of two"):
         frequency_classes(12)
-
-
-@given(st.lists(st.lists(st.sampled_from(WIDTHS), min_size=3, max_size=3), min_size=4, max_size=4))
-@settings(max_examples=60, deadline=None)
-def test_a_layout_places_every_code_once(runs: list[list[int]]) -> None:
-    """4 classes of a page of 8 tokens, 3 runs of 16 latents: bytes add up, no byte and no coefficient is used twice."""
-    widths = np.repeat(np.array(runs), 16, axis=1)
-    layout = page_layout(widths, 8)
-    rows = np.array([len(r) for r in frequency_classes(8)])
-    assert layout.nbytes * 8 == layout.bits == int((widths.sum(1) * rows).sum())
-    places = np.concatenate([*layout.places.values(), np.zeros(0, dtype=np.int64)])
-    assert len(set(places.tolist())) == places.size == int(((widths > 0).sum(1) * rows).sum())
-    ends = [0, *(s.stop for s in layout.segments)]
-    assert [s.start for s in layout.segments] == ends[:-1]
-    for width, place in layout.places.items():
-        classes = np.repeat(np.arange(4), rows)
-        assert all(widths[classes[p // 48], p % 48] == width for p in place)
-
-
-def test_layouts_refuse_what_does_not_fit() -> None:
-    with pytest.raises(ValueError, match="5"):
-        page_layout(np.full((4, 16), 5), 8)
-    with pytest.raises(ValueError, match="classes"):
-        page_layout(np.full((3, 16), 2), 8)
-    uneven = np.zeros((4, 16), dtype=int)
-    uneven[0, :3] = 1
-    with pytest.raises(ValueError, match="whole bytes"):
-        page_layout(uneven, 8)
-
-
-def test_fields_rebuild_every_level() -> None:
-    tables = fit_tables(np.random.default_rng(2).laplace(size=5000))
-    for width, table in tables.items():
-        levels, codes = table.levels, np.arange(2**width)
-        values = {f: field_values(width, f, levels)[split_code(width, codes)[f]] for f, _ in FIELDS[width]}
-        rebuilt = values.get("code")
-        if width == 6:
-            rebuilt = values["high"] + values["low"]
-        elif width == 3:
-            rebuilt = values["magnitude"] * values["sign"]
-        assert rebuilt is not None
-        np.testing.assert_allclose(rebuilt, levels, atol=1e-9)

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectral.archive import archive_pages
-from spectral.bits import WIDTHS
+from spectral.bits import WIDTHS, gaussian_tables
 from spectral.codec import Codebook
 from spectral.errors import CacheError, SessionError
 from spectral.link_fit import fit_links, load_links, save_links
-from spectral.linked import BINS, Chain, LayerLinks, Links, predicted_bins, unpacked_codes
-from tests.spectral.cold_helpers import layer_codec
+from spectral.linked import BINS, Chain, LayerLinks, Links, predicted_bins, unpacked_codes, width_places
+from tests.spectral.cold_helpers import any_pages, layer_codec
 
 WIDE = np.array([[8, 6], [6, 4], [4, 3], [3, 2], [2, 1]])
 
@@ -69,8 +69,7 @@ def test_any_pages_of_any_widths_come_back(widths: list[list[int]], units: int, 
     """Also pages that no encoder would have written, and predictors that predict nothing of them."""
     book = book_of([np.array(w).reshape(5, 2) for w in widths], units=units)
     links = fit_links(book, coupled_pages(book, 20))
-    generator = torch.Generator().manual_seed(seed)
-    pages = [torch.randint(0, 256, (count, c.page_nbytes), generator=generator).to(torch.uint8) for c in book.layers]
+    pages = [any_pages(codec, count, seed + i) for i, codec in enumerate(book.layers)]
     assert through(book, links, pages) > 0
 
 
@@ -87,10 +86,10 @@ def test_unpacked_codes_are_the_quantizers() -> None:
     unit = codec.units[0]
     packed = coupled_pages(book_of([WIDE]), 5)[0]
     level = unit.levels(packed).flatten(1)
-    for width, place in unit.layout.places.items():
+    for width, place in width_places(unit).items():
         codes = unpacked_codes(unit, packed, width)
         assert codes.long().max() < 2**width
-        again = torch.bucketize(level[:, torch.from_numpy(place)], unit._thresholds[width])
+        again = torch.bucketize(level[:, place], torch.tensor(gaussian_tables()[width].cuts, dtype=torch.float32))
         assert torch.equal(codes.long(), again)
 
 

@@ -173,7 +173,7 @@ def _missing(tensors, _):  # type: ignore[no-untyped-def]
 
 
 def _table(tensors, _):  # type: ignore[no-untyped-def]
-    tensors["table.2.levels"][0] = 5
+    tensors["table.2.step"][0] = -1
 
 
 def _version(_, document):  # type: ignore[no-untyped-def]
@@ -195,7 +195,7 @@ def _upside_down(_, document):  # type: ignore[no-untyped-def]
         (_ragged, "every run"),
         (_smaller, "pages of"),
         (_missing, "2.0.scale"),
-        (_table, "ascend"),
+        (_table, "must be positive"),
         (_version, "format 99"),
         (_upside_down, "finest to coarsest"),
     ],
@@ -343,7 +343,8 @@ def test_head_statistics_and_maps(profile: SpectralProfile) -> None:
     assert np.linalg.eigvalsh(metric).min() > 0 and np.linalg.eigvalsh(covariance).min() > -1e-9
     bits = profile.bits_map()[0]
     assert bits is not None and bits.shape[0] == 8
-    assert sum(int(b.sum()) for b in profile.bits_map() if b is not None) == 8 * profile.row("auto").page_nbytes
+    used, held = sum(int(b.sum()) for b in profile.bits_map() if b is not None), 8 * profile.row("auto").page_nbytes
+    assert 0.8 * held < used <= held  # pages of this small model are padded by up to a tenth
     for wrong in ((9, 0, "key"), (0, 5, "key"), (0, 0, "query")):
         with pytest.raises(ProfileError):
             profile.head_statistics(*wrong)
@@ -361,7 +362,7 @@ def test_too_little_text_is_refused(model: LoadedModel) -> None:
 
 
 def test_split_attention_is_causal_attention_plus_its_errors() -> None:
-    from spectral.attention import causal_attention
+    from spectral.prefill import causal_attention
 
     query, key, value = torch.randn(1, 4, 30, 8), torch.randn(1, 2, 30, 8), torch.randn(1, 2, 30, 8)
     zero = torch.zeros_like(key)
