@@ -2,25 +2,27 @@
 
 `attend` appends a forward's new keys and values to the store and answers its queries. The forward is flattened: one
 batch dimension of size 1 whose N tokens belong to the step's rows in order. Rows with one new token (decode) run as
-one batch; rows with more (prefill chunks) run one by one: exact attention inside the chunk, codes for what came before.
+one batch, through the kernels or the reference (spectral.dispatch); rows with more run one by one (spectral.prefill).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 
 from spectral.codec import PageCodec
+from spectral.dispatch import kernels_for
 from spectral.pages import StepBatch
+from spectral.prefill import prefill, softcapped
 from spectral.windows import ExactWindow
+
+if TYPE_CHECKING:
+    from spectral.kernels.decode import LayerKernels, StepTables
 
 READ_AHEAD = 8 << 20
 """Bytes of windows that a decoding step reads at once, over several layers."""
-
-SCORE_LIMIT = 1 << 24
-"""Most score elements held at once in a prefill (64 MiB of float32): longer chunks are cut into query blocks."""
 
 
 @dataclass
@@ -32,6 +34,9 @@ class DecodePlan:
     seal_*: rows whose oldest recent tokens become a page in this step: slot, place in the window, page id, and the
         page's index in its row. rows: [B] 0 .. B - 1, None for a single row; write_first: the first row's place.
     views: by group of windows, the first layer that was read ahead and what was read.
+    counts, firsts, lengths: per row its pages, the oldest token that only the ring holds, and its tokens before this
+        step.
+    step: what the kernels make of these.
     """
 
     token: torch.Tensor
@@ -45,37 +50,11 @@ class DecodePlan:
     seal_index: torch.Tensor | None
     rows: torch.Tensor | None
     write_first: int
+    counts: list[int]
+    firsts: list[int]
+    lengths: list[int]
     views: dict[int, tuple[int, torch.Tensor]] = field(default_factory=dict)
-
-
-def softcapped(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    """Gemma 2's logit soft-capping: c * tanh(s / c)."""
-    return scores if softcap is None else torch.tanh(scores / softcap) * softcap
-
-
-def causal_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    scaling: float,
-    softcap: float | None = None,
-    sliding: int | None = None,
-) -> torch.Tensor:
-    """Exact causal attention of a sequence with itself: query [B, Hq, N, d], key/value [B, H, N, d]; [B, Hq, N, dv]."""
-    length = query.shape[2]
-    if softcap is None and (sliding is None or length <= sliding):
-        return F.scaled_dot_product_attention(
-            query, key, value, is_causal=length > 1, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-        )
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = softcapped(torch.matmul(query, key.transpose(2, 3)).float() * scaling, softcap)
-    position = torch.arange(length, device=query.device)
-    distance = position[:, None] - position[None, :]
-    hidden = distance < 0 if sliding is None else (distance < 0) | (distance >= sliding)
-    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1).to(value.dtype)
-    return torch.matmul(weights, value)
+    step: StepTables | None = None
 
 
 @torch.no_grad()
@@ -105,7 +84,7 @@ def attend(
     for i, (_, count) in enumerate(batch.work):
         if count > 1:
             span = slice(batch.starts[i], batch.starts[i] + count)
-            out[span] = _prefill(
+            out[span] = prefill(
                 batch, layer, i, query[:, :, span], key[0, :, span], value[0, :, span], scaling, softcap
             )
     return out.unsqueeze(0)
@@ -159,6 +138,9 @@ def _decode_plan(batch: StepBatch, singles: list[int], window: ExactWindow, code
         seal_index=column([s[3] for s in seals]) if seals else None,
         rows=torch.arange(len(rows), device=device) if len(rows) > 1 else None,
         write_first=window.index(rows[0].length),
+        counts=[len(found) for found in tables],
+        firsts=[window.sinks + len(found) * store.codebook.page_tokens for found in tables],
+        lengths=[row.length for row in rows],
     )
 
 
@@ -196,6 +178,14 @@ def _decode(
     q, k, v = (x if whole else x.index_select(1, plan.token) for x in (query, key, value))
     count = q.shape[1]
     new = torch.cat([k, v], -1).transpose(0, 1)  # [B, H, d + dv]
+    kernels = kernels_for(codec, store.codebook.window)
+    if kernels is not None and pool is not None and codec is not None:
+        _keep(batch, layer, plan, new)
+        if plan.seal_slot is not None:
+            _seal(window, codec, pool, plan)
+        mixed = _decode_on_codes(kernels, window, pool, plan, q, k, v, scaling, softcap)
+        _put(out, plan, mixed, whole)
+        return
     view = _window_view(batch, layer, plan, new)
     if codec is not None and plan.seal_slot is not None:
         _seal(window, codec, pool, plan)
@@ -212,11 +202,44 @@ def _decode(
         mixed = torch.matmul(weights[..., cut:], wv) + pages.mix(weights[..., :cut])
     else:
         mixed = torch.matmul(weights, wv)
-    mixed = mixed.reshape(count, -1, mixed.shape[-1]).to(out.dtype)
+    _put(out, plan, mixed.reshape(count, -1, mixed.shape[-1]).to(out.dtype), whole)
+
+
+def _put(out: torch.Tensor, plan: DecodePlan, mixed: torch.Tensor, whole: bool) -> None:
+    """The decode rows' answers [B, Hq, dv] to their tokens' places."""
     if whole:
         out.copy_(mixed)
     else:
         out.index_copy_(0, plan.token, mixed)
+
+
+def _decode_on_codes(
+    kernels: LayerKernels,
+    window: ExactWindow,
+    pool: torch.Tensor,
+    plan: DecodePlan,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """`_decode` through the kernels: query [Hq, B, d], key/value [H, B, d] -> [B, Hq, dv] in the query's dtype."""
+    from spectral.kernels.decode import StepTables, decode_attention
+
+    if plan.step is None:
+        rows = [plan.counts, plan.lengths, plan.firsts]
+        count, length, first = torch.tensor(rows, dtype=torch.int32).to(pool.device).unbind(0)
+        plan.step = StepTables(plan.table.int(), count, plan.slot.int(), length, first)
+    q, k, v = (x.transpose(0, 1) for x in (query, key, value))
+    return decode_attention(kernels, pool, window, plan.step, q, k, v, scaling=scaling, softcap=softcap)
+
+
+def _keep(batch: StepBatch, layer: int, plan: DecodePlan, new: torch.Tensor) -> None:
+    """Remember new tokens [B, H, d + dv]: they are written when the step is committed."""
+    number, at = batch.store.group_of[layer]
+    batch.kept.setdefault(number, []).append((at, new))
+    batch.spots[number] = plan.slot, plan.write
 
 
 def _window_view(batch: StepBatch, layer: int, plan: DecodePlan, new: torch.Tensor) -> torch.Tensor:
@@ -242,8 +265,7 @@ def _window_view(batch: StepBatch, layer: int, plan: DecodePlan, new: torch.Tens
         view[0, :, plan.write_first] = new[0].float()
     else:
         view[plan.rows, :, plan.write] = new.float()
-    batch.kept.setdefault(number, []).append((at, new))
-    batch.spots[number] = plan.slot, plan.write
+    _keep(batch, layer, plan, new)
     return view
 
 
@@ -255,131 +277,3 @@ def _seal(window: ExactWindow, codec: PageCodec, pool: torch.Tensor | None, plan
     tokens = window.read_places(plan.seal_slot, plan.seal_place[:, None] + inside)  # [n, H, P, d + dv]
     keys, values = tokens.split([window.shape.key_dim, window.shape.value_dim], -1)
     pool[plan.seal_page] = codec.encode(keys, values, plan.seal_index)
-
-
-# -- prefill ----------------------------------------------------------------------------------------------------------
-
-
-def _prefill(
-    batch: StepBatch,
-    layer: int,
-    index: int,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scaling: float,
-    softcap: float | None,
-) -> torch.Tensor:
-    """One row's chunk: query [1, Hq, n, d], key/value [H, n, d] -> [n, Hq, dv]; appends the chunk to the store."""
-    store = batch.store
-    window, codec = store.windows[layer], store.codebook.layers[layer]
-    row, _ = batch.work[index]
-    sliding = window.ring if codec is None else None
-    if row.length == 0:
-        out = causal_attention(query, key[None], value[None], scaling=scaling, softcap=softcap, sliding=sliding)[0]
-    else:
-        out = _prefill_with_past(batch, layer, index, query[0], key, value, scaling, softcap, sliding)
-    if codec is None:
-        _append_sliding(window, row.slot, row.length, key, value)
-    else:
-        _append(batch, layer, index, key, value)
-    return out.transpose(0, 1)
-
-
-def _past_window(window: ExactWindow, slot: int, first: int, end: int, sinks: int) -> tuple[torch.Tensor, list[int]]:
-    """Tokens that a row's window holds, in order: float32 [H, t, d + dv] and their positions."""
-    positions = list(range(sinks)) + list(range(max(first, window.sinks), end))
-    device = window.store.device
-    places = torch.tensor([[window.index(p) for p in positions]], dtype=torch.long, device=device)
-    return window.read_places(torch.tensor([slot], device=device), places)[0], positions
-
-
-def _prefill_with_past(
-    batch: StepBatch,
-    layer: int,
-    index: int,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scaling: float,
-    softcap: float | None,
-    sliding: int | None,
-) -> torch.Tensor:
-    """Chunk attention with a past: query [Hq, n, d], key/value [H, n, d] -> [Hq, n, dv]."""
-    store = batch.store
-    window, codec, pool = store.windows[layer], store.codebook.layers[layer], store.pools[layer]
-    row, _ = batch.work[index]
-    heads, length, _ = key.shape
-    groups = query.shape[0] // heads
-    if codec is None:
-        first, sinks = max(0, row.length - window.ring + 1), 0
-    else:
-        first, sinks = window.sinks + len(row.pages) * codec.page_tokens, min(row.length, window.sinks)
-    past, positions = _past_window(window, row.slot, first, row.length, sinks)
-    exact_keys = torch.cat([past[..., : key.shape[-1]], key.float()], 1)  # [H, t + n, d]
-    exact_values = torch.cat([past[..., key.shape[-1] :], value.float()], 1)
-    device = query.device
-    key_position = torch.tensor(positions + list(range(row.length, row.length + length)), device=device)
-    pages = (
-        codec.open(pool[torch.tensor(row.pages, device=device)][None])
-        if codec is not None and row.pages and pool is not None
-        else None
-    )
-    paged = len(row.pages) * codec.page_tokens if codec is not None else 0
-    block = max(1, SCORE_LIMIT // (query.shape[0] * (paged + exact_keys.shape[1])))
-    out = query.new_empty((query.shape[0], length, value.shape[-1]))
-    for begin in range(0, length, block):
-        q = query[:, begin : begin + block].float() * scaling
-        n = q.shape[1]
-        q = q.reshape(heads, groups * n, -1)
-        scores = torch.matmul(q, exact_keys.transpose(1, 2)).view(heads, groups, n, -1)
-        query_position = torch.arange(row.length + begin, row.length + begin + n, device=device)
-        distance = query_position[:, None] - key_position[None, :]
-        hidden = distance < 0 if sliding is None else (distance < 0) | (distance >= sliding)
-        scores = softcapped(scores, softcap).masked_fill(hidden, float("-inf"))
-        if codec is not None and pages is not None:
-            coded = pages.scores(q[None])[0].view(heads, groups, n, -1)
-            scores = torch.cat([softcapped(coded, softcap), scores], -1)
-        weights = scores.softmax(-1).view(heads, groups * n, -1)
-        mixed = torch.matmul(weights[..., paged:], exact_values)
-        if codec is not None and pages is not None:
-            mixed = mixed + pages.mix(weights[None, ..., :paged])[0]
-        out[:, begin : begin + n] = mixed.view(heads * groups, n, -1).to(out.dtype)
-    return out
-
-
-def _append_sliding(window: ExactWindow, slot: int, length: int, key: torch.Tensor, value: torch.Tensor) -> None:
-    """Write a chunk's last tokens into a rolling window."""
-    count = key.shape[1]
-    kept = min(count, window.ring)
-    positions = range(length + count - kept, length + count)
-    places = torch.tensor([window.index(p) for p in positions], dtype=torch.long, device=key.device)
-    window.write(slot, places, torch.cat([key, value], -1)[:, count - kept :].transpose(0, 1))
-
-
-def _append(batch: StepBatch, layer: int, index: int, key: torch.Tensor, value: torch.Tensor) -> None:
-    """Write a chunk into sinks, pages and ring of a full-attention layer."""
-    store = batch.store
-    window, codec, pool = store.windows[layer], store.codebook.layers[layer], store.pools[layer]
-    assert codec is not None and pool is not None
-    (row, count), granted = batch.work[index], batch.new_pages[index]
-    page_tokens, device = codec.page_tokens, key.device
-    end = row.length + count
-    tokens = torch.cat([key, value], -1)  # [H, n, d + dv]
-    first = window.sinks + len(row.pages) * page_tokens  # the oldest token that is in no page yet
-    sealed = first + len(granted) * page_tokens
-    if granted:
-        old, _ = _past_window(window, row.slot, first, row.length, 0)
-        new = tokens[:, max(0, first - row.length) : max(0, sealed - row.length)]
-        # Pages see what the window would have held, however the tokens came: one by one or in chunks.
-        paged = torch.cat([old[:, : sealed - first], window.as_kept(new)], 1)  # [H, n * P, d + dv]
-        paged = paged.unflatten(1, (len(granted), page_tokens)).transpose(0, 1)
-        number = torch.arange(len(row.pages), len(row.pages) + len(granted), device=device)
-        keys, values = paged.split([key.shape[-1], value.shape[-1]], -1)
-        pages = codec.encode(keys, values, number)
-        pool[torch.tensor(granted, device=device)] = pages
-    kept = [p for p in range(row.length, end) if p < window.sinks or p >= sealed]
-    if kept:
-        places = torch.tensor([window.index(p) for p in kept], dtype=torch.long, device=device)
-        chosen = torch.tensor([p - row.length for p in kept], dtype=torch.long, device=device)
-        window.write(row.slot, places, tokens.index_select(1, chosen).transpose(0, 1))

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_map_only
 
-from spectral.attention import attend, causal_attention, softcapped
+from spectral.attention import attend
 from spectral.errors import CacheError
 from spectral.padding import Columns
 from spectral.pages import PageStore, Row
+from spectral.prefill import causal_attention, softcapped
 from spectral.rows import append_rows, read_row
 
 

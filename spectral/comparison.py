@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from spectral.attention import softcapped
 from spectral.baselines import Baseline, CalibrationStats, LayerStats, Shape
 from spectral.errors import ModelError
+from spectral.prefill import softcapped
 from spectral.scoring import BLOCK_ELEMENTS, Blocks, ExactPass, Progress, Tally
 
 if TYPE_CHECKING:

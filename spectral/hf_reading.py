@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from spectral.attention import softcapped
 from spectral.errors import ModelError
 from spectral.hf import LoadedModel, attention_modules, text_config
+from spectral.prefill import softcapped
 
 
 @dataclass

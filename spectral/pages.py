@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from spectral.codec import Codebook, ExactCodec, LayerCodec, PageCodec
+from spectral.codec import Codebook, ExactCodec, PageCodec
 from spectral.errors import CacheError, OutOfPages
 from spectral.page_ids import PageIds
+from spectral.pools import empty_pool, squeezed
 from spectral.shapes import LayerShape, ModelShape
 from spectral.step_batch import StepBatch
 from spectral.windows import ExactWindow, WindowGroup, make_window
@@ -236,7 +237,7 @@ class PageStore:
         grown: list[torch.Tensor | None] = []
         try:
             for pool in self.pools:
-                grown.append(pool if pool is None else pool.new_empty((capacity, pool.shape[1])))
+                grown.append(pool if pool is None else empty_pool(capacity, pool.shape[1], self.device))
         except torch.OutOfMemoryError as error:  # others took the device's memory: room is made as for a limit
             raise OutOfPages(step * self._page_nbytes, 0) from error
         self._ids.grow(capacity)
@@ -386,12 +387,3 @@ class PageStore:
             assert len(row.pages) <= whole, "a row has pages beyond its length"
         for pool in self.pools:
             assert pool is None or pool.shape[0] == self.page_capacity, "pools differ in size"
-
-
-def squeezed(pool: torch.Tensor, old: PageCodec, new: PageCodec, step: int = 1024) -> torch.Tensor:
-    """A pool of pages [n, bytes] at another setting, `step` pages at a time."""
-    assert isinstance(old, LayerCodec) and isinstance(new, LayerCodec)
-    out = torch.empty((pool.shape[0], new.page_nbytes), dtype=torch.uint8, device=pool.device)
-    for begin in range(0, pool.shape[0], step):
-        out[begin : begin + step] = old.squeeze(pool[begin : begin + step], new)
-    return out

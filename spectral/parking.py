@@ -12,7 +12,8 @@ import torch
 
 from spectral.codec import Codebook
 from spectral.errors import CacheError
-from spectral.pages import PageStore, Row, squeezed
+from spectral.pages import PageStore, Row
+from spectral.pools import squeezed
 from spectral.windows import WindowGroup, make_window
 
 Snapshot = list[list[torch.Tensor]]

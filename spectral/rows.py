@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import torch
 
-from spectral.attention import _append, _past_window
 from spectral.errors import CacheError
 from spectral.pages import PageStore, Row
+from spectral.prefill import append, past_window
 
 
 def read_row(store: PageStore, layer: int, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,7 +25,7 @@ def read_row(store: PageStore, layer: int, row: Row) -> tuple[torch.Tensor, torc
         raise CacheError(f"layer {layer} keeps a rolling window: its older tokens cannot be read back")
     sinks = min(row.length, window.sinks)
     first = window.sinks + len(row.pages) * codec.page_tokens
-    exact = _past_window(window, row.slot, first, row.length, sinks)[0]
+    exact = past_window(window, row.slot, first, row.length, sinks)[0]
     sizes = [window.shape.key_dim, window.shape.value_dim]
     if not row.pages:
         keys, values = exact.split(sizes, -1)
@@ -44,7 +44,7 @@ def append_rows(store: PageStore, work: list[tuple[Row, torch.Tensor, torch.Tens
     batch = store.begin([(row, keys.shape[1]) for row, keys, _ in work])
     try:
         for index, (_, keys, values) in enumerate(work):
-            _append(batch, 0, index, keys, values)
+            append(batch, 0, index, keys, values)
     except BaseException:
         batch.abort()
         raise

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from spectral.attention import softcapped
 from spectral.frames import turn
+from spectral.prefill import softcapped
 
 if TYPE_CHECKING:
     from spectral.hf import LoadedModel

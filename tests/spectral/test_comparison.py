@@ -10,7 +10,6 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, Phi3Config, PreTrainedConfig, Qwen3MoeConfig
 
 from spectral import baselines
-from spectral.attention import causal_attention, softcapped
 from spectral.baselines import Baseline, ExactWindow, Shape
 from spectral.baselines.fp8 import Fp8
 from spectral.baselines.kivi import Kivi
@@ -31,6 +30,7 @@ from spectral.errors import ModelError
 from spectral.hf import LoadedModel, wrap_model
 from spectral.hf_reading import logits_of, projections, watching_inputs
 from spectral.pages import LayerShape, ModelShape
+from spectral.prefill import causal_attention, softcapped
 from spectral.scoring import ExactPass, Tally, summarised
 from tests.spectral.helpers import FAMILIES, SMALL, NoTokenizer, random_model
 

@@ -1,0 +1,235 @@
+"""Decode attention on codes beside bf16 attention on a GPU: time, bytes read, and error against float64.
+
+    python bench/kernels.py [--settings 8x,16x] [--cases 8x32768,32x32768,1x131072,32x4096] [--json FILE]
+
+One layer of 32 query and 8 KV heads of 128 (--shape changes it), with a synthetic spectrum and the bits that a setting
+of that name spends. SDPA is the faster of flash and cuDNN on the same sizes; the FP8 floor is half the bf16 bytes at the
+device's copy bandwidth; all in one run. Times are medians of CUDA-graph replays, in microseconds.
+Without a GPU `--check` alone runs, on a small layer in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from spectral.basis import Unit
+from spectral.bits import CHANNEL_GROUP, WIDTHS, allocate, frequency_classes, gaussian_step, gaussian_tables
+from spectral.codec import LayerCodec
+from spectral.frames import BlockFrame
+from spectral.kernels.decode import LayerKernels, StepTables, block_pages, decode_attention
+from spectral.pools import empty_pool
+from spectral.provenance import provenance
+from spectral.shapes import LayerShape
+from spectral.windows import WindowGroup, make_window
+
+BITS = {"4x": 3.774, "8x": 1.774, "16x": 0.742}
+"""Bits per number that settings of these names spend on codes (the ladder of a measured profile at 4,096 tokens)."""
+
+PAGE, SINKS, RECENT, BLOCK = 16, 4, 112, 512
+
+
+def synthetic_unit(heads: tuple[int, int], dim: int, bits: float, seed: int) -> tuple[Unit, np.ndarray]:
+    """A unit with an exponential spectrum and tokens that vary slowly, and its widths at `bits` a number."""
+    rng = np.random.default_rng(seed)
+    size = (heads[1] - heads[0]) * 2 * dim
+    basis, _ = np.linalg.qr(rng.normal(size=(size, size)))
+    variance = np.exp(-8.0 * np.arange(size) / size)
+    counts = np.array([len(rows) for rows in frequency_classes(PAGE)])
+    tilt = np.exp(-0.35 * np.arange(len(counts))[:, None] * (1 - 0.5 * np.arange(size) / size))
+    deviation = tilt / np.sqrt((tilt**2 * counts[:, None]).sum(0) / PAGE)
+    scale = np.sqrt(variance / variance.sum() * dim)
+    runs = size // CHANNEL_GROUP
+    energy = (variance * deviation**2 * counts[:, None] / PAGE).reshape(len(counts), runs, CHANNEL_GROUP).sum(2)
+    errors = np.stack([energy.ravel() * gaussian_step(w)[1] for w in WIDTHS])
+    sizes = np.repeat(CHANNEL_GROUP * counts / PAGE, runs)
+    widths = allocate(errors, sizes, bits * size).reshape(len(counts), runs).repeat(CHANNEL_GROUP, axis=1)
+    mean = rng.normal(size=size) * 0.1
+    return Unit(heads, mean, basis * scale, basis / scale, variance, deviation), widths
+
+
+def synthetic_codec(kv_heads: int, dim: int, bits: float, device: str) -> LayerCodec:
+    """A layer with as many heads a unit as make 1,024 numbers."""
+    run = max(1, min(kv_heads, 1024 // (2 * dim)))
+    spans = [(a, min(a + run, kv_heads)) for a in range(0, kv_heads, run)]
+    parts = [synthetic_unit(span, dim, bits, seed) for seed, span in enumerate(spans)]
+    frequencies = 1e6 ** (-np.arange(0, dim, 2) / dim)
+    frame = BlockFrame(frequencies, block_tokens=BLOCK, page_tokens=PAGE, sinks=SINKS, device=device)
+    return LayerCodec(
+        parts, gaussian_tables(), frame, key_dim=dim, value_dim=dim, page_tokens=PAGE, device=device
+    )
+
+
+class Case:
+    """Rows of equal length on a layer, with random codes and tokens."""
+
+    def __init__(self, codec: LayerCodec, rows: int, context: int, group: int, device: str, dtype: torch.dtype) -> None:
+        self.codec, self.group = codec, group
+        shape = LayerShape(codec.kv_heads, codec.key_dim, codec.value_dim)
+        pages = max(0, (context - SINKS - RECENT) // PAGE)
+        rng = torch.Generator(device).manual_seed(0)
+        self.pool = empty_pool(rows * pages, codec.page_nbytes, torch.device(device))
+        self.pool.random_(0, 256, generator=rng)
+        window = make_window(shape, SINKS, RECENT + PAGE, torch.bfloat16, torch.device(device), 8)
+        WindowGroup([window]).resize(rows)
+        self.window = window
+        places = torch.arange(SINKS + RECENT + PAGE, device=device)
+        for slot in range(rows):
+            tokens = torch.randn(len(places), shape.kv_heads, shape.head_numbers, generator=rng, device=device)
+            window.write(slot, places, tokens)
+
+        def column(value: int) -> torch.Tensor:
+            return torch.full((rows,), value, dtype=torch.int32, device=device)
+
+        ids = torch.randperm(rows * pages, generator=rng, device=device).view(rows, pages).int()
+        slots = torch.arange(rows, dtype=torch.int32, device=device)
+        self.step = StepTables(ids, column(pages), slots, column(context - 1), column(SINKS + pages * PAGE))
+        sides = (codec.kv_heads * group, codec.kv_heads, codec.kv_heads)
+        self.query, self.key, self.value = (
+            torch.randn(rows, n, codec.key_dim, generator=rng, device=device).to(dtype) for n in sides
+        )
+        self.kernels = LayerKernels(codec)
+        self.nbytes = rows * (pages * codec.page_nbytes + window.slot_nbytes)
+        self.bf16_nbytes = rows * context * shape.token_nbytes()
+
+    def run(self) -> torch.Tensor:
+        """One decoding step of the layer."""
+        return decode_attention(
+            self.kernels, self.pool, self.window, self.step, self.query, self.key, self.value,
+            scaling=self.codec.key_dim**-0.5,
+        )  # fmt: skip
+
+    def error(self) -> float:
+        """Relative error of the first row against float64 arithmetic on the same codes and window."""
+        row, codec = 0, self.codec
+        ids = self.step.pages[row].long()
+        keys, values = codec.decode(self.pool[ids], torch.arange(len(ids), device=ids.device))
+        k, v = (x.double().transpose(0, 1).flatten(1, 2) for x in (keys, values))  # [H, t, d]
+        length, first = int(self.step.length[row]), int(self.step.first[row])
+        recent = [p for p in range(length) if p < SINKS or p >= first]
+        place = torch.tensor([[self.window.index(p) for p in recent]], device=ids.device)
+        held = self.window.read_places(torch.tensor([row], device=ids.device), place)[0].double()
+        k = torch.cat([k, held[..., : codec.key_dim], self.key[row, :, None].double()], 1)
+        v = torch.cat([v, held[..., codec.key_dim :], self.value[row, :, None].double()], 1)
+        q = self.query[row].double().view(codec.kv_heads, self.group, -1) * codec.key_dim**-0.5
+        expected = ((q @ k.transpose(1, 2)).softmax(-1) @ v).flatten(0, 1)
+        got = self.run()[row].double()
+        return float((got - expected).norm() / expected.norm())
+
+
+def microseconds(call: Callable[[], Any], seconds: float = 0.3) -> float:
+    """Median time of a call on the GPU, as graph replays; where it cannot be captured, as plain calls."""
+    call()
+    torch.cuda.synchronize()
+    replay: Callable[[], Any] = call
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        replay = graph.replay
+    except RuntimeError:
+        torch.cuda.synchronize()
+    found: list[float] = []
+    until = time.monotonic() + seconds
+    while time.monotonic() < until or len(found) < 5:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        replay()
+        end.record()
+        end.synchronize()
+        found.append(begin.elapsed_time(end) * 1e3)
+    return float(np.median(found))
+
+
+def sdpa(rows: int, context: int, kv_heads: int, group: int, dim: int) -> float:
+    """The faster of flash and cuDNN attention of one token over a bf16 cache."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    k, v = (torch.randn(rows, kv_heads, context, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    q = torch.randn(rows, kv_heads * group, 1, dim, device="cuda", dtype=torch.bfloat16)
+    best = math.inf
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+        with sdpa_kernel(backend):
+            best = min(
+                best,
+                microseconds(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)),
+            )
+    return best
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written by a device copy, in bytes per microsecond."""
+    a = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    b = torch.empty_like(a)
+    return 2 * a.numel() / microseconds(lambda: b.copy_(a))
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """All cases at all settings."""
+    query_heads, kv_heads, dim = (int(x) for x in args.shape.split("x"))
+    group, bandwidth = query_heads // kv_heads, copy_bandwidth()
+    rows_out = []
+    for case in args.cases.split(","):
+        rows, context = (int(x) for x in case.split("x"))
+        exact = sdpa(rows, context, kv_heads, group, dim)
+        for setting in args.settings.split(","):
+            codec = synthetic_codec(kv_heads, dim, BITS[setting], "cuda")
+            held = Case(codec, rows, context, group, "cuda", torch.bfloat16)
+            spent = microseconds(held.run)
+            rows_out.append(
+                {
+                    "rows": rows,
+                    "context": context,
+                    "setting": setting,
+                    "codes_and_window_bytes": held.nbytes,
+                    "bf16_bytes": held.bf16_nbytes,
+                    "us": spent,
+                    "sdpa_bf16_us": exact,
+                    "fp8_floor_us": held.bf16_nbytes / 2 / bandwidth,
+                    "bf16_floor_us": held.bf16_nbytes / bandwidth,
+                    "speedup_over_sdpa": exact / spent,
+                    "relative_error": held.error(),
+                }
+            )
+            print(json.dumps(rows_out[-1]), flush=True)
+            del held
+    return {"copy_bytes_per_us": bandwidth, "rows": rows_out}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--settings", default="8x,16x")
+    parser.add_argument("--cases", default="8x32768,32x32768,1x131072,32x4096", help="rows x context")
+    parser.add_argument("--shape", default="32x8x128", help="query heads x KV heads x head dimension")
+    parser.add_argument("--check", action="store_true", help="only the error of a small layer; runs without a GPU")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if args.check:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        codec = synthetic_codec(2, 16, 2.5, device)
+        case = Case(codec, 1, SINKS + RECENT + 40 * PAGE, 2, device, torch.float32)
+        result: dict[str, Any] = {"pages_in_a_block": block_pages(codec), "relative_error": case.error()}
+    elif torch.cuda.is_available():
+        result = measure(args)
+    else:
+        parser.error("an NVIDIA GPU is needed (--check runs without one)")
+    document = {"argv": vars(args) | {"json": str(args.json)}, "provenance": provenance(), **result}
+    print(json.dumps({k: v for k, v in result.items() if k != "rows"}))
+    if args.json:
+        args.json.write_text(json.dumps(document, indent=1, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()

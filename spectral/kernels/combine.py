@@ -1,0 +1,226 @@
+"""What comes before and after the codes: queries in their blocks' frames, the exact window, and the parts put
+together."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["blocks", "heads", "sequences"])
+def query_kernel(
+    q_ptr, cos_ptr, sin_ptr, vector_ptr, framed_ptr, const_ptr,
+    q_row, blocks, heads, sequences, scale,
+    GROUP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, CLASSES: tl.constexpr,
+):  # fmt: skip
+    """The queries of one KV head of one sequence, turned back to the centre of one block.
+
+    q_ptr: [sequence, query heads, DIM], the model's dtype; cos_ptr, sin_ptr: fp32 [blocks, HALF]; vector_ptr: fp32 [KV
+    heads, 8, DIM]. framed_ptr: fp16 [KV heads, sequence, block, GROUP, DIM]; const_ptr: fp32 [sequence, block, query
+    heads, 8]: products with the vectors. All scores are in units of log2: `scale` holds the factor. G, D: powers of
+    two.
+    """
+    kv = tl.program_id(0)
+    blk = tl.program_id(1)
+    seq = tl.program_id(2)
+    g = tl.arange(0, G)
+    d = tl.arange(0, D)
+    mask = (g < GROUP)[:, None] & (d < DIM)[None, :]
+    row = q_ptr + (seq * heads + kv * GROUP + g).to(tl.int64)[:, None] * q_row
+    x = tl.load(row + d[None, :], mask=mask, other=0.0).to(tl.float32) * scale
+    if HALF > 0:
+        turning = d < 2 * HALF
+        i = tl.where(d < HALF, d, d - HALF)
+        other = tl.where(d < HALF, d + HALF, d - HALF)
+        y = tl.load(row + other[None, :], mask=mask & turning[None, :], other=0.0).to(tl.float32) * scale
+        cos = tl.load(cos_ptr + blk * HALF + i, mask=turning, other=1.0)
+        sin = tl.load(sin_ptr + blk * HALF + i, mask=turning, other=0.0)
+        x = x * cos[None, :] + y * tl.where(d < HALF, sin, -sin)[None, :]
+    place = ((kv * sequences + seq) * blocks + blk).to(tl.int64) * GROUP + g
+    tl.store(framed_ptr + place[:, None] * DIM + d[None, :], x.to(tl.float16), mask=mask)
+    const = const_ptr + ((seq * blocks + blk) * heads + kv * GROUP + g).to(tl.int64) * 8
+    for c in tl.static_range(8):
+        if c < CLASSES or c == 7:
+            vector = tl.load(vector_ptr + (kv * 8 + c) * DIM + d, mask=d < DIM, other=0.0)
+            tl.store(const + c, tl.sum(x * vector[None, :], 1), mask=g < GROUP)
+
+
+@triton.jit
+def _window_tile(
+    sink_ptr, high_ptr, low_ptr, scale_ptr, k_ptr, v_ptr, at, d, e, slot, kv, heads, new, sinks, ring,
+    DIM: tl.constexpr, VDIM: tl.constexpr, BITS: tl.constexpr, SCALE: tl.constexpr,
+):  # fmt: skip
+    """Keys [T, D] and values [T, E] of places `at` of a slot, fp32: sinks, then the ring, then the new token."""
+    W: tl.constexpr = DIM + VDIM
+    is_sink = at < sinks
+    in_ring = (at >= sinks) & (at < sinks + ring)
+    is_new = at == sinks + ring
+    own = (slot * heads + kv).to(tl.int64)
+    kd = (d < DIM)[None, :]
+    ve = (e < VDIM)[None, :]
+    if BITS == 16:
+        held = (at < sinks + ring)[:, None]
+        row = sink_ptr + (own * (sinks + ring) + at)[:, None] * W
+        k = tl.load(row + d[None, :], mask=held & kd, other=0.0).to(tl.float32)
+        v = tl.load(row + DIM + e[None, :], mask=held & ve, other=0.0).to(tl.float32)
+    else:
+        row = sink_ptr + (own * sinks + at)[:, None] * W
+        k = tl.load(row + d[None, :], mask=is_sink[:, None] & kd, other=0.0).to(tl.float32)
+        v = tl.load(row + DIM + e[None, :], mask=is_sink[:, None] & ve, other=0.0).to(tl.float32)
+        place = own * ring + at - sinks
+        row = high_ptr + place[:, None] * W
+        ik = tl.load(row + d[None, :], mask=in_ring[:, None] & kd, other=0).to(tl.float32)
+        iv = tl.load(row + DIM + e[None, :], mask=in_ring[:, None] & ve, other=0).to(tl.float32)
+        if BITS == 10:
+            row = low_ptr + place[:, None] * (W // 4)
+            dk = d[None, :]
+            dv = DIM + e[None, :]
+            lk = (tl.load(row + dk // 4, mask=in_ring[:, None] & kd, other=0).to(tl.int32) >> (2 * (dk % 4))) & 3
+            lv = (tl.load(row + dv // 4, mask=in_ring[:, None] & ve, other=0).to(tl.int32) >> (2 * (dv % 4))) & 3
+            ik = ik * 4 + lk.to(tl.float32)
+            iv = iv * 4 + lv.to(tl.float32)
+        row = scale_ptr + place[:, None] * (W // SCALE)
+        k += ik * tl.load(row + d[None, :] // SCALE, mask=in_ring[:, None] & kd, other=0.0).to(tl.float32)
+        v += iv * tl.load(row + (DIM + e[None, :]) // SCALE, mask=in_ring[:, None] & ve, other=0.0).to(tl.float32)
+    k += tl.load(k_ptr + new * DIM + d[None, :] + at[:, None] * 0, mask=is_new[:, None] & kd, other=0.0).to(tl.float32)
+    v += tl.load(v_ptr + new * VDIM + e[None, :] + at[:, None] * 0, mask=is_new[:, None] & ve, other=0.0).to(tl.float32)
+    return k, v
+
+
+@triton.jit(do_not_specialize=["heads", "kv_heads", "sinks", "ring", "tiles"])
+def window_kernel(
+    q_ptr, k_ptr, v_ptr, sink_ptr, high_ptr, low_ptr, scale_ptr, slot_ptr, length_ptr, first_ptr,
+    top_ptr, sum_ptr, out_ptr,
+    q_row, heads, kv_heads, sinks, ring, scale, tiles,
+    GROUP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, E: tl.constexpr, DIM: tl.constexpr, VDIM: tl.constexpr,
+    BITS: tl.constexpr, SCALE: tl.constexpr, T: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Attention of one KV head's queries over one row's exact window and its own new token.
+
+    length_ptr: int32 [sequences]: tokens before the new one; first_ptr: the oldest that the ring must answer for.
+    k_ptr, v_ptr: the new tokens [sequences, KV heads, DIM or VDIM]. sum_ptr, top_ptr: fp32 [sequences, query heads];
+    out_ptr: fp32
+    [sequences, query heads, VDIM]: sums of weight times value, not divided.
+    """
+    kv = tl.program_id(0)
+    seq = tl.program_id(1)
+    g = tl.arange(0, G)
+    d = tl.arange(0, D)
+    e = tl.arange(0, E)
+    slot = tl.load(slot_ptr + seq)
+    length = tl.load(length_ptr + seq)
+    first = tl.load(first_ptr + seq)
+    real = g < GROUP
+    head = seq * heads + kv * GROUP + g
+    q = tl.load(
+        q_ptr + head.to(tl.int64)[:, None] * q_row + d[None, :], mask=real[:, None] & (d < DIM)[None, :], other=0.0
+    ).to(tl.float32) * scale
+    top = tl.full([G], float("-inf"), tl.float32)
+    total = tl.zeros([G], tl.float32)
+    mixed = tl.zeros([G, E], tl.float32)
+    new = (seq * kv_heads + kv).to(tl.int64)
+    for tile in range(tiles):
+        at = tile * T + tl.arange(0, T)
+        k, v = _window_tile(
+            sink_ptr, high_ptr, low_ptr, scale_ptr, k_ptr, v_ptr, at, d, e, slot, kv, kv_heads, new, sinks, ring,
+            DIM, VDIM, BITS, SCALE,
+        )  # fmt: skip
+        age = (at - first + ring * (1 + first // ring)) % ring  # of a ring place's token after the first that counts
+        held = (at < tl.minimum(sinks, length)) | (at == sinks + ring)
+        held = held | ((at >= sinks) & (at < sinks + ring) & (age < length - first))
+        s = tl.dot(q, tl.trans(k), input_precision="tf32x3")
+        if SOFTCAP > 0:
+            z = tl.exp2(tl.abs(s) * (-2.8853900817779268 / SOFTCAP))
+            s = tl.where(s < 0, -SOFTCAP, SOFTCAP) * (1 - z) / (1 + z)
+        s = tl.where(held[None, :], s, float("-inf"))
+        higher = tl.maximum(top, tl.max(s, 1))
+        safe = tl.where(higher == float("-inf"), 0.0, higher)
+        w = tl.exp2(s - safe[:, None])
+        fac = tl.exp2(top - safe)
+        total = total * fac + tl.sum(w, 1)
+        mixed = mixed * fac[:, None] + tl.dot(w, v, input_precision="tf32x3")
+        top = higher
+    tl.store(top_ptr + head, top, mask=real)
+    tl.store(sum_ptr + head, total, mask=real)
+    tl.store(out_ptr + head.to(tl.int64)[:, None] * VDIM + e[None, :], mixed, mask=real[:, None] & (e < VDIM)[None, :])
+
+
+@triton.jit(do_not_specialize=["units", "splits", "split_blocks", "heads", "sequences"])
+def combine_kernel(
+    out_ptr, sum_ptr, top_ptr, count_ptr, unit_ptr, source_ptr, scale_ptr, offset_ptr, wtop_ptr, wsum_ptr, latent_ptr,
+    share_ptr,
+    units, splits, outputs, split_blocks, rank, heads, sequences,
+    GROUPS: tl.constexpr, GROUP: tl.constexpr, CLASSES: tl.constexpr, P: tl.constexpr, PB: tl.constexpr,
+    RT: tl.constexpr,
+):  # fmt: skip
+    """RT latents of one sequence, unit and 16 heads: planes, classes and splits together, over the sum of all weights.
+
+    wtop_ptr, wsum_ptr: fp32 [sequence, query heads]: the exact window's largest score and sum of weights.
+    latent_ptr: fp16 [KV heads, sequence, query head of the group, rank]; share_ptr: fp32 [sequence, query heads, 2]:
+    the pages' share of the weights, and the factor of the window's sums.
+    """
+    unit = tl.program_id(0) // GROUPS
+    part = tl.program_id(0) % GROUPS
+    r = tl.program_id(1) * RT + tl.arange(0, RT)
+    seq = tl.program_id(2)
+    lane = tl.arange(0, 16)
+    own = part * 16 + lane
+    real = own < tl.load(unit_ptr + unit * 4 + 1)
+    head = tl.load(unit_ptr + unit * 4) + own
+    inside = r < rank
+    row = seq * heads + head
+    blocks = (tl.load(count_ptr + seq) + PB - 1) // PB
+    used = (blocks + split_blocks - 1) // split_blocks
+    wtop = tl.load(wtop_ptr + row, mask=real, other=0.0)
+    top = wtop
+    for s in range(used):
+        at = ((seq * splits + s) * units + unit) * GROUPS + part
+        top = tl.maximum(top, tl.load(top_ptr + at * 16 + lane))
+    total = tl.zeros([16], tl.float32)
+    mixed = tl.zeros([16, RT], tl.float32)
+    for s in range(used):
+        at = ((seq * splits + s) * units + unit) * GROUPS + part
+        fac = tl.exp2(tl.load(top_ptr + at * 16 + lane) - top)
+        sums = sum_ptr + at * (CLASSES * 16) + lane
+        total += fac * tl.load(sums)
+        source = out_ptr + (((seq * splits + s) * GROUPS + part) * 16 + lane).to(tl.int64) * outputs
+        for c in range(CLASSES):
+            k = unit * CLASSES + c
+            below = tl.load(offset_ptr + k * rank + r, mask=inside, other=0.0)
+            weight = fac * tl.load(sums + c * 16, mask=lane >= 16 * (tl.max(below, 0) <= 0), other=0.0)
+            mixed -= weight[:, None] * below[None, :]
+            for side in tl.static_range(2):
+                column = tl.load(source_ptr + (k * 2 + side) * (rank // 16) + r // 16, mask=inside, other=-1)
+                scale = tl.load(scale_ptr + (k * 2 + side) * rank + r, mask=inside, other=0.0)
+                x = tl.load(source[:, None] + (column + r % 16)[None, :], mask=(column >= 0)[None, :], other=0.0)
+                mixed += fac[:, None] * (x * scale[None, :])
+    total = total * tl.sqrt(P * 1.0)  # frequency 0 is the sum over a page's tokens, over the root of their number
+    window = tl.exp2(wtop - top)
+    weight = total + window * tl.load(wsum_ptr + row, mask=real, other=1.0)
+    place = ((head // GROUP) * sequences + seq) * GROUP + head % GROUP
+    place = latent_ptr + place.to(tl.int64)[:, None] * rank + r[None, :]
+    tl.store(place, (mixed / weight[:, None]).to(tl.float16), mask=real[:, None] & inside[None, :])
+    if tl.program_id(1) == 0:
+        tl.store(share_ptr + row * 2, total / weight, mask=real)
+        tl.store(share_ptr + row * 2 + 1, window / weight, mask=real)
+
+
+@triton.jit(do_not_specialize=["heads", "sequences"])
+def finish_kernel(
+    up_ptr, share_ptr, mean_ptr, window_ptr, out_ptr,
+    heads, sequences,
+    GROUP: tl.constexpr, E: tl.constexpr, VDIM: tl.constexpr,
+):  # fmt: skip
+    """One head's answer: pages, their mean, and the window. up_ptr: [KV heads, sequence, GROUP, VDIM] fp16 or fp32."""
+    head = tl.program_id(0)
+    seq = tl.program_id(1)
+    e = tl.arange(0, E)
+    mask = e < VDIM
+    kv = head // GROUP
+    row = seq * heads + head
+    share = tl.load(share_ptr + row * 2)
+    fac = tl.load(share_ptr + row * 2 + 1)
+    up = tl.load(up_ptr + ((kv * sequences + seq) * GROUP + head % GROUP).to(tl.int64) * VDIM + e, mask=mask, other=0.0)
+    x = up.to(tl.float32) + share * tl.load(mean_ptr + kv * VDIM + e, mask=mask, other=0.0)
+    x += fac * tl.load(window_ptr + row.to(tl.int64) * VDIM + e, mask=mask, other=0.0)
+    tl.store(out_ptr + row.to(tl.int64) * VDIM + e, x.to(out_ptr.dtype.element_ty), mask=mask)

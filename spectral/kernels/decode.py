@@ -1,0 +1,293 @@
+"""Decode attention with the kernels: what a layer's codec must become once, and one step's launches.
+
+    queries in their blocks' frames -> projected queries -> weights of blocks -> sums of codes -> latents -> values
+
+Nothing here waits for the device; launch shapes depend on the sizes of the tensors alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+import triton
+
+from spectral.codec import LayerCodec
+from spectral.errors import SettingError
+from spectral.kernels.combine import combine_kernel, finish_kernel, query_kernel, window_kernel
+from spectral.kernels.mix import factor_kernel, mix_kernel
+from spectral.kernels.score import score_kernel
+from spectral.kernels.tables import LayerTables, layer_tables
+from spectral.windows import ExactWindow, QuantizedWindow
+
+LOG2E = math.log2(math.e)
+MIX_WARPS = 4
+MIX_PROGRAMS = 2048
+"""Programs of a mix launch that fill a large GPU: with fewer, sequences are split."""
+
+LATENT_TILE = 64
+
+
+@cache
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def unsupported(codec: LayerCodec, window: int) -> str:
+    """Why the kernels cannot serve a layer with this codec and exact window, in words; "" where they can."""
+    if codec.page_tokens not in (8, 16):
+        return f"pages of {codec.page_tokens} tokens (8 or 16 are supported)"
+    if block_pages(codec) not in (16, 32, 64):
+        return f"blocks of {block_pages(codec)} pages (16, 32 or 64 are supported)"
+    if any(not unit.rank for unit in codec.units):
+        return "a unit without any bits"
+    return "" if window else "a setting without an exact window"
+
+
+def block_pages(codec: LayerCodec) -> int:
+    """Pages that share a projected query."""
+    return codec.frame.pages if codec.frame.turns else 32
+
+
+@dataclass
+class StepTables:
+    """Where a decoding step's rows lie, shared by all layers.
+
+    Attributes:
+        pages: int32 [B, m] page ids (any where a row has fewer); count: int32 [B] pages of a row, the one sealed in
+            this step included; slot: int32 [B]; length: int32 [B] tokens before the new one; first: int32 [B] the
+            oldest token
+            that only the ring holds.
+    """
+
+    pages: torch.Tensor
+    count: torch.Tensor
+    slot: torch.Tensor
+    length: torch.Tensor
+    first: torch.Tensor
+
+
+class LayerKernels:
+    """One layer's codec, as the kernels want it. Raises SettingError for a codec that they cannot serve."""
+
+    def __init__(self, codec: LayerCodec) -> None:
+        reason = unsupported(codec, 1)
+        if reason:
+            raise SettingError(f"SPECTRAL_ATTENTION=triton cannot serve {reason}; use SPECTRAL_ATTENTION=reference")
+        self.codec = codec
+        units = list(codec.units)
+        device = units[0].mean.device
+        classes = [0, *(2**i for i in range(codec.page_tokens.bit_length() - 1))]  # first rows
+        parts = [(unit.layout, unit.deviation[classes].double().cpu().numpy()) for unit in units]
+        tables: LayerTables = layer_tables(parts, units[0].steps)
+        self.tables = tables.to(device)
+        self.outputs, self.classes = tables.outputs, len(classes)
+        kinds = tables.item[:, 1]
+        self.items = [(c, int(np.flatnonzero(kinds == c)[0]), int((kinds == c).sum())) for c in np.unique(kinds)[::-1]]
+        self.rank = rank = tables.offset.shape[2]
+        self.starts = np.cumsum([0, *(unit.layout.nbytes for unit in units)])
+
+        def wide(x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.pad(x, (0, rank - x.shape[-1]))
+
+        keys = torch.cat([wide(unit.key_decode) for unit in units])  # [H, d, R]
+        self.key_basis = keys.half()
+        self.value_basis = torch.cat([wide(unit.value_decode) for unit in units]).half().transpose(1, 2).contiguous()
+        self.value_mean = torch.cat([unit.value_mean[:, 0] for unit in units]).contiguous()  # [H, dv]
+        vectors = torch.zeros((codec.kv_heads, 8, codec.key_dim), device=device)
+        for number, unit in enumerate(units):
+            span = slice(*unit.heads)
+            below = torch.from_numpy(tables.offset[number]).to(device)  # [C, R]
+            vectors[span, : self.classes] = torch.matmul(keys[span], below.T).transpose(1, 2)
+            vectors[span, 7] = unit.key_mean[..., 0]
+        self.vectors = vectors
+        self.unit_heads = [unit.heads for unit in units]
+        self._units: dict[int, torch.Tensor] = {}
+
+    def units(self, group: int) -> torch.Tensor:
+        """int32 [units, 4]: first query head, query heads, offset of the unit's bytes, how many; `group` heads a KV
+        head."""
+        if group not in self._units:
+            rows = [
+                [a * group, (b - a) * group, int(start), int(stop - start)]
+                for (a, b), start, stop in zip(self.unit_heads, self.starts, self.starts[1:], strict=False)
+            ]
+            self._units[group] = torch.tensor(rows, dtype=torch.int32, device=self.key_basis.device)
+        return self._units[group]
+
+    def head_groups(self, group: int) -> int:
+        """Groups of 16 query heads in the largest unit."""
+        return max(-(-(b - a) * group // 16) for a, b in self.unit_heads)
+
+
+def decode_attention(
+    layer: LayerKernels,
+    pool: torch.Tensor,
+    window: ExactWindow,
+    step: StepTables,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Attention of one new token of each of B rows over sinks, pages, recent tokens and itself.
+
+    Args:
+        pool: uint8 [pages, page_nbytes], contiguous, with spectral.layout.POOL_SLACK readable bytes behind it.
+        query: [B, Hq, d]; key: [B, H, d]; value: [B, H, dv]; post-RoPE, one dtype, not yet in the window.
+
+    Returns:
+        [B, Hq, dv] in the query's dtype.
+    """
+    codec = layer.codec
+    rows, heads, dim = query.shape
+    group = heads // codec.kv_heads
+    _check(layer, pool, step, query, key, value)
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    scale = scaling * LOG2E
+    cap = 0.0 if softcap is None else softcap * LOG2E
+    out = torch.empty((rows, heads, codec.value_dim), dtype=query.dtype, device=query.device)
+    top, total, mixed = _window(window, step, query, key, value, scale, cap)
+    if not step.pages.shape[1]:
+        torch.div(mixed, total[..., None], out=out) if out.dtype == mixed.dtype else out.copy_(mixed / total[..., None])
+        return out
+    latent, share = _pages(layer, pool, step, query, scale, cap, top, total)
+    up = torch.bmm(latent.flatten(1, 2), layer.value_basis)
+    finish_kernel[(heads, rows)](
+        up, share, layer.value_mean, mixed, out, heads, rows,
+        GROUP=group, E=triton.next_power_of_2(codec.value_dim), VDIM=codec.value_dim, num_warps=1,
+    )  # fmt: skip
+    return out
+
+
+def _check(
+    layer: LayerKernels,
+    pool: torch.Tensor,
+    step: StepTables,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+) -> None:
+    """Raise ValueError naming what does not fit."""
+    codec, rows = layer.codec, query.shape[0]
+    if pool.dtype != torch.uint8 or pool.ndim != 2 or pool.shape[1] != codec.page_nbytes or not pool.is_contiguous():
+        raise ValueError(
+            f"pool must be contiguous uint8 [pages, {codec.page_nbytes}], got {pool.dtype} {list(pool.shape)}"
+        )
+    if query.ndim != 3 or query.shape[1] % codec.kv_heads or query.shape[2] != codec.key_dim:
+        raise ValueError(
+            f"query must be [rows, a multiple of {codec.kv_heads}, {codec.key_dim}], got {list(query.shape)}"
+        )
+    for name, x, dim in (("key", key, codec.key_dim), ("value", value, codec.value_dim)):
+        if list(x.shape) != [rows, codec.kv_heads, dim] or x.dtype != query.dtype:
+            raise ValueError(
+                f"{name} must be {query.dtype} [{rows}, {codec.kv_heads}, {dim}], got {x.dtype} {list(x.shape)}"
+            )
+    tables = (step.pages, step.count, step.slot, step.length, step.first)
+    if any(x.dtype != torch.int32 or x.shape[0] != rows or x.device != query.device for x in tables):
+        raise ValueError(f"step tables must be int32 with {rows} rows on {query.device}")
+    if pool.device != query.device:
+        raise ValueError(f"pool is on {pool.device} and the query on {query.device}")
+
+
+def _window(
+    window: ExactWindow,
+    step: StepTables,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    cap: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Largest score and sum of weights [B, Hq], and weighted sum of values [B, Hq, dv], fp32, over window and new
+    token."""
+    rows, heads, dim = query.shape
+    kv_heads, value_dim = key.shape[1], value.shape[2]
+    top = torch.empty((rows, heads), device=query.device)
+    total = torch.empty_like(top)
+    mixed = torch.empty((rows, heads, value_dim), device=query.device)
+    bits, group = 16, 1
+    high = low = scales = window.store
+    if isinstance(window, QuantizedWindow):
+        high, low, scales, bits, group = window.high, window.low, window.scale, window.bits, window.groups
+    tile = 32 if max(dim, value_dim) <= 128 else 16  # what fits a consumer card's shared memory
+    places = window.sinks + window.ring + 1
+    window_kernel[(kv_heads, rows)](
+        query, key, value, window.store, high, low, scales, step.slot, step.length, step.first, top, total, mixed,
+        dim, heads, kv_heads, window.sinks, window.ring, scale, triton.cdiv(places, tile),
+        GROUP=heads // kv_heads, G=max(16, triton.next_power_of_2(heads // kv_heads)),
+        D=max(16, triton.next_power_of_2(dim)), E=max(16, triton.next_power_of_2(value_dim)), DIM=dim, VDIM=value_dim,
+        BITS=bits, SCALE=group, T=tile, SOFTCAP=cap,
+        num_warps=4,
+    )  # fmt: skip
+    return top, total, mixed
+
+
+def _pages(
+    layer: LayerKernels,
+    pool: torch.Tensor,
+    step: StepTables,
+    query: torch.Tensor,
+    scale: float,
+    cap: float,
+    top: torch.Tensor,
+    total: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents of the pages' answers fp16 [H, B, G, R], over all weights, and the shares [B, Hq, 2] of pages and
+    window."""
+    codec, device = layer.codec, query.device
+    rows, heads, dim = query.shape
+    group, page_blocks, tokens = heads // codec.kv_heads, block_pages(codec), codec.page_tokens
+    blocks = triton.cdiv(step.pages.shape[1], page_blocks)
+    parts, units = layer.head_groups(group), len(layer.unit_heads)
+    unit, tables, fast = layer.units(group), layer.tables, not interpreted()
+    cos, sin = codec.frame._table(blocks) if codec.frame.turns else (layer.vectors, layer.vectors)
+    framed = torch.empty((codec.kv_heads, rows * blocks * group, dim), dtype=torch.float16, device=device)
+    const = torch.empty((rows, blocks, heads, 8), device=device)
+    query_kernel[(codec.kv_heads, blocks, rows)](
+        query, cos, sin, layer.vectors, framed, const, dim, blocks, heads, rows, scale,
+        GROUP=group, G=triton.next_power_of_2(group), D=triton.next_power_of_2(dim), DIM=dim,
+        HALF=cos.shape[1] if codec.frame.turns else 0, CLASSES=layer.classes, num_warps=1,
+    )  # fmt: skip
+    projected = torch.bmm(framed, layer.key_basis)  # [H, B * blocks * G, R]
+    pages_max = blocks * page_blocks
+    weight = torch.empty((rows, units, parts, pages_max, 16, tokens), dtype=torch.float16, device=device)
+    largest = torch.empty((rows, units, parts, blocks, 16), device=device)
+    score_kernel[(units * parts, blocks, rows)](
+        projected, const, pool, step.pages, step.count, unit, tables["strip"], tables["run"], tables["factor"], weight,
+        largest, step.pages.stride(0), codec.page_nbytes, projected.stride(0), layer.rank, blocks, pages_max, units,
+        heads,
+        GROUPS=parts, GROUP=group, CLASSES=layer.classes, P=tokens, SOFTCAP=cap, WARPS=page_blocks // 8, FAST=fast,
+        num_warps=page_blocks // 8, num_stages=1, **({"maxnreg": 128} if fast else {}),
+    )  # fmt: skip
+    splits = min(blocks, max(1, triton.cdiv(MIX_PROGRAMS, rows * sum(n for _, _, n in layer.items))))
+    each = triton.cdiv(blocks, splits)
+    factor = torch.empty((rows, units, parts, blocks, 16), dtype=torch.int32, device=device)
+    tops = torch.empty((rows, splits, units, parts, 16), device=device)
+    factor_kernel[(units * parts, splits, rows)](
+        step.count, largest, factor, tops, blocks, units, splits, each,
+        GROUPS=parts, PB=page_blocks, SB=triton.next_power_of_2(each), num_warps=4,
+    )  # fmt: skip
+    sums = torch.empty((rows, splits, units, parts, layer.classes, 16), device=device)
+    outs = torch.empty((rows, splits, parts, 16, layer.outputs), device=device)
+    for number, first, count in layer.items:
+        mix_kernel[(count * parts, splits, rows)](
+            pool, step.pages, step.count, tables["item"], weight, factor, outs, sums,
+            first, step.pages.stride(0), codec.page_nbytes, blocks, pages_max, units, splits, layer.outputs, each,
+            GROUPS=parts, CLASS=int(number), CLASSES=layer.classes, P=tokens, PB=page_blocks, WARPS=MIX_WARPS,
+            FAST=fast, num_warps=MIX_WARPS, num_stages=1, **({"maxnreg": 128} if fast else {}),
+        )  # fmt: skip
+    latent = torch.empty((codec.kv_heads, rows, group, layer.rank), dtype=torch.float16, device=device)
+    share = torch.empty((rows, heads, 2), device=device)
+    combine_kernel[(units * parts, triton.cdiv(layer.rank, LATENT_TILE), rows)](
+        outs, sums, tops, step.count, unit, tables["source"], tables["source_factor"], tables["offset"], top, total,
+        latent, share, units, splits, layer.outputs, each, layer.rank, heads, rows,
+        GROUPS=parts, GROUP=group, CLASSES=layer.classes, P=tokens, PB=page_blocks, RT=LATENT_TILE, num_warps=4,
+    )  # fmt: skip
+    return latent, share

@@ -1,0 +1,349 @@
+"""What one lane of a warp does with packed codes: PTX for NVIDIA GPUs, and the same in plain Triton for the
+interpreter.
+
+A field is used where it lies: an fp16 with zero exponent and a field at bits p.. of its mantissa is the (subnormal)
+number field * 2^(p - 24), exactly, and tensor cores take it at full speed. So unpacking is a byte permutation and an
+AND for two
+codes; the factors 2^p go into the other operand, or into the sums. Operands are laid out as `mma.sync.m16n8k16` wants
+them, with
+g = lane // 4 and t = lane % 4: A rows g and g + 8, contraction 4 t .. 4 t + 3 (its order is ours to choose); B column
+g,
+the same contraction; C rows g and g + 8, columns 2 t and 2 t + 1.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.constexpr_function
+def _mma(accumulator: list[str], a: list[str], b: list[str]) -> str:
+    c = ", ".join(accumulator)
+    return (
+        f"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {{{c}}}, {{{', '.join(a)}}}, {{{', '.join(b)}}}, {{{c}}};"
+    )
+
+
+@triton.constexpr_function
+def _score_rows(bits: int, rows: int) -> str:
+    """Operands: out C [4 rows]; in C [4 rows], words, a [4 per run], scale [2 per run]."""
+    words, runs = max(1, rows * max(1, bits // 2) // 4), 2 if bits == 1 else 1
+    # What leaves two neighbouring latents of a byte that was copied to all four.
+    masks = {1: (0x00020001, 0x00080004, 0x00200010, 0x00800040), 2: (0x000C0003, 0x00C00030)}
+    out = [f"${i}" for i in range(4 * rows)]
+    base = 8 * rows
+    x = [f"${base + i}" for i in range(words)]
+    a = [f"${base + words + i}" for i in range(4 * runs)]
+    s = [f"${base + words + 4 * runs + i}" for i in range(2 * runs)]
+    lines = ["{", ".reg .b32 y, z, b<4>, q<8>;"]
+    lines += [f"mov.b32 ${i}, ${4 * rows + i};" for i in range(4 * rows)]
+    for run in range(runs):
+        for i in range(4):  # a0, a1: latents 4 t, 4 t + 1; a2, a3: the next two
+            lines.append(f"mul.rn.f16x2 q{4 * run + i}, {a[4 * run + i]}, {s[2 * run + i // 2]};")
+    for row in range(rows):
+        if bits == 8:
+            lines += [f"prmt.b32 b0, {x[row]}, 0, 0x4140;", f"prmt.b32 b1, {x[row]}, 0, 0x4342;"]
+        elif bits == 4:
+            at = 2 * (row % 2)
+            for side in (0, 1):
+                lines.append(f"prmt.b32 y, {x[row // 2]}, 0, 0x{str(at + side) * 4};")
+                lines.append(f"and.b32 b{side}, y, 0x00F0000F;")
+        else:
+            lines.append(f"prmt.b32 y, {x[row // 4]}, 0, 0x{str(row % 4) * 4};")
+            lines += [f"and.b32 b{i}, y, 0x{mask:08X};" for i, mask in enumerate(masks[bits])]
+        for run in range(runs):
+            operand = [f"b{2 * run}", f"b{2 * run + 1}"]
+            lines.append(_mma(out[4 * row : 4 * row + 4], [f"q{4 * run + i}" for i in range(4)], operand))
+    return "\n".join([*lines, "}"])
+
+
+@triton.constexpr_function
+def _mix_cell(bits: int) -> str:
+    """Operands: out C [4 per tile of 8 latents]; in C, words of four rows, a [4], masks [tiles, or the permutation]."""
+    tiles = 4 if bits == 1 else 2
+    words = max(1, bits // 2)
+    out = [[f"${4 * n + i}" for i in range(4)] for n in range(tiles)]
+    base = 8 * tiles
+    x = [f"${base + i}" for i in range(words)]
+    a = [f"${base + words + i}" for i in range(4)]
+    m = [f"${base + words + 4 + i}" for i in range(tiles)]
+    lines = ["{", ".reg .b32 u, v, w, b<2>;"]
+    lines += [f"mov.b32 ${i}, ${4 * tiles + i};" for i in range(4 * tiles)]
+    if bits <= 2:  # one word: a byte for each of the four rows
+        lines += [f"prmt.b32 u, {x[0]}, 0, 0x4140;", f"prmt.b32 v, {x[0]}, 0, 0x4342;"]
+    for n in range(tiles):
+        if bits <= 2:
+            lines += [f"and.b32 b0, u, {m[n]};", f"and.b32 b1, v, {m[n]};"]
+        elif bits == 4:  # two words: two bytes for each row
+            for side in (0, 1):
+                source = x[side]
+                if n:
+                    lines.append(f"shr.b32 u, {x[side]}, 8;")
+                    source = "u"
+                lines.append(f"and.b32 b{side}, {source}, {m[0]};")
+        else:  # four words, one a row: byte (2 n + parity) of two of them
+            for side in (0, 1):
+                lines.append(f"prmt.b32 u, {x[2 * side]}, {x[2 * side + 1]}, {m[n]};")
+                lines.append(f"and.b32 b{side}, u, 0x00FF00FF;")
+        lines.append(_mma(out[n], a, ["b0", "b1"]))
+    return "\n".join([*lines, "}"])
+
+
+@triton.constexpr_function
+def score_text(bits, rows):
+    return _score_rows(int(bits), int(rows))
+
+
+@triton.constexpr_function
+def mix_text(bits):
+    return _mix_cell(int(bits))
+
+
+@triton.constexpr_function
+def constraints(out, tied, integers):
+    """out fp32 results, as many fp32 arguments, then 32-bit integers. Results are written before arguments are read."""
+    return ",".join(["=&f"] * int(out) + ["f"] * int(tied) + ["r"] * int(integers))
+
+
+@triton.constexpr_function
+def floats(count):
+    return (tl.float32,) * int(count)
+
+
+@triton.jit
+def take(x, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT members of a tuple."""
+    out = ()
+    for i in tl.static_range(COUNT):
+        out = out + (x[FIRST + i],)
+    return out
+
+
+@triton.jit
+def replace(x, y, FIRST: tl.constexpr, SIZE: tl.constexpr):
+    """A tuple of SIZE members with four of them replaced by y."""
+    return take(x, 0, FIRST) + y + take(x, FIRST + 4, SIZE - FIRST - 4)
+
+
+@triton.jit
+def two_words(p, FAST: tl.constexpr):
+    """Eight aligned bytes as two words. (PTX, because Triton's search for coalesced layouts is quadratic in loads.)"""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.v2.b32 {$0, $1}, [$2];",
+            "=r,=r,l",
+            [p.to(tl.int64)],
+            dtype=(tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        x = tl.load(p.to(tl.pointer_type(tl.int64)))
+        return x.to(tl.int32), (x >> 32).to(tl.int32)
+
+
+@triton.jit
+def word(p, NBYTES: tl.constexpr, FAST: tl.constexpr):
+    """One, two or four aligned bytes as a word."""
+    if FAST:
+        if NBYTES == 4:
+            return tl.inline_asm_elementwise(
+                "ld.global.nc.b32 $0, [$1];", "=r,l", [p.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
+            )
+        elif NBYTES == 2:
+            return tl.inline_asm_elementwise(
+                "{.reg .b16 h; ld.global.nc.b16 h, [$1]; cvt.u32.u16 $0, h;}",
+                "=r,l",
+                [p.to(tl.int64)],
+                dtype=tl.int32,
+                is_pure=True,
+                pack=1,
+            )
+        else:
+            return tl.inline_asm_elementwise(
+                "ld.global.nc.u8 $0, [$1];", "=r,l", [p.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
+            )
+    elif NBYTES == 4:
+        return tl.load(p.to(tl.pointer_type(tl.int32)))
+    elif NBYTES == 2:
+        return tl.load(p.to(tl.pointer_type(tl.int16))).to(tl.int32) & 0xFFFF
+    else:
+        return tl.load(p.to(tl.pointer_type(tl.uint8))).to(tl.int32)
+
+
+@triton.jit
+def store_two(p, x, y, keep, FAST: tl.constexpr):
+    """Two fp32 numbers to eight aligned bytes, where `keep` is not zero."""
+    if FAST:
+        tl.inline_asm_elementwise(
+            "{.reg .pred p; setp.ne.b32 p, $4, 0; @p st.global.v2.f32 [$1], {$2, $3}; mov.b32 $0, 0;}",
+            "=r,l,f,f,r",
+            [p.to(tl.int64), x, y, keep],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.store(p, x, mask=keep != 0)
+        tl.store(p + 1, y, mask=keep != 0)
+
+
+@triton.jit
+def prefetch(p, FAST: tl.constexpr):
+    """Ask for the line of a lane's address in the second-level cache."""
+    if FAST:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [p.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def half(x, high: tl.constexpr):
+    """The low or high half of a word as an fp16 number, in fp32."""
+    if high:
+        x = x >> 16
+    return (x & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _products(a, b, WARPS: tl.constexpr):
+    """a, b [lanes]: sum over t of a(row g, t) b(column g', t): [WARPS, 8, 8]."""
+    left = tl.reshape(a, [WARPS, 8, 1, 4])
+    right = tl.reshape(b, [WARPS, 1, 8, 4])
+    return tl.sum(left * right, 3)
+
+
+@triton.jit
+def mma(c0, c1, c2, c3, a0, a1, a2, a3, b0, b1, WARPS: tl.constexpr):
+    """mma.sync.m16n8k16 with fp32 sums, in plain Triton: a, b int32 words of two halves."""
+    top = _products(half(a0, False), half(b0, False), WARPS) + _products(half(a0, True), half(b0, True), WARPS)
+    top += _products(half(a2, False), half(b1, False), WARPS) + _products(half(a2, True), half(b1, True), WARPS)
+    low = _products(half(a1, False), half(b0, False), WARPS) + _products(half(a1, True), half(b0, True), WARPS)
+    low += _products(half(a3, False), half(b1, False), WARPS) + _products(half(a3, True), half(b1, True), WARPS)
+    d0, d1 = tl.split(tl.reshape(top, [WARPS, 8, 4, 2]))
+    d2, d3 = tl.split(tl.reshape(low, [WARPS, 8, 4, 2]))
+    N: tl.constexpr = WARPS * 32
+    return (
+        c0 + tl.reshape(d0, [N]),
+        c1 + tl.reshape(d1, [N]),
+        c2 + tl.reshape(d2, [N]),
+        c3 + tl.reshape(d3, [N]),
+    )
+
+
+@triton.jit
+def byte(x, at):
+    """Byte `at` of a word."""
+    return (x >> (8 * at)) & 0xFF
+
+
+@triton.jit
+def times(a, s):
+    """Two halves times two halves."""
+    low = (half(a, False) * half(s, False)).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    high = (half(a, True) * half(s, True)).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+    return low | (high << 16)
+
+
+@triton.jit
+def product(a, b, FAST: tl.constexpr):
+    """Two halves times two halves, as a word."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        return times(a, b)
+
+
+@triton.jit
+def twice(x):
+    """A number as two equal halves."""
+    h = x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return h | (h << 16)
+
+
+@triton.jit
+def score_rows(c, x, a, s, BITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr):
+    """Add one cell's part to the scores of its rows.
+
+    Args:
+        c: fp32 sums, 4 a row; x: words of the lane's quarter; a: 4 words a run: the query's latents 4 t .. of heads g
+            and g + 8;
+        s: 2 words a run: the factors of those latents.
+    """
+    if FAST:
+        RUNS: tl.constexpr = 2 if BITS == 1 else 1
+        WORDS: tl.constexpr = max(1, ROWS * max(1, BITS // 2) // 4)
+        c = tl.inline_asm_elementwise(
+            score_text(BITS, ROWS),
+            constraints(4 * ROWS, 4 * ROWS, WORDS + 6 * RUNS),
+            c + x + a + s,
+            dtype=floats(4 * ROWS),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        q0, q1, q2, q3 = times(a[0], s[0]), times(a[1], s[0]), times(a[2], s[1]), times(a[3], s[1])
+        for row in tl.static_range(ROWS):
+            if BITS == 8:
+                b0 = byte(x[row], 0) | (byte(x[row], 1) << 16)
+                b1 = byte(x[row], 2) | (byte(x[row], 3) << 16)
+            elif BITS == 4:
+                low = byte(x[row // 2], 2 * (row % 2))
+                high = byte(x[row // 2], 2 * (row % 2) + 1)
+                b0 = (low | (low << 16)) & 0x00F0000F
+                b1 = (high | (high << 16)) & 0x00F0000F
+            else:
+                y = byte(x[row // 4], row % 4)
+                y = y | (y << 16)
+                if BITS == 2:
+                    b0 = y & 0x000C0003
+                    b1 = y & 0x00C00030
+                else:
+                    b0 = y & 0x00020001
+                    b1 = y & 0x00080004
+            r = mma(c[4 * row], c[4 * row + 1], c[4 * row + 2], c[4 * row + 3], q0, q1, q2, q3, b0, b1, WARPS)
+            if BITS == 1:
+                p0, p1, p2, p3 = times(a[4], s[2]), times(a[5], s[2]), times(a[6], s[3]), times(a[7], s[3])
+                r = mma(r[0], r[1], r[2], r[3], p0, p1, p2, p3, y & 0x00200010, y & 0x00800040, WARPS)
+            c = replace(c, r, 4 * row, 4 * ROWS)
+    return c
+
+
+@triton.jit
+def mix_cell(c, x, a, m, there, BITS: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr):
+    """Add one cell's part of four rows a lane to the sums of its latents.
+
+    Args:
+        c: fp32 sums, 4 for each tile of 8 latents; x: words: the four rows of the lane's quarter; a: 4 words: weights
+        of those rows for heads g and g + 8; m: a mask (8 bits: a permutation) for each tile, for the lane's parity;
+        there: whether the item has this cell (only the interpreter saves the work: on a GPU nothing is won).
+    """
+    TILES: tl.constexpr = 4 if BITS == 1 else 2
+    if FAST:
+        WORDS: tl.constexpr = max(1, BITS // 2)
+        c = tl.inline_asm_elementwise(
+            mix_text(BITS),
+            constraints(4 * TILES, 4 * TILES, WORDS + 4 + TILES),
+            c + x + a + m,
+            dtype=floats(4 * TILES),
+            is_pure=True,
+            pack=1,
+        )
+    elif there:
+        for n in tl.static_range(TILES):
+            if BITS <= 2:
+                b0 = (byte(x[0], 0) | (byte(x[0], 1) << 16)) & m[n]
+                b1 = (byte(x[0], 2) | (byte(x[0], 3) << 16)) & m[n]
+            elif BITS == 4:
+                b0 = (x[0] >> (8 * n)) & m[0]
+                b1 = (x[1] >> (8 * n)) & m[0]
+            else:
+                at = m[n] & 3
+                b0 = byte(x[0], at) | (byte(x[1], at) << 16)
+                b1 = byte(x[2], at) | (byte(x[3], at) << 16)
+            r = mma(c[4 * n], c[4 * n + 1], c[4 * n + 2], c[4 * n + 3], a[0], a[1], a[2], a[3], b0, b1, WARPS)
+            c = replace(c, r, 4 * n, 4 * TILES)
+    return c

@@ -1,0 +1,127 @@
+"""What the kernels must know of one layer at one setting, as flat arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+from spectral.bits import CHANNEL_GROUP
+from spectral.layout import PLANE_ORDER, PLANES, PageLayout, Strip, cell_runs
+
+ITEM_CELLS = {8: 4, 4: 8, 2: 8, 1: 4}
+"""Cells of a plane whose sums over tokens one warp keeps in registers."""
+
+SCORE_UNIT = 16.0
+"""Factors of the score kernel are this much larger than what fields stand for, so that none is subnormal."""
+
+
+@dataclass
+class LayerTables:
+    """Of all units of a layer, C classes, R the largest rank of a unit. Planes are those of PLANE_ORDER.
+
+    Attributes:
+        strip: int32 [units, C, 4, 4]: offset in the page, cells, first entry in `run`, first output column.
+        run: int32 [runs]: first latent of every run of every cell (0 for padding).
+        factor: fp16 [runs, 16]: what a field's lowest bit stands for, over 2^position, times SCORE_UNIT; 0 for padding.
+        item: int32 [items, 8]: unit, class, plane, offset of its first cell, cells, first output column, 1 if its
+            program stores the sums of weights of its class, 0.
+        source: int32 [units, C, 2, R / 16]: output column of a run's (at most two) planes, -1: none.
+        source_factor: float32 [units, C, 2, R]: what a unit of that column stands for.
+        offset: float32 [units, C, R]: half the range of a latent's codes, what an all-zero code lies below the mean.
+        outputs: output columns, a multiple of 16.
+    """
+
+    strip: np.ndarray
+    run: np.ndarray
+    factor: np.ndarray
+    item: np.ndarray
+    source: np.ndarray
+    source_factor: np.ndarray
+    offset: np.ndarray
+    outputs: int
+
+    def to(self, device: torch.device | str) -> dict[str, torch.Tensor]:
+        """The arrays as tensors on a device."""
+        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "outputs"}
+        return {name: torch.from_numpy(np.ascontiguousarray(array)).to(device) for name, array in arrays.items()}
+
+
+def step_size(layout: PageLayout, deviation: np.ndarray, steps: dict[int, float]) -> np.ndarray:
+    """What one step of a code stands for: float64 [C, R]; steps: of the uniform tables, by width."""
+    step = np.array([steps.get(w, 0.0) for w in range(9)])
+    return step[layout.widths] * deviation
+
+
+def field_positions(bits: int) -> np.ndarray:
+    """Bit at which the kernels use the fields of a cell's latents: int64 [runs, 16]."""
+    latent: np.ndarray = np.arange(CHANNEL_GROUP) % 4
+    if bits == 1:
+        return np.stack([latent, 4 + latent])
+    return (bits * latent % 8)[None]
+
+
+def layer_tables(units: list[tuple[PageLayout, np.ndarray]], steps: dict[int, float]) -> LayerTables:
+    """Tables for units given as (layout, deviation float64 [C, R of the unit])."""
+    rank = -(-max(layout.channels for layout, _ in units) // CHANNEL_GROUP) * CHANNEL_GROUP
+    classes = units[0][0].widths.shape[0]
+    strip = np.zeros((len(units), classes, len(PLANE_ORDER), 4), dtype=np.int32)
+    source = np.full((len(units), classes, 2, rank // CHANNEL_GROUP), -1, dtype=np.int32)
+    source_factor = np.zeros((len(units), classes, 2, rank), dtype=np.float32)
+    offset = np.zeros((len(units), classes, rank), dtype=np.float32)
+    run: list[np.ndarray] = [np.zeros(0, np.int32)]
+    factor: list[np.ndarray] = [np.zeros((0, CHANNEL_GROUP))]
+    item: list[list[int]] = []
+    outputs = runs = start = 0
+    for u, (layout, deviation) in enumerate(units):
+        size = step_size(layout, deviation, steps)
+        offset[u, :, : layout.channels] = size * (2.0 ** layout.widths.astype(np.float64) - 1) / 2
+        for s in layout.strips:
+            plane, width = PLANE_ORDER.index(s.bits), cell_runs(s.bits)
+            strip[u, s.number, plane] = start + s.start, s.cells, runs, outputs
+            first, value = _strip_runs(s, layout, size)
+            run.append(first)
+            factor.append(value * SCORE_UNIT)
+            for k, latent in enumerate(s.runs):
+                side = int(source[u, s.number, 0, latent // CHANNEL_GROUP] >= 0)
+                source[u, s.number, side, latent // CHANNEL_GROUP] = outputs + CHANNEL_GROUP * k
+                source_factor[u, s.number, side, latent : latent + CHANNEL_GROUP] = value[k] * 2.0**24
+            for cell in range(0, s.cells, ITEM_CELLS[s.bits]):
+                count = min(ITEM_CELLS[s.bits], s.cells - cell)
+                column = outputs + CHANNEL_GROUP * width * cell
+                item.append([u, s.number, plane, start + s.start + cell * s.cell_nbytes, count, column, 0, 0])
+            runs += first.size
+            outputs += CHANNEL_GROUP * first.size
+        if not any(entry[:2] == [u, 0] for entry in item):  # the sum of weights of class 0 is always needed
+            item.append([u, 0, PLANE_ORDER.index(2), start, 0, 0, 0, 0])
+        start += layout.nbytes
+    item.sort(key=lambda entry: -entry[1])  # the longest first
+    seen = set()
+    for entry in item:
+        entry[6] = int((entry[0], entry[1]) not in seen)
+        seen.add((entry[0], entry[1]))
+    return LayerTables(
+        strip,
+        np.concatenate(run).astype(np.int32),
+        np.concatenate(factor).astype(np.float16),
+        np.array(item, dtype=np.int32),
+        source,
+        source_factor,
+        offset,
+        max(outputs, CHANNEL_GROUP),
+    )
+
+
+def _strip_runs(s: Strip, layout: PageLayout, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First latents int64 [runs, padding included], and what a field's lowest bit stands for over 2^position [runs,
+    16]."""
+    width = cell_runs(s.bits)
+    first: np.ndarray = np.zeros(s.cells * width, dtype=np.int64)
+    first[: len(s.runs)] = s.runs
+    value = np.zeros((first.size, CHANNEL_GROUP))
+    position = np.tile(field_positions(s.bits), (s.cells, 1))
+    for k, latent in enumerate(s.runs):
+        shift = dict(PLANES[int(layout.widths[s.number, latent])])[s.bits]
+        value[k] = size[s.number, latent : latent + CHANNEL_GROUP] * 2.0 ** (shift - position[k])
+    return first, value

@@ -1,0 +1,25 @@
+"""Pools of packed pages: one tensor for all pages of a layer."""
+
+from __future__ import annotations
+
+import torch
+
+from spectral.codec import LayerCodec, PageCodec
+from spectral.layout import POOL_SLACK
+
+
+def empty_pool(capacity: int, nbytes: int, device: torch.device) -> torch.Tensor:
+    """A pool uint8 [capacity, nbytes]; on a GPU with POOL_SLACK bytes behind it that kernels may read (less than the
+    allocator's own rounding, so not counted)."""
+    total = capacity * nbytes
+    slack = POOL_SLACK if device.type == "cuda" else 0
+    return torch.empty(total + slack, dtype=torch.uint8, device=device)[:total].view(capacity, nbytes)
+
+
+def squeezed(pool: torch.Tensor, old: PageCodec, new: PageCodec, step: int = 1024) -> torch.Tensor:
+    """A pool of pages [n, bytes] at another setting, `step` pages at a time."""
+    assert isinstance(old, LayerCodec) and isinstance(new, LayerCodec)
+    out = empty_pool(pool.shape[0], new.page_nbytes, pool.device)
+    for begin in range(0, pool.shape[0], step):
+        out[begin : begin + step] = old.squeeze(pool[begin : begin + step], new)
+    return out

@@ -1,0 +1,131 @@
+"""The decode kernels in Triton's interpreter (or on a GPU, where there is one) against the torch reference."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from spectral.attention import attend
+from spectral.errors import SettingError
+from spectral.pages import LayerShape, ModelShape, PageStore, Row
+from tests.spectral.helpers import random_codebook
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MIXED = [8, 6, 4, 3, 2, 1, 0]
+
+
+def store_of(
+    kv_heads: int, dim: int, group: int, widths: list[int], window_bits: int, block: int = 256
+) -> PageStore:
+    shape = ModelShape((LayerShape(kv_heads, dim, dim),), kv_heads * group, kv_heads * group * dim)
+    book = random_codebook(shape, widths, page=16, window=32, block=block, window_bits=window_bits)
+    return PageStore(shape, book, device=DEVICE, window_dtype=torch.float32)
+
+
+def step(
+    store: PageStore, rows: list[Row], group: int, seed: int, softcap: float | None, *, commit: bool
+) -> torch.Tensor:
+    """One token for every row: [B, Hq, dv]."""
+    shape = store.shape.layers[0]
+    rng = torch.Generator().manual_seed(seed)
+    batch = store.begin([(row, 1) for row in rows])
+    sides = [
+        torch.randn(1, heads, len(rows), shape.key_dim, generator=rng).to(DEVICE)
+        for heads in (shape.kv_heads * group, shape.kv_heads, shape.kv_heads)
+    ]
+    out = attend(batch, 0, *sides, scaling=shape.key_dim**-0.5, softcap=softcap)[0]
+    if commit:
+        batch.commit()
+    else:
+        batch.abort()
+    return out
+
+
+def fill(store: PageStore, row: Row, tokens: int, group: int, seed: int) -> None:
+    shape = store.shape.layers[0]
+    rng = torch.Generator().manual_seed(seed)
+    batch = store.begin([(row, tokens)])
+    sides = [
+        torch.randn(1, heads, tokens, shape.key_dim, generator=rng).to(DEVICE)
+        for heads in (shape.kv_heads * group, shape.kv_heads, shape.kv_heads)
+    ]
+    attend(batch, 0, *sides, scaling=shape.key_dim**-0.5)
+    batch.commit()
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "dim", "group", "widths", "window_bits", "softcap", "lengths"),
+    [
+        (1, 32, 4, MIXED, 16, None, [2, 51]),
+        (2, 16, 2, [4, 2, 1], 10, None, [300]),
+        (1, 40, 20, [3, 6, 0], 8, 5.0, [100]),
+        (1, 16, 3, [8], 16, None, [53]),
+    ],
+)
+def test_decoding_on_codes_equals_the_reference(
+    monkeypatch: pytest.MonkeyPatch,
+    kv_heads: int,
+    dim: int,
+    group: int,
+    widths: list[int],
+    window_bits: int,
+    softcap: float | None,
+    lengths: list[int],
+) -> None:
+    """Ragged rows, some without a page, one that seals a page in this very step; every width; groups over 16 heads."""
+    store = store_of(kv_heads, dim, group, widths, window_bits)
+    rows = [store.open() for _ in lengths]
+    monkeypatch.setenv("SPECTRAL_ATTENTION", "reference")
+    for i, (row, tokens) in enumerate(zip(rows, lengths, strict=True)):
+        fill(store, row, tokens, group, i)
+    expected = step(store, rows, group, 99, softcap, commit=False)
+    monkeypatch.setenv("SPECTRAL_ATTENTION", "triton")
+    got = step(store, rows, group, 99, softcap, commit=False)
+    assert got.dtype == expected.dtype and got.shape == expected.shape
+    error = (got - expected).float().norm() / expected.float().norm()
+    assert error < 4e-3, float(error)  # fp16 operands: 3e-4 to 2.4e-3 here, where random bases make large scores
+
+
+def test_a_stream_is_the_same_through_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that the kernels' path appended are there for the reference, pages included."""
+    found = []
+    for choice in ("reference", "triton"):
+        store = store_of(1, 16, 2, [4, 3], 8)
+        row = store.open()
+        monkeypatch.setenv("SPECTRAL_ATTENTION", choice)
+        fill(store, row, 51, 2, 0)
+        outs = [step(store, [row], 2, 10 + i, None, commit=True) for i in range(2)]
+        assert row.length == 53 and len(row.pages) == 1
+        found.append((torch.cat(outs), store.read_pages(0, row)))
+    assert torch.equal(found[0][1], found[1][1])
+    assert (found[0][0] - found[1][0]).norm() / found[0][0].norm() < 4e-3
+
+
+def test_pages_may_lie_anywhere_in_a_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = store_of(1, 16, 2, [4, 1], 8)
+    rows = [store.open() for _ in range(3)]
+    order = random.Random(1)
+    monkeypatch.setenv("SPECTRAL_ATTENTION", "reference")
+    for turn in range(6):  # rows grow in turns, so their pages lie between each other's
+        for i in order.sample(range(3), 3):
+            fill(store, rows[i], 40, 2, 10 * turn + i)
+    store.close(rows.pop(1))
+    expected = step(store, rows, 2, 5, None, commit=False)
+    monkeypatch.setenv("SPECTRAL_ATTENTION", "triton")
+    got = step(store, rows, 2, 5, None, commit=False)
+    assert (got - expected).norm() / expected.norm() < 4e-3
+
+
+def test_the_switch_says_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = store_of(1, 16, 2, [4], 8, block=128)
+    row = store.open()
+    monkeypatch.setenv("SPECTRAL_ATTENTION", "reference")
+    fill(store, row, 60, 2, 0)
+    monkeypatch.setenv("SPECTRAL_ATTENTION", "triton")
+    with pytest.raises(SettingError, match="blocks of 8 pages"):
+        step(store, [row], 2, 1, None, commit=False)
+    monkeypatch.setenv("SPECTRAL_ATTENTION", "fastest")
+    with pytest.raises(SettingError, match="reference or triton"):
+        step(store, [row], 2, 1, None, commit=False)
