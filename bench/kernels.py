@@ -3,8 +3,8 @@
     python bench/kernels.py [--settings 8x,16x] [--cases 8x32768,32x32768,1x131072,32x4096] [--json FILE]
 
 One layer of 32 query and 8 KV heads of 128 (--shape changes it), with a synthetic spectrum and the bits that a setting
-of that name spends. SDPA is the faster of flash and cuDNN on the same sizes; the FP8 floor is half the bf16 bytes at the
-device's copy bandwidth; all in one run. Times are medians of CUDA-graph replays, in microseconds.
+of that name spends. SDPA is the faster of flash and cuDNN on the same sizes; the FP8 floor is half the bf16 bytes at
+the device's copy bandwidth; all in one run. Times are medians of CUDA-graph replays, in microseconds.
 Without a GPU `--check` alone runs, on a small layer in Triton's interpreter.
 """
 
