@@ -249,6 +249,10 @@ class Engine:
             part.batch.abort()
             for sequence in self.faults.victims(error, part.work):
                 self._fail(sequence.request_id, error)
+            for sequence, count in part.work:
+                # A chunk writes its tokens over the window's oldest as it goes; what it wrote over is gone.
+                if count > 1 and sequence in self.scheduler.running and sequence.row.length:
+                    self.scheduler.restart(sequence)
             return
         part.batch.commit()
         self.faults.succeeded()

@@ -266,6 +266,13 @@ class Scheduler:
         self.waiting.append(sequence)
         self.preemptions += 1
 
+    def restart(self, sequence: Sequence) -> None:
+        """A running sequence whose window may be half-written waits again: its tokens are computed anew."""
+        self.running.remove(sequence)
+        sequence.lane.close(sequence)
+        self.waiting.append(sequence)
+        self._blocked = False
+
     def _relieve(self, error: OutOfPages) -> None:
         """Rules 5 and 6."""
         last = self._last()

@@ -56,6 +56,39 @@ def test_a_step_out_of_memory_is_tried_again_and_nobody_notices(monkeypatch: pyt
     assert engine.faults.count == len(relieved) == 3
 
 
+class FailingInside:
+    """Stands before a layer's attention: at the calls given it raises, when earlier layers have written their tokens."""
+
+    def __init__(self, engine: Engine, patch: pytest.MonkeyPatch, *calls: int) -> None:
+        self.calls, self.at = 0, calls
+        attention = engine.loaded.model.model.layers[-1].self_attn
+        self.forward = attention.forward
+        patch.setattr(attention, "forward", self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        if self.calls in self.at:
+            raise out_of_memory()
+        return self.forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("calls", [(1,), (2,), (3,), (2, 5), (6, 9, 12)])
+def test_a_chunk_that_broke_off_in_the_middle_leaves_no_trace(
+    monkeypatch: pytest.MonkeyPatch, calls: tuple[int, ...]
+) -> None:
+    """Layers before the error have written the chunk over the oldest tokens of their windows."""
+    long = [5 + i * 7 % 80 for i in range(200)]
+    plain = ask(tiny_engine(), request("a", long), request("b", PROMPT))
+    engine = tiny_engine()
+    inside = FailingInside(engine, monkeypatch, *calls)
+    for each in (request("a", long), request("b", PROMPT)):
+        engine.submit(each)
+    events = run(engine)
+    assert engine.faults.count == len(calls) < inside.calls
+    assert {name: answer(events, name) for name in "ab"} == plain
+    engine.check()
+
+
 def test_the_second_time_in_a_row_only_the_newest_request_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = tiny_engine()
     Failing(engine, monkeypatch, out_of_memory(), 6, 7)
