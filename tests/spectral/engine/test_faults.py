@@ -57,7 +57,7 @@ def test_a_step_out_of_memory_is_tried_again_and_nobody_notices(monkeypatch: pyt
 
 
 class FailingInside:
-    """Stands before a layer's attention: at the calls given it raises, when earlier layers have written their tokens."""
+    """Stands before an attention: at the calls given it raises, after earlier layers have written their tokens."""
 
     def __init__(self, engine: Engine, patch: pytest.MonkeyPatch, *calls: int) -> None:
         self.calls, self.at = 0, calls
