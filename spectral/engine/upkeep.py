@@ -80,10 +80,15 @@ def figures(engine: Engine) -> EngineStats:
 
 
 def warm_up(engine: Engine) -> None:
-    """Run a prompt and a decode step once; leaves nothing behind. Raises what the model raises."""
-    store = engine.store
+    """Run a prompt and a decode step once; leaves nothing behind. Raises what the model raises.
+
+    On a GPU the prompt is long enough for a page, so that the kernels that read pages are compiled before any request.
+    """
+    store, length = engine.store, 8
+    if store.device.type == "cuda":
+        length += store.codebook.sinks + store.codebook.window + 2 * store.codebook.page_tokens
     row: Any = store.open()
-    sequence = Sequence("warm-up", 0, 0, [0] * min(8, engine.context_length - 1), 1, row=row)
+    sequence = Sequence("warm-up", 0, 0, [0] * min(length, engine.context_length - 1), 1, row=row)
     for _ in range(2):
         batch = store.begin([(row, sequence.pending)])
         try:
