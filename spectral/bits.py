@@ -83,8 +83,8 @@ def fit_tables(sample: np.ndarray) -> dict[int, Table]:
     """The best uniform quantizer of every width for a sample of coefficients of unit variance.
 
     Uniform levels let a kernel use a code where it lies (spectral.kernels.lanes): a look-up of Lloyd's levels (Lloyd,
-    "Least squares quantization in PCM", 1982) costs three times the instructions and wins 1 to 4 % of KL (docs/codec-
-    research.md).
+    "Least squares quantization in PCM", 1982) costs three times the instructions and wins 1 to 4 % of KL
+    (docs/codec-research.md).
 
     Args:
         sample: [n] float; only magnitudes count, so tables are symmetric.

@@ -3,17 +3,15 @@
 A coefficient of width w is a code in [0, 2^w). Codes are stored as planes of 1, 2, 4 or 8 bits: 3 = 2 + 1 and 6 = 4 +
 2, so a code is the sum over its planes of field * 2^shift. Within a class of rows (spectral.bits.frequency_classes) a
 plane comes in cells of 16 latents (32 of one bit, so that bytes are whole). A cell has four quarters, a quarter every
-row
-of the class, and a row of a quarter the fields of four neighbouring latents (twice four of one bit), the first in the
-lowest bits:
+row of the class, and a row of a quarter the fields of four neighbouring latents (twice four of one bit), the first in
+the lowest bits:
 
     cell = [quarter t][row f] of 1, 1, 2 or 4 bytes: latents 4 t .. 4 t + 3 of the cell's run (or two runs) at row f.
 
 That is the order in which lanes of a GPU's matrix instruction want their operands: lane (page, t) of a warp gets all
 rows of a cell with one aligned load, and so does lane (latent, rows) when the contraction is over tokens
-(spectral.kernels). Cells
-are ordered by size, largest first, so each is aligned to its quarter (as far as 8 bytes). A page is padded to a
-multiple of 8 bytes.
+(spectral.kernels). Cells are ordered by size, largest first, so each is aligned to its quarter (as far as 8 bytes). A
+page is padded to a multiple of 8 bytes.
 """
 
 from __future__ import annotations

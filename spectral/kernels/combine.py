@@ -99,8 +99,7 @@ def window_kernel(
 
     length_ptr: int32 [sequences]: tokens before the new one; first_ptr: the oldest that the ring must answer for.
     k_ptr, v_ptr: the new tokens [sequences, KV heads, DIM or VDIM]. sum_ptr, top_ptr: fp32 [sequences, query heads];
-    out_ptr: fp32
-    [sequences, query heads, VDIM]: sums of weight times value, not divided.
+    out_ptr: fp32 [sequences, query heads, VDIM]: sums of weight times value, not divided.
     """
     kv = tl.program_id(0)
     seq = tl.program_id(1)

@@ -60,8 +60,7 @@ class StepTables:
     Attributes:
         pages: int32 [B, m] page ids (any where a row has fewer); count: int32 [B] pages of a row, the one sealed in
             this step included; slot: int32 [B]; length: int32 [B] tokens before the new one; first: int32 [B] the
-            oldest token
-            that only the ring holds.
+            oldest token that only the ring holds.
     """
 
     pages: torch.Tensor

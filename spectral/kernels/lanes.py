@@ -3,12 +3,9 @@ interpreter.
 
 A field is used where it lies: an fp16 with zero exponent and a field at bits p.. of its mantissa is the (subnormal)
 number field * 2^(p - 24), exactly, and tensor cores take it at full speed. So unpacking is a byte permutation and an
-AND for two
-codes; the factors 2^p go into the other operand, or into the sums. Operands are laid out as `mma.sync.m16n8k16` wants
-them, with
-g = lane // 4 and t = lane % 4: A rows g and g + 8, contraction 4 t .. 4 t + 3 (its order is ours to choose); B column
-g,
-the same contraction; C rows g and g + 8, columns 2 t and 2 t + 1.
+AND for two codes; the factors 2^p go into the other operand, or into the sums. Operands are laid out as
+`mma.sync.m16n8k16` wants them, with g = lane // 4 and t = lane % 4: A rows g and g + 8, contraction 4 t .. 4 t + 3
+(its order is ours to choose); B column g, the same contraction; C rows g and g + 8, columns 2 t and 2 t + 1.
 """
 
 from __future__ import annotations

@@ -184,9 +184,8 @@ def score_kernel(
 
     q_ptr: fp16 [KV heads][sequence, block, query head of the group][row of R numbers]; const_ptr: fp32 [sequence,
     block, query heads, 8]: by class what all codes are too high by; at 7 the mean's score. unit_ptr: int32 [units,
-    4]: first
-    query head of a unit, how many, offset of its bytes in the page, how many. GROUPS: of 16 query heads, in the
-    largest unit.
+    4]: first query head of a unit, how many, offset of its bytes in the page, how many. GROUPS: of 16 query heads, in
+    the largest unit.
     weight_ptr: fp16 [sequence, unit, head groups, pages_max, 16 heads, P]; max_ptr: fp32 [sequence, unit, head
     groups, blocks, 16].
     """
