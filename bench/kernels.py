@@ -29,11 +29,9 @@ from spectral.basis import Unit
 from spectral.bits import CHANNEL_GROUP, WIDTHS, allocate, frequency_classes, gaussian_step, gaussian_tables
 from spectral.codec import LayerCodec
 from spectral.frames import BlockFrame
-from spectral.kernels.decode import LayerKernels, StepTables, block_pages, decode_attention
-from spectral.pools import empty_pool
+from spectral.kernels.check import Case
+from spectral.kernels.decode import LayerKernels, block_pages
 from spectral.provenance import provenance
-from spectral.shapes import LayerShape
-from spectral.windows import WindowGroup, make_window
 
 BITS = {"4x": 3.774, "8x": 1.774, "16x": 0.742}
 """Bits per number that settings of these names spend on codes (the ladder of a measured profile at 4,096 tokens)."""
@@ -70,63 +68,6 @@ def synthetic_codec(kv_heads: int, dim: int, bits: float, device: str) -> LayerC
     return LayerCodec(
         parts, gaussian_tables(), frame, key_dim=dim, value_dim=dim, page_tokens=PAGE, device=device
     )
-
-
-class Case:
-    """Rows of equal length on a layer, with random codes and tokens."""
-
-    def __init__(self, codec: LayerCodec, rows: int, context: int, group: int, device: str, dtype: torch.dtype) -> None:
-        self.codec, self.group = codec, group
-        shape = LayerShape(codec.kv_heads, codec.key_dim, codec.value_dim)
-        pages = max(0, (context - SINKS - RECENT) // PAGE)
-        rng = torch.Generator(device).manual_seed(0)
-        self.pool = empty_pool(rows * pages, codec.page_nbytes, torch.device(device))
-        self.pool.random_(0, 256, generator=rng)
-        window = make_window(shape, SINKS, RECENT + PAGE, torch.bfloat16, torch.device(device), 8)
-        WindowGroup([window]).resize(rows)
-        self.window = window
-        places = torch.arange(SINKS + RECENT + PAGE, device=device)
-        for slot in range(rows):
-            tokens = torch.randn(len(places), shape.kv_heads, shape.head_numbers, generator=rng, device=device)
-            window.write(slot, places, tokens)
-
-        def column(value: int) -> torch.Tensor:
-            return torch.full((rows,), value, dtype=torch.int32, device=device)
-
-        ids = torch.randperm(rows * pages, generator=rng, device=device).view(rows, pages).int()
-        slots = torch.arange(rows, dtype=torch.int32, device=device)
-        self.step = StepTables(ids, column(pages), slots, column(context - 1), column(SINKS + pages * PAGE))
-        sides = (codec.kv_heads * group, codec.kv_heads, codec.kv_heads)
-        self.query, self.key, self.value = (
-            torch.randn(rows, n, codec.key_dim, generator=rng, device=device).to(dtype) for n in sides
-        )
-        self.kernels = LayerKernels(codec)
-        self.nbytes = rows * (pages * codec.page_nbytes + window.slot_nbytes)
-        self.bf16_nbytes = rows * context * shape.token_nbytes()
-
-    def run(self) -> torch.Tensor:
-        """One decoding step of the layer."""
-        return decode_attention(
-            self.kernels, self.pool, self.window, self.step, self.query, self.key, self.value,
-            scaling=self.codec.key_dim**-0.5,
-        )  # fmt: skip
-
-    def error(self) -> float:
-        """Relative error of the first row against float64 arithmetic on the same codes and window."""
-        row, codec = 0, self.codec
-        ids = self.step.pages[row].long()
-        keys, values = codec.decode(self.pool[ids], torch.arange(len(ids), device=ids.device))
-        k, v = (x.double().transpose(0, 1).flatten(1, 2) for x in (keys, values))  # [H, t, d]
-        length, first = int(self.step.length[row]), int(self.step.first[row])
-        recent = [p for p in range(length) if p < SINKS or p >= first]
-        place = torch.tensor([[self.window.index(p) for p in recent]], device=ids.device)
-        held = self.window.read_places(torch.tensor([row], device=ids.device), place)[0].double()
-        k = torch.cat([k, held[..., : codec.key_dim], self.key[row, :, None].double()], 1)
-        v = torch.cat([v, held[..., codec.key_dim :], self.value[row, :, None].double()], 1)
-        q = self.query[row].double().view(codec.kv_heads, self.group, -1) * codec.key_dim**-0.5
-        expected = ((q @ k.transpose(1, 2)).softmax(-1) @ v).flatten(0, 1)
-        got = self.run()[row].double()
-        return float((got - expected).norm() / expected.norm())
 
 
 def microseconds(call: Callable[[], Any], seconds: float = 0.3) -> float:
@@ -186,7 +127,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         exact = sdpa(rows, context, kv_heads, group, dim)
         for setting in args.settings.split(","):
             codec = synthetic_codec(kv_heads, dim, BITS[setting], "cuda")
-            held = Case(codec, rows, context, group, "cuda", torch.bfloat16)
+            held = Case(LayerKernels(codec), rows, context, group, torch.bfloat16)
             spent = microseconds(held.run)
             rows_out.append(
                 {
@@ -219,7 +160,7 @@ def main() -> None:
     if args.check:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         codec = synthetic_codec(2, 16, 2.5, device)
-        case = Case(codec, 1, SINKS + RECENT + 40 * PAGE, 2, device, torch.float32)
+        case = Case(LayerKernels(codec), 1, SINKS + RECENT + 40 * PAGE, 2, torch.float32)
         result: dict[str, Any] = {"pages_in_a_block": block_pages(codec), "relative_error": case.error()}
     elif torch.cuda.is_available():
         result = measure(args)

@@ -178,7 +178,7 @@ def _decode(
     q, k, v = (x if whole else x.index_select(1, plan.token) for x in (query, key, value))
     count = q.shape[1]
     new = torch.cat([k, v], -1).transpose(0, 1)  # [B, H, d + dv]
-    kernels = kernels_for(codec, store.codebook.window)
+    kernels = kernels_for(codec, store.codebook.window, query.shape[0] // heads, query.dtype)
     if kernels is not None and pool is not None and codec is not None:
         _keep(batch, layer, plan, new)
         if plan.seal_slot is not None:

@@ -7,8 +7,12 @@ import random
 import pytest
 import torch
 
+from spectral import dispatch
 from spectral.attention import attend
+from spectral.codec import LayerCodec
 from spectral.errors import SettingError
+from spectral.kernels.check import TOLERANCE, relative_error
+from spectral.kernels.decode import LayerKernels
 from spectral.pages import LayerShape, ModelShape, PageStore, Row
 from tests.spectral.helpers import random_codebook
 
@@ -129,3 +133,35 @@ def test_the_switch_says_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("SPECTRAL_ATTENTION", "fastest")
     with pytest.raises(SettingError, match="reference or triton"):
         step(store, [row], 2, 1, None, commit=False)
+
+
+def test_a_device_is_trusted_after_a_comparison_only(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing in the environment: right kernels serve; wrong ones, or none that run, leave it to the reference."""
+    codec = store_of(1, 16, 2, [4], 8).codebook.layers[0]
+    monkeypatch.delenv("SPECTRAL_ATTENTION", raising=False)
+    monkeypatch.setattr(dispatch, "_able", lambda device: True)
+    for outcome, word in ((0.001, None), (0.3, "wrong by 0.3"), (RuntimeError("out of resource"), "out of resource")):
+
+        def answer(*_: object, outcome: float | RuntimeError = outcome) -> float:
+            if isinstance(outcome, RuntimeError):
+                raise outcome
+            return outcome
+
+        monkeypatch.setattr(dispatch, "_trusted", {})
+        monkeypatch.setattr("spectral.kernels.check.relative_error", answer)
+        caplog.clear()
+        for _ in range(2):  # the second time the answer is known
+            found = dispatch.kernels_for(codec, 32, 2, torch.float32)
+            assert (found is None) == (word is not None)
+        assert word is None or word in caplog.text
+
+
+def test_the_comparison_is_with_the_same_codes() -> None:
+    codec = store_of(1, 16, 2, [3, 1], 8).codebook.layers[0]
+    assert isinstance(codec, LayerCodec)
+    kernels = LayerKernels(codec)
+    assert relative_error(kernels, 2, torch.float32) < TOLERANCE
+    kernels.value_basis.neg_()
+    assert relative_error(kernels, 2, torch.float32) > TOLERANCE
