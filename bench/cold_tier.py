@@ -30,7 +30,7 @@ from spectral.codec import Codebook, LayerCodec
 from spectral.hf import LoadedModel, attending, load_model, observing
 from spectral.hf_reading import last_hidden
 from spectral.link_fit import fit_links
-from spectral.linked import BINS, SOURCES, Chain, Links, layer_integers, predicted_bins, unpacked_codes, width_places
+from spectral.linked import BINS, SOURCES, Chain, Links, layer_integers, predicted_bins, unpacked_codes
 from spectral.pages import PageStore
 from spectral.profile import SpectralProfile
 from spectral.provenance import provenance
@@ -134,7 +134,7 @@ def layer_bits(codec: LayerCodec, sides: Sequence[torch.Tensor], given: Sequence
     for unit, bounds in zip(codec.units, codec._bounds, strict=True):
         span = slice(start, start + unit.rank)
         start += unit.rank
-        for width, place in width_places(unit).items():
+        for width, place in unit.width_places.items():
             tables = []
             for pages, context in zip(sides, given, strict=True):
                 flat = context[:, :, span].flatten(1).index_select(1, place)

@@ -30,20 +30,19 @@ class DecodePlan:
     """Index tensors of a step's decode rows, shared by all layers of a kind.
 
     token: [B] flattened index of each row's token; slot: [B]; write: [B] place in the window.
-    table: [B, m] page ids (0 where a row has fewer); bias: [B, 1, 1, m*P + capacity], 0 or -inf.
+    table: [B, m] page ids (0 where a row has fewer).
     seal_*: rows whose oldest recent tokens become a page in this step: slot, place in the window, page id, and the
         page's index in its row. rows: [B] 0 .. B - 1, None for a single row; write_first: the first row's place.
     views: by group of windows, the first layer that was read ahead and what was read.
     counts, firsts, lengths: per row its pages, the oldest token that only the ring holds, and its tokens before this
         step.
-    step: what the kernels make of these.
+    step, bias: what the kernels and the reference make of these; bias: [B, 1, 1, m*P + capacity], 0 or -inf.
     """
 
     token: torch.Tensor
     slot: torch.Tensor
     write: torch.Tensor
     table: torch.Tensor
-    bias: torch.Tensor
     seal_slot: torch.Tensor | None
     seal_place: torch.Tensor | None
     seal_page: torch.Tensor | None
@@ -55,6 +54,7 @@ class DecodePlan:
     lengths: list[int]
     views: dict[int, tuple[int, torch.Tensor]] = field(default_factory=dict)
     step: StepTables | None = None
+    bias: torch.Tensor | None = None
 
 
 @torch.no_grad()
@@ -98,29 +98,15 @@ def _decode_plan(batch: StepBatch, singles: list[int], window: ExactWindow, code
     device = store.device
     seals: list[tuple[int, int, int, int]] = []
     tables: list[list[int]] = []
-    capacity = window.sinks + window.ring
-    window_bias = torch.full((len(rows), capacity), float("-inf"))
-    for at, (i, row) in enumerate(zip(singles, rows, strict=True)):
-        after = row.length + 1
+    for i, row in zip(singles, rows, strict=True):
         if codec is None:
-            window_bias[at, : min(after, window.ring)] = 0.0
             tables.append([])
             continue
         page_tokens = store.codebook.page_tokens
         for number, page in enumerate(batch.new_pages[i], start=len(row.pages)):
             seals.append((row.slot, window.index(window.sinks + number * page_tokens), page, number))
         tables.append(row.pages + batch.new_pages[i])
-        first = window.sinks + len(tables[-1]) * page_tokens  # oldest token that is in the ring only
-        window_bias[at, : min(after, window.sinks)] = 0.0
-        for begin, end in ring_spans(window, first, after):
-            window_bias[at, begin:end] = 0.0
     width = max(len(table) for table in tables)
-    page_bias = torch.zeros((len(rows), 0))
-    if codec is not None and width:
-        tokens = torch.arange(width * codec.page_tokens)
-        held = torch.tensor([len(table) * codec.page_tokens for table in tables])
-        page_bias = torch.where(tokens[None, :] < held[:, None], 0.0, float("-inf"))
-    bias = torch.cat([page_bias, window_bias], 1)[:, None, None, :].to(device)
     table = torch.tensor([t + [0] * (width - len(t)) for t in tables], dtype=torch.long, device=device)
 
     def column(values: list[int]) -> torch.Tensor:
@@ -131,7 +117,6 @@ def _decode_plan(batch: StepBatch, singles: list[int], window: ExactWindow, code
         slot=column([row.slot for row in rows]),
         write=column([window.index(row.length) for row in rows]),
         table=table,
-        bias=bias,
         seal_slot=column([s[0] for s in seals]) if seals else None,
         seal_place=column([s[1] for s in seals]) if seals else None,
         seal_page=column([s[2] for s in seals]) if seals else None,
@@ -142,6 +127,25 @@ def _decode_plan(batch: StepBatch, singles: list[int], window: ExactWindow, code
         firsts=[window.sinks + len(found) * store.codebook.page_tokens for found in tables],
         lengths=[row.length for row in rows],
     )
+
+
+def _bias(plan: DecodePlan, window: ExactWindow, codec: PageCodec | None) -> torch.Tensor:
+    """What hides the places that a row does not hold: [B, 1, 1, m*P + capacity], 0 or -inf."""
+    window_bias = torch.full((len(plan.counts), window.sinks + window.ring), float("-inf"))
+    for at, (length, first) in enumerate(zip(plan.lengths, plan.firsts, strict=True)):
+        after = length + 1
+        if codec is None:
+            window_bias[at, : min(after, window.ring)] = 0.0
+            continue
+        window_bias[at, : min(after, window.sinks)] = 0.0
+        for begin, end in ring_spans(window, first, after):
+            window_bias[at, begin:end] = 0.0
+    page_bias = torch.zeros((len(plan.counts), 0))
+    if codec is not None and plan.table.shape[1]:
+        tokens = torch.arange(plan.table.shape[1] * codec.page_tokens)
+        held = torch.tensor(plan.counts) * codec.page_tokens
+        page_bias = torch.where(tokens[None, :] < held[:, None], 0.0, float("-inf"))
+    return torch.cat([page_bias, window_bias], 1)[:, None, None, :].to(plan.table.device)
 
 
 def ring_spans(window: ExactWindow, first: int, end: int) -> list[tuple[int, int]]:
@@ -196,6 +200,8 @@ def _decode(
     if codec is not None and pool is not None and paged:
         pages = codec.open(pool.index_select(0, plan.table.flatten()).view(count, paged, -1))
         scores = torch.cat([pages.scores(q), scores], -1)
+    if plan.bias is None:
+        plan.bias = _bias(plan, window, codec)
     weights = (softcapped(scores, softcap) + plan.bias).softmax(-1)
     if codec is not None and paged:
         cut = paged * codec.page_tokens

@@ -24,8 +24,6 @@ from spectral.linked import (
     Links,
     layer_integers,
     predicted_bins,
-    unpacked_codes,
-    width_places,
 )
 
 FORMAT_VERSION = 1
@@ -97,8 +95,9 @@ def _count(counts: dict[int, np.ndarray], codec: LayerCodec, pages: torch.Tensor
     for unit, bounds in zip(codec.units, codec._bounds, strict=True):
         given = bins[:, :, start : start + unit.rank].flatten(1)
         start += unit.rank
-        for width, place in width_places(unit).items():
-            index = given.index_select(1, place).long() * 2**width + unpacked_codes(unit, pages[:, bounds], width)
+        codes = unit.codes(pages[:, bounds])
+        for width, place in unit.width_places.items():
+            index = given.index_select(1, place).long() * 2**width + codes.index_select(1, place)
             table = np.bincount(index.flatten().numpy(), minlength=BINS * 2**width).reshape(BINS, -1)
             counts[width] = counts.get(width, 0) + table
 

@@ -132,7 +132,7 @@ class Chain:
             if layer is not None:
                 classes = len(frequency_classes(codec.page_tokens))
                 fits = fits and layer.weight.shape == (sum(below), latents) and layer.gain.shape == (classes, latents)
-                fits = fits and all(width in self._links.ranks for unit in codec.units for width in width_places(unit))
+                fits = fits and all(width in self._links.ranks for unit in codec.units for width in unit.width_places)
             below.append(latents)
         if not fits:
             raise CacheError("these links do not fit the setting's layers, although they name it; fit them again")
@@ -220,12 +220,6 @@ def _to_cpu(value: Any) -> Any:
     return value.cpu() if isinstance(value, torch.Tensor) else value
 
 
-def width_places(unit: UnitCodec) -> dict[int, torch.Tensor]:
-    """By width the coefficients f * R + r that have it, int64 ascending, widest first."""
-    width = unit.layout.row_widths.ravel()
-    return {int(w): torch.from_numpy(np.flatnonzero(width == w)) for w in np.unique(width)[::-1] if w}
-
-
 def _chunked(pages: torch.Tensor) -> list[tuple[slice, torch.Tensor]]:
     spans = [slice(begin, begin + _CHUNK) for begin in range(0, max(1, len(pages)), _CHUNK)]
     return [(span, pages[span]) for span in spans]
@@ -233,7 +227,7 @@ def _chunked(pages: torch.Tensor) -> list[tuple[slice, torch.Tensor]]:
 
 def _stream_nbytes(unit: UnitCodec) -> dict[int, int]:
     """Bytes per page of each width's ranks."""
-    return {width: place.numel() // _PER_BYTE[width] for width, place in width_places(unit).items()}
+    return {width: place.numel() // _PER_BYTE[width] for width, place in unit.width_places.items()}
 
 
 def _per_unit(codec: LayerCodec, bins: torch.Tensor) -> list[torch.Tensor]:
@@ -248,7 +242,7 @@ def _ranked(
     out = []
     for unit, bounds, given in zip(codec.units, codec._bounds, _per_unit(codec, bins), strict=True):
         codes = unit.codes(pages[:, bounds])
-        for width, place in width_places(unit).items():
+        for width, place in unit.width_places.items():
             index = given.index_select(1, place).int().mul_(2**width).add_(codes.index_select(1, place))
             rank = ranks[width].flatten().index_select(0, index.flatten()).view(index.shape)
             out.append(pack_fields(rank, 8 // _PER_BYTE[width]))
@@ -263,7 +257,7 @@ def _unranked(
     parts = []
     for unit, given in zip(codec.units, _per_unit(codec, bins), strict=True):
         code = torch.zeros((len(bins), given.shape[1]), dtype=torch.uint8)
-        for width, place in width_places(unit).items():
+        for width, place in unit.width_places.items():
             # Masked, as a forged byte may hold a rank that the width does not have (three bits in four).
             rank = _spread(next(left), 8 // _PER_BYTE[width]) & (2**width - 1)
             index = given.index_select(1, place).int().mul_(2**width).add_(rank)
@@ -275,7 +269,7 @@ def _unranked(
 
 def unpacked_codes(unit: UnitCodec, packed: torch.Tensor, width: int) -> torch.Tensor:
     """A unit's packed pages uint8 [n, bytes] -> codes of one width, uint8 [n, count], ordered as in `width_places`."""
-    return unit.codes(packed).index_select(1, width_places(unit)[width])
+    return unit.codes(packed).index_select(1, unit.width_places[width])
 
 
 def _spread(packed: torch.Tensor, bits: int) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -80,8 +80,8 @@ class UnitCodec(torch.nn.Module):
         self._step, self._zero = tensor(steps[width]), tensor((2.0**width - 1) / 2)
         self._inverse = tensor(np.where(width > 0, 1 / np.maximum(steps[width], 1e-30), 0.0))
         self._top = tensor(2.0**width - 1)
-        self._unit = self._step * self.deviation
         self._index_planes(width.ravel(), device)
+        self._as_levels, self._as_coefficients = self._affine(self._step), self._affine(self._step * self.deviation)
 
     def _index_planes(self, width: np.ndarray, device: torch.device | str) -> None:
         """Index tensors that take coefficients to the page's bytes and back."""
@@ -111,6 +111,16 @@ class UnitCodec(torch.nn.Module):
         self._main, self._low, self._low_place = integers(main), integers(low), integers(place[low])
         scale = np.array([4.0 if len(PLANES.get(int(w), ())) > 1 else 1.0 for w in range(9)])[width]
         self._scale = torch.tensor(scale, dtype=torch.float32, device=device).view(self.page_tokens, self.rank)
+
+    def _affine(self, unit: torch.Tensor) -> list[torch.Tensor]:
+        """What `_values` needs for steps of `unit` [P, R]: an offset, a factor of high fields, one of low ones."""
+        return [-self._zero * unit, self._scale * unit, unit.flatten().index_select(0, self._low_place)]
+
+    @cached_property
+    def width_places(self) -> dict[int, torch.Tensor]:
+        """By width the coefficients f * R + r that have it, int64 ascending on the CPU, widest first."""
+        width = self.layout.row_widths.ravel()
+        return {int(w): torch.from_numpy(np.flatnonzero(width == w)) for w in np.unique(width)[::-1] if w}
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """x [n, P, D] float32, keys in their frame -> packed uint8 [n, bytes]."""
@@ -146,23 +156,24 @@ class UnitCodec(torch.nn.Module):
 
     def levels(self, packed: torch.Tensor) -> torch.Tensor:
         """Packed uint8 [n, bytes] -> coefficients in standard deviations [n, P, R] float32."""
-        return self._values(packed, self._step)
+        return self._values(packed, *self._as_levels)
 
-    def _values(self, packed: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
-        """What codes stand for when a step is `unit` [P, R]: [n, P, R] float32."""
+    def _values(
+        self, packed: torch.Tensor, offset: torch.Tensor, factor: torch.Tensor, low_factor: torch.Tensor
+    ) -> torch.Tensor:
+        """What codes stand for (see `_affine`): [n, P, R] float32."""
         if not self._plane_bits:
-            return unit.new_zeros((packed.shape[0], self.page_tokens, self.rank))
+            return offset.new_zeros((packed.shape[0], self.page_tokens, self.rank))
         fields = self._opened(packed)
         y = fields.index_select(1, self._main).view(-1, self.page_tokens, self.rank)
-        y = torch.addcmul(-self._zero * unit, y, self._scale * unit)
+        y = torch.addcmul(offset, y, factor)
         if self._low.numel():
-            step = unit.flatten().index_select(0, self._low_place)
-            y.flatten(1).index_add_(1, self._low_place, fields.index_select(1, self._low).mul_(step))
+            y.flatten(1).index_add_(1, self._low_place, fields.index_select(1, self._low).mul_(low_factor))
         return y
 
     def coefficients(self, packed: torch.Tensor) -> torch.Tensor:
         """Packed uint8 [n, bytes] -> DCT coefficients of the latents [n, P, R] float32."""
-        return self._values(packed, self._unit)
+        return self._values(packed, *self._as_coefficients)
 
     def decode(self, packed: torch.Tensor) -> torch.Tensor:
         """Packed uint8 [n, bytes] -> x [n, P, D] float32, keys still in their frame."""

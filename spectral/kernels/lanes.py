@@ -196,6 +196,13 @@ def prefetch(p, FAST: tl.constexpr):
 
 
 @triton.jit
+def halves(x, y):
+    """Two numbers as the low and the high half of a word."""
+    low = x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return low | (y.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+
+
+@triton.jit
 def half(x, high: tl.constexpr):
     """The low or high half of a word as an fp16 number, in fp32."""
     if high:
@@ -238,9 +245,7 @@ def byte(x, at):
 @triton.jit
 def times(a, s):
     """Two halves times two halves."""
-    low = (half(a, False) * half(s, False)).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    high = (half(a, True) * half(s, True)).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
-    return low | (high << 16)
+    return halves(half(a, False) * half(s, False), half(a, True) * half(s, True))
 
 
 @triton.jit
@@ -257,8 +262,7 @@ def product(a, b, FAST: tl.constexpr):
 @triton.jit
 def twice(x):
     """A number as two equal halves."""
-    h = x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    return h | (h << 16)
+    return halves(x, x)
 
 
 @triton.jit

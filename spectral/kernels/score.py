@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from spectral.kernels.dct import dct
-from spectral.kernels.lanes import prefetch, score_rows, store_two, two_words, word
+from spectral.kernels.lanes import halves, prefetch, score_rows, store_two, two_words, word
 
 FIELD_UNIT = tl.constexpr(2.0**20)
 """2^24, which fields lack, over SCORE_UNIT, which their factors have too much."""
@@ -168,9 +168,7 @@ def _store_weights(x, top, place, P: tl.constexpr, FAST: tl.constexpr):
 @triton.jit
 def _two_halves(x, y):
     """Two numbers as halves of one, to be stored."""
-    low = x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    high = y.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
-    return (low | (high << 16)).to(tl.float32, bitcast=True)
+    return halves(x, y).to(tl.float32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["table_stride", "page_nbytes", "blocks", "pages_max", "units", "heads"])

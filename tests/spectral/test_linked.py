@@ -19,7 +19,7 @@ from spectral.bits import WIDTHS, gaussian_tables
 from spectral.codec import Codebook
 from spectral.errors import CacheError, SessionError
 from spectral.link_fit import fit_links, load_links, save_links
-from spectral.linked import BINS, Chain, LayerLinks, Links, predicted_bins, unpacked_codes, width_places
+from spectral.linked import BINS, Chain, LayerLinks, Links, predicted_bins, unpacked_codes
 from tests.spectral.cold_helpers import any_pages, layer_codec
 
 WIDE = np.array([[8, 6], [6, 4], [4, 3], [3, 2], [2, 1]])
@@ -86,7 +86,7 @@ def test_unpacked_codes_are_the_quantizers() -> None:
     unit = codec.units[0]
     packed = coupled_pages(book_of([WIDE]), 5)[0]
     level = unit.levels(packed).flatten(1)
-    for width, place in width_places(unit).items():
+    for width, place in unit.width_places.items():
         codes = unpacked_codes(unit, packed, width)
         assert codes.long().max() < 2**width
         again = torch.bucketize(level[:, place], torch.tensor(gaussian_tables()[width].cuts, dtype=torch.float32))
