@@ -75,16 +75,20 @@ class Generation:
         self.prompt: messages.PromptTokens | None = None
         self._notes = notes
         self._permit = permit
-        metrics = scheduler.metrics
-        self._tokens = metrics.generated_tokens.labels(slot.name)
-        self._ttft, self._inter_token = metrics.ttft.labels(slot.name), metrics.inter_token.labels(slot.name)
+        self._meter = scheduler.metrics.tokens.of(slot.name)
         self._last_token: dict[int, float] = {}
         self._over = False
         self._closed = False
 
     async def accepted(self) -> None:
         """Wait for the worker's answer. Raises ApiError where it rejects the request or ends."""
-        item = await self._next()
+        try:
+            item = await self._stream.get()
+        except (asyncio.TimeoutError, SlowReader) as error:
+            raise self._given_up(error) from None
+        if item is None:
+            self._over = True
+            raise self._failed(self._scheduler.worker_lost(self._slot))
         if isinstance(item, messages.Rejected):
             self._over = True
             raise self._failed(_refusal(item, self._field_names))
@@ -101,57 +105,84 @@ class Generation:
 
     async def items(self) -> AsyncIterator[messages.Delta | messages.Finished]:
         """Deltas and ends of choices. Raises ApiError where the generation fails on the way."""
-        while len(self.finish_reasons) < self._choices:
-            item = await self._next()
-            if isinstance(item, messages.Failed):
-                self._over = True
-                raise self._failed(errors.ApiError(500, item.message, code=item.code))
-            if isinstance(item, messages.PromptTokens):
-                self.prompt = item
-            elif isinstance(item, messages.Delta):
-                self._measure(item)
-                yield item
-            elif isinstance(item, messages.Finished):
-                if item.reason == "cancelled":
-                    raise self._failed(self._scheduler.was_cancelled())
-                self.finish_reasons[item.index] = item.reason
-                self.completion_tokens += item.usage.completion_tokens
-                if self._permit is not None:
-                    self._permit.spend(item.usage.completion_tokens)
-                self.kv_bytes += item.usage.kv_bytes
-                self._setting = item.usage.setting or self._setting  # a squeeze may have changed it on the way
-                self._scheduler.metrics.answers.labels(self.model, item.reason).inc()
-                if len(self.finish_reasons) == self._choices:
-                    self._over = True
-                    self._scheduler.metrics.answer_duration.labels(self.model).observe(time.monotonic() - self.began)
+        async for batch in self.batches():
+            if isinstance(batch, messages.Finished):
+                yield batch
+                continue
+            for item in batch:
                 yield item
 
-    async def _next(self) -> StreamItem:
-        try:
-            item = await self._stream.get()
-        except asyncio.TimeoutError:
-            seconds = self._scheduler.settings.server.request_timeout_seconds
-            raise self._failed(errors.deadline_exceeded(seconds)) from None
-        except SlowReader:
-            raise self._failed(errors.slow_client()) from None
-        if item is None:
+    async def batches(self) -> AsyncIterator[list[messages.Delta] | messages.Finished]:
+        """The same, with as many deltas at once as have come: a reader that falls behind has less to do for each."""
+        while len(self.finish_reasons) < self._choices:
+            deltas: list[messages.Delta] = []
+            taken = self._taken()
+            if not taken:
+                await self._stream.coming()
+            for item in taken:
+                if type(item) is messages.Delta:
+                    deltas.append(item)
+                    continue
+                if deltas:  # first, whatever comes next
+                    self._measure(deltas)
+                    yield deltas
+                    deltas = []
+                if isinstance(item, messages.PromptTokens):
+                    self.prompt = item
+                else:
+                    yield self._finished(item)
+            if deltas:
+                self._measure(deltas)
+                yield deltas
+
+    def _finished(self, item: StreamItem | None) -> messages.Finished:
+        """The end of a choice, noted. Raises ApiError where it is another end."""
+        if isinstance(item, messages.Failed):
+            self._over = True
+            raise self._failed(errors.ApiError(500, item.message, code=item.code))
+        if not isinstance(item, messages.Finished):
             self._over = True
             raise self._failed(self._scheduler.worker_lost(self._slot))
+        if item.reason == "cancelled":
+            raise self._failed(self._scheduler.was_cancelled())
+        self.finish_reasons[item.index] = item.reason
+        self.completion_tokens += item.usage.completion_tokens
+        if self._permit is not None:
+            self._permit.spend(item.usage.completion_tokens)
+        self.kv_bytes += item.usage.kv_bytes
+        self._setting = item.usage.setting or self._setting  # a squeeze may have changed it on the way
+        self._scheduler.metrics.answers.labels(self.model, item.reason).inc()
+        if len(self.finish_reasons) == self._choices:
+            self._over = True
+            self._scheduler.metrics.answer_duration.labels(self.model).observe(time.monotonic() - self.began)
         return item
+
+    def _taken(self) -> list[StreamItem | None]:
+        """What has come. Raises ApiError where the stream gives up."""
+        try:
+            return self._stream.taken()
+        except (asyncio.TimeoutError, SlowReader) as error:
+            raise self._given_up(error) from None
+
+    def _given_up(self, error: Exception) -> errors.ApiError:
+        if isinstance(error, SlowReader):
+            return self._failed(errors.slow_client())
+        return self._failed(errors.deadline_exceeded(self._scheduler.settings.server.request_timeout_seconds))
 
     def _failed(self, error: errors.ApiError) -> errors.ApiError:
         self._notes["outcome"], self._notes["code"] = error.status, error.code
         return error
 
-    def _measure(self, delta: messages.Delta) -> None:
-        now = time.monotonic()
-        self._tokens.inc(len(delta.token_ids))
-        last = self._last_token.get(delta.index)
-        if last is not None:
-            self._inter_token.observe(now - last)
-        elif not self._last_token:
-            self._ttft.observe(now - self.began)
-        self._last_token[delta.index] = now
+    def _measure(self, deltas: list[messages.Delta]) -> None:
+        now, last_of, meter = time.monotonic(), self._last_token, self._meter
+        for item in deltas:
+            meter.tokens += len(item.token_ids)
+            last = last_of.get(item.index)
+            if last is not None:
+                meter.gap(now - last)
+            elif not last_of:
+                self._scheduler.metrics.ttft.labels(self.model).observe(now - self.began)
+            last_of[item.index] = now
 
     async def close(self) -> None:
         """Stop listening; cancel the request in the worker where it is not over. Safe to call twice."""

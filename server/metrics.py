@@ -22,6 +22,7 @@ from prometheus_client import (
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from server.token_meter import TokenMeters
 from server.worker import messages
 
 disable_created_metrics()  # a series more for each counter, which nothing here asks for
@@ -45,6 +46,11 @@ class Spec:
     def full_name(self) -> str:
         """As it is exposed."""
         return f"spectral_{self.name}" + ("_total" if self.kind == "counter" else "")
+
+    @property
+    def collected(self) -> bool:
+        """True where the figures are kept elsewhere and read at a scrape."""
+        return self.name in _COLLECTED or self.name in _METERED
 
 
 SPECS = (
@@ -93,6 +99,7 @@ SPECS = (
 )  # fmt: skip
 BY_NAME = {spec.name: spec for spec in SPECS}
 _COLLECTED = ("device_memory_bytes", "device_memory_total_bytes")
+_METERED = ("generated_tokens", "inter_token_latency_seconds")
 _FROM_WORKERS = {
     "prefix_asked_tokens": "prefix_asked",
     "prefix_reused_tokens": "prefix_reused",
@@ -108,17 +115,15 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._made: dict[str, Any] = {spec.name: self._make(spec) for spec in SPECS if spec.name not in _COLLECTED}
+        self._made: dict[str, Any] = {spec.name: self._make(spec) for spec in SPECS if not spec.collected}
         self.requests: Counter = self._made["requests"]
         self.request_errors: Counter = self._made["request_errors"]
         self.prompt_tokens: Counter = self._made["prompt_tokens"]
-        self.generated_tokens: Counter = self._made["generated_tokens"]
         self.answers: Counter = self._made["answers"]
         self.restarts: Counter = self._made["worker_restarts"]
         self.loads: Counter = self._made["model_loads"]
         self.events: Counter = self._made["events"]
         self.ttft: Histogram = self._made["time_to_first_token_seconds"]
-        self.inter_token: Histogram = self._made["inter_token_latency_seconds"]
         self.answer_duration: Histogram = self._made["answer_duration_seconds"]
         self.load_duration: Histogram = self._made["model_load_duration_seconds"]
         self.pinned: Gauge = self._made["model_pinned"]
@@ -127,6 +132,11 @@ class Metrics:
         self.weights: Gauge = self._made["weights_bytes"]
         self._settings: dict[str, tuple[str, str]] = {}
         self._counted: dict[tuple[str, str], int] = {}
+        counter, histogram = (BY_NAME[name] for name in _METERED)
+        self.tokens = TokenMeters(
+            (counter.full_name, counter.text), (histogram.full_name, histogram.text), histogram.buckets
+        )
+        self.registry.register(self.tokens)
         ProcessCollector(registry=self.registry)
 
     def _make(self, spec: Spec) -> Any:
@@ -149,7 +159,8 @@ class Metrics:
             self.state.labels(model, name).set(1 if name == state else 0)
         for name in _FROM_WORKERS:
             self._made[name].labels(model)
-        for counter in (self.prompt_tokens, self.generated_tokens, self.restarts, self.waiting):
+        self.tokens.of(model)
+        for counter in (self.prompt_tokens, self.restarts, self.waiting):
             counter.labels(model)
         self._made["queued_requests"].labels(model)
         for outcome in ("hot", "failed"):
@@ -192,8 +203,9 @@ class Metrics:
         """Drop everything about a model that is no longer served."""
         self._settings.pop(model, None)
         self._counted = {key: value for key, value in self._counted.items() if key[0] != model}
+        self.tokens.forget(model)
         for spec in SPECS:
-            if "model" in spec.labels and spec.name not in _COLLECTED:
+            if "model" in spec.labels and not spec.collected:
                 self._made[spec.name].remove_by_labels({"model": model})
 
     def render(self) -> bytes:

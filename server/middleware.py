@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import errors
 from server.metrics import Metrics
+from server.sse import DIRECT
 
 access_log = logging.getLogger("spectral.access")
 _POLLED = ("/health", "/ready", "/metrics")
@@ -47,6 +48,8 @@ class _Exchange:
         self._status, self._complete, self._gone = 0, False, False
 
     async def run(self, receive: Receive, send: Send) -> None:
+        self._scope[DIRECT] = send
+
         async def watched_receive() -> Message:
             message = await receive()
             self._gone = self._gone or message["type"] == "http.disconnect"

@@ -51,20 +51,43 @@ class Chat:
             head["usage"] = None
         for index in range(n):
             yield sse.event({**head, "choices": [chunk(index, {"role": "assistant", "content": ""})]})
-        async for item in items(generation, self._body.tool_use, n):
+        if self._body.tool_use:
+            async for data in self._called(head, n):
+                yield data
+        else:  # nothing is done for a token that could be done once for all of them
+            texts = [_TextEvent(head, index) for index in range(n)]
+            async for batch in generation.batches():
+                if isinstance(batch, messages.Finished):
+                    yield self._end_event(head, batch, n)
+                elif self._logprobs:
+                    yield b"".join([self._text_event(head, item) for item in batch])
+                else:
+                    yield b"".join([texts[item.index](item.text) for item in batch if item.text])
+        if self._body.include_usage:
+            yield sse.event({**head, "choices": [], "usage": generation.usage, "spectral": generation.spectral})
+        yield sse.DONE
+
+    async def _called(self, head: dict[str, Any], n: int) -> AsyncIterator[bytes]:
+        """Text and calls."""
+        async for item in items(self._generation, self._body.tool_use, n):
             if isinstance(item, messages.Delta):
-                if item.text or item.logprobs:
-                    logprobs = self.logprobs(item.logprobs)
-                    yield sse.event({**head, "choices": [chunk(item.index, {"content": item.text}, logprobs)]})
+                yield self._text_event(head, item)
             elif isinstance(item, CalledTool):
                 delta = {"tool_calls": [{"index": item.number, **call_object(item)}]}
                 yield sse.event({**head, "choices": [chunk(item.index, delta)]})
             else:
-                extra = {"spectral": generation.spectral} if len(generation.finish_reasons) == n else {}
-                yield sse.event({**head, "choices": [self.end(item)], **extra})
-        if self._body.include_usage:
-            yield sse.event({**head, "choices": [], "usage": generation.usage, "spectral": generation.spectral})
-        yield sse.DONE
+                yield self._end_event(head, item, n)
+
+    def _text_event(self, head: dict[str, Any], item: messages.Delta) -> bytes:
+        if not item.text and not item.logprobs:
+            return b""
+        choice = chunk(item.index, {"content": item.text}, self.logprobs(item.logprobs))
+        return sse.event({**head, "choices": [choice]})
+
+    def _end_event(self, head: dict[str, Any], item: messages.Finished, n: int) -> bytes:
+        generation = self._generation
+        extra = {"spectral": generation.spectral} if len(generation.finish_reasons) == n else {}
+        return sse.event({**head, "choices": [self.end(item)], **extra})
 
     def end(self, item: messages.Finished) -> dict[str, Any]:
         """The last chunk of a choice."""
@@ -85,6 +108,18 @@ class Chat:
         generation = self._generation
         ident = "chatcmpl-" + generation.request_id
         return {"id": ident, "object": name, "created": generation.created, "model": generation.model}
+
+
+class _TextEvent:
+    """The event of a choice's next piece of text: all but the text is written once."""
+
+    def __init__(self, head: dict[str, Any], index: int) -> None:
+        whole = sse.event({**head, "choices": [chunk(index, {"content": ""})]})
+        before, mark, self._after = whole.rpartition(b'"content":""')
+        self._before = before + mark[:-2]
+
+    def __call__(self, text: str) -> bytes:
+        return self._before + sse.encode(text) + self._after
 
 
 def call_object(item: CalledTool) -> dict[str, Any]:

@@ -293,8 +293,9 @@ class Scheduler:
         pings = asyncio.create_task(self._ping(slot, worker))
         try:
             worker.send(slot.load_message())
-            while (message := await worker.receive()) is not None:
-                self._take(slot, message)
+            while received := await worker.receive():
+                for message in received:
+                    self._take(slot, message)
         except messages.BadFrame as error:
             slot.error = f"its worker sent bad bytes ({error})"
         finally:
@@ -335,7 +336,7 @@ class Scheduler:
 
     def _take(self, slot: Slot, message: messages.ToParent) -> None:
         slot.last_pong = time.monotonic()
-        if isinstance(message, StreamItem):
+        if type(message) is messages.Delta or isinstance(message, StreamItem):
             stream = slot.streams.get(message.request_id)
             if stream is not None:
                 stream.put(message)

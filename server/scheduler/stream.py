@@ -41,18 +41,29 @@ class RequestStream:
 
     async def get(self) -> StreamItem | None:
         """The next item. Raises asyncio.TimeoutError after the deadline, SlowReader after an overflow."""
-        while True:
-            if self.overflowed:
-                raise SlowReader
-            if self._expired:
-                raise asyncio.TimeoutError
-            if self._items:
-                return self._items.popleft()
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+        while not self._readable():
+            await self.coming()
+        return self._items.popleft()
+
+    def taken(self) -> list[StreamItem | None]:
+        """All items that have come, perhaps none. Raises as :meth:`get`."""
+        if not self._readable():
+            return []
+        taken = list(self._items)
+        self._items.clear()
+        return taken
+
+    def coming(self) -> asyncio.Future[None]:
+        """Done when there is something to take, or to raise. A future and no coroutine: every token waits here."""
+        self._waiter = asyncio.get_running_loop().create_future()
+        return self._waiter
+
+    def _readable(self) -> bool:
+        if self.overflowed:
+            raise SlowReader
+        if self._expired:
+            raise asyncio.TimeoutError
+        return bool(self._items)
 
     def close(self) -> None:
         """Nobody reads any more."""

@@ -33,21 +33,30 @@ class MessageReader:
         self._messages: deque[ToParent] = deque()
         self._broken: BadFrame | None = None
 
-    async def next(self) -> ToParent | None:
-        """The next message, or None at the end of the stream. Raises BadFrame, after the messages before it."""
+    async def take(self) -> list[ToParent]:
+        """All messages that have come, at least one; none at the end of the stream.
+
+        Raises BadFrame, after the messages before it.
+        """
+        await self._filled()
+        taken = list(self._messages)
+        self._messages.clear()
+        return taken
+
+    async def _filled(self) -> bool:
         while not self._messages:
             if self._broken is not None:
                 raise self._broken
             try:
                 data = await self._reader.read(READ_BYTES)
             except ConnectionError:
-                return None
+                return False
             if not data:
-                return None
+                return False
             self._bytes += data
             if len(self._bytes) >= self._needed:
                 self._split()
-        return self._messages.popleft()
+        return True
 
     def _split(self) -> None:
         data, at, self._needed = bytes(self._bytes), 0, LENGTH.size

@@ -71,9 +71,9 @@ class WorkerProcess:
         if not self._writer.is_closing():
             messages.write_message(self._writer, message)
 
-    async def receive(self) -> messages.ToParent | None:
-        """The next message; None when the worker ended. Raises BadFrame."""
-        return await self._messages.next()
+    async def receive(self) -> list[messages.ToParent]:
+        """The messages that have come, at least one; none when the worker ended. Raises BadFrame."""
+        return await self._messages.take()
 
     async def stop(self, grace_s: float) -> str:
         """End the child: close the socket, wait `grace_s`, then terminate, then kill. Returns how it ended.
