@@ -144,7 +144,7 @@ def cancelled() -> ApiError:
 
 def deadline_exceeded(seconds: float) -> ApiError:
     """504."""
-    message = f"the request did not finish within {seconds:g} s; ask for fewer tokens, or raise request_timeout_seconds"
+    message = f"the request did not finish within {seconds:g} s; ask for fewer tokens, or allow more time"
     return ApiError(504, message, code="deadline_exceeded")
 
 

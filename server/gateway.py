@@ -167,7 +167,7 @@ class Generation:
     def _given_up(self, error: Exception) -> errors.ApiError:
         if isinstance(error, SlowReader):
             return self._failed(errors.slow_client())
-        return self._failed(errors.deadline_exceeded(self._scheduler.settings.server.request_timeout_seconds))
+        return self._failed(errors.deadline_exceeded(self._stream.seconds))
 
     def _failed(self, error: errors.ApiError) -> errors.ApiError:
         self._notes["outcome"], self._notes["code"] = error.status, error.code
@@ -285,8 +285,11 @@ class Gateway:
 
     def _on_behalf(self, submit: messages.Submit, request: Request) -> messages.Submit:
         """Callers with keys share the engine fairly, and no prefixes: how fast an answer begins would tell what others
-        have asked."""
+        have asked. Only an administrator's key goes before them. Raises ApiError 403."""
         record = caller_of(request.scope).record
+        if record is not None and submit.priority > 0 and record.role != "admin":
+            message = "priority: above 0 needs an admin key; this key may ask for -100 to 0"
+            raise errors.forbidden(message, code="priority_not_allowed", param="priority")
         return submit if record is None else msgspec.structs.replace(submit, tenant=record.name, cache_salt=record.name)
 
     def _admit(self, model: str, request: Request) -> tuple[Slot, Permit | None]:
@@ -352,8 +355,10 @@ class Gateway:
         if ready is None:  # the worker ended in the very moment after it was hot
             raise self.scheduler.worker_lost(slot)
         body.check(ready)
-        left = began + self.scheduler.settings.server.request_timeout_seconds - time.monotonic()
-        stream = self.scheduler.submit(slot, worker, submit, left)
+        most = self.scheduler.settings.server.request_timeout_seconds
+        seconds = min(most, getattr(body, "timeout_seconds", None) or most)
+        stream = self.scheduler.submit(slot, worker, submit, began + seconds - time.monotonic())
+        stream.seconds = seconds
         generation = Generation(self.scheduler, slot, ready, stream, submit, began, notes, permit, field_names)
         try:
             await generation.accepted()

@@ -1,5 +1,5 @@
 // The playground: one answer, or the same prompt at two settings side by side. A model's text is shown as text.
-import { events, named, post, stream } from "./api.js";
+import { events, stream } from "./api.js";
 import { byId, bytes, compared, el, nats, notice, options } from "./dom.js";
 import { rungs } from "./models.js";
 
@@ -63,29 +63,19 @@ function request(messages) {
   };
 }
 
-async function ask(messages, box, signal) {
+async function ask(messages, box, signal, extra = {}) {
   const began = performance.now();
-  return read(await stream("/v1/chat/completions", request(messages), signal), box, began);
+  return read(await stream("/v1/chat/completions", { ...request(messages), ...extra }, signal), box, began);
 }
 
-/** Each answer begins at its own setting and keeps it to its end, so both can run at once. */
+/** The same prompt at two settings, at the same time; the model itself stays as it is. Both are awaited, so that one
+ * that fails does not hide the other. */
 async function compare(messages, boxes, settings, signal) {
-  const path = `/admin/models/${named(byId("chat-model").value)}/setting`;
-  const before = models[byId("chat-model").value]?.chosen_setting ?? "auto";
-  const reading = [];
-  try {
-    for (const [index, setting] of settings.entries()) {
-      await post(path, { setting });
-      const began = performance.now();
-      const answer = await stream("/v1/chat/completions", request(messages), signal);
-      const work = read(answer, boxes[index], began);
-      work.catch(() => {}); // told below, when all are awaited
-      reading.push(work);
-    }
-  } finally {
-    await post(path, { setting: before });
-  }
-  return (await Promise.all(reading))[0];
+  const both = settings.map((setting, index) => ask(messages, boxes[index], signal, { kv_quality: { setting } }));
+  const [first, second] = await Promise.allSettled(both);
+  const failed = [first, second].find((answer) => answer.status === "rejected");
+  if (failed) throw failed.reason;
+  return first.value;
 }
 
 async function submit(event) {

@@ -20,7 +20,7 @@ from server.scheduler.slots import Slot
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
-_COMPLETION_NAMES = {"max_kl": "kv_quality.max_kl"}
+_COMPLETION_NAMES = {"max_kl": "kv_quality.max_kl", "setting": "kv_quality.setting"}
 _CHAT_NAMES = {**_COMPLETION_NAMES, "grammar": "response_format"}
 _RESPONSES_NAMES = {**_COMPLETION_NAMES, "grammar": "text.format", "messages": "input"}
 _RESPONSES_NAMES["max_tokens"] = "max_output_tokens"

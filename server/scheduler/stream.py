@@ -23,6 +23,7 @@ class RequestStream:
 
     def __init__(self, request_id: str, seconds: float, choices: int = 1) -> None:
         self.request_id = request_id
+        self.seconds = seconds  # what the reader is told when they are over
         self.overflowed = False
         self._limit = STREAM_EVENTS * choices
         self._items: deque[StreamItem | None] = deque()

@@ -22,9 +22,13 @@ class Strict(BaseModel):
 
 
 class Request(Strict):
-    """A whole body. `harmless`: fields that are not honoured, and the values at which that changes nothing."""
+    """A whole body. `harmless`: fields that are not honoured, and the values at which that changes nothing.
+
+    `hints`: what to do instead, for fields that are refused.
+    """
 
     harmless: ClassVar[Harmless] = {}
+    hints: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
     def prepare(cls, data: dict[str, Any]) -> dict[str, Any]:
@@ -54,9 +58,10 @@ def _known(schema: type[Request], data: dict[str, Any]) -> dict[str, Any]:
             if value is not None:
                 kept[name] = value
         elif name not in schema.harmless:
-            raise unsupported(name)
+            raise unsupported(name, schema.hints.get(name, "remove it from the request"))
         elif value is not None and not schema.harmless[name](value):
-            raise unsupported(name, "this server does not support this value; remove the field")
+            hint = "this server does not support this value; remove the field"
+            raise unsupported(name, schema.hints.get(name, hint))
     return kept
 
 

@@ -122,7 +122,7 @@ class ChatRequest(OpenAIFields):
             ),
             messages=[turn.to_wire(f"messages[{place}]") for place, turn in enumerate(self.messages)],
             tools=self.tool_use.described,
-            max_kl=self.max_kl,
+            **self.service,
         )
 
 

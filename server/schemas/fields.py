@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from server.schemas.base import Strict
 
@@ -118,9 +118,19 @@ FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 
 
 class KvQuality(Strict):
-    """What the KV cache must hold to: the measured mean KL of its setting, in nats, must not be more than `max_kl`."""
+    """What the request's KV cache must be: of this setting, or with a measured mean KL (nats) of at most `max_kl`.
 
-    max_kl: float = Field(ge=0, le=100)
+    Both may be given; the setting must then be that close.
+    """
+
+    max_kl: float | None = Field(None, ge=0, le=100)
+    setting: str | None = Field(None, min_length=1, max_length=64, description="exact, or a row of the ladder.")
+
+    @model_validator(mode="after")
+    def _says_something(self) -> KvQuality:
+        if self.max_kl is None and self.setting is None:
+            raise ValueError("must have max_kl or setting")
+        return self
 
 
 class StreamOptions(Strict):

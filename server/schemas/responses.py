@@ -161,7 +161,7 @@ class ResponsesRequest(SamplingFields):
             sampling=self.sampling(logprobs=wanted, max_tokens=self.max_output_tokens, grammar=grammar),
             messages=self._turns(),
             tools=self.tool_use.described,
-            max_kl=self.max_kl,
+            **self.service,
         )
 
     def _grammar(self) -> wire.Grammar | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -32,6 +33,31 @@ COMMON_HARMLESS: Harmless = {
     "prompt_cache_retention": lambda value: value == "in_memory",
     "safety_identifier": lambda value: isinstance(value, str),
 }
+_TEXT_ONLY = "models here read and write text only; remove it"
+_NOTHING_KEPT = "this server keeps no answers; send the whole conversation with each request"
+HINTS = {
+    "audio": _TEXT_ONLY,
+    "background": "answers are given while the client waits; remove it",
+    "best_of": "answers are not ranked here; ask for n of them, with logprobs, and choose among them",
+    "conversation": _NOTHING_KEPT,
+    "function_call": "use tool_choice",
+    "functions": "use tools",
+    "image": _TEXT_ONLY,
+    "max_tool_calls": "no tools are run here; the client runs them and decides how often",
+    "modalities": _TEXT_ONLY,
+    "moderation": "nothing is moderated here; remove it",
+    "prediction": "a predicted answer is not used here; remove it",
+    "previous_response_id": _NOTHING_KEPT,
+    "prompt": "stored prompts are not there; send instructions and input",
+    "reasoning": "no effort can be set; a model that thinks does so as its chat template says; remove it",
+    "reasoning_effort": "no effort can be set; a model that thinks does so as its chat template says; remove it",
+    "service_tier": "there is one tier, auto; priority says who goes first",
+    "store": _NOTHING_KEPT,
+    "suffix": "models here go on from a prompt and fill no gaps; say in the prompt what comes after",
+    "truncation": "a prompt is never cut; shorten it",
+    "web_search_options": "nothing is searched here; offer a tool of your own",
+}
+"""What to do instead of a field that is refused."""
 _PASSED_ON = (
     "temperature",
     "top_p",
@@ -50,6 +76,8 @@ _PASSED_ON = (
 class SamplingFields(Request):
     """A model, how to choose its tokens, and how good its cache has to be. Interfaces limit tokens each in its way."""
 
+    hints: ClassVar[Mapping[str, str]] = HINTS
+
     model: ModelName
     stream: bool = False
     temperature: float = Field(1.0, ge=0, le=2)
@@ -64,11 +92,24 @@ class SamplingFields(Request):
     repetition_penalty: float = Field(1.0, gt=0, le=10)
     logit_bias: Bias = {}
     kv_quality: KvQuality | None = None
+    session: str | None = Field(
+        None,
+        min_length=1,
+        max_length=256,
+        description="A name under which the cache is kept in host memory, for the next request with this name whose "
+        "prompt goes on from here.",
+    )
+    priority: int = Field(0, ge=-100, le=100, description="Higher ones run first; above 0 only for admin keys.")
+    timeout_seconds: float | None = Field(
+        None, gt=0, le=86_400, description="The request fails (504) if it is not over by then."
+    )
 
     @property
-    def max_kl(self) -> float | None:
-        """The most that the cache's setting may cost, mean KL in nats; None: whatever it costs."""
-        return None if self.kv_quality is None else self.kv_quality.max_kl
+    def service(self) -> dict[str, Any]:
+        """Fields of Submit that say how the request is to be served."""
+        asked = self.kv_quality
+        quality = {} if asked is None else {"max_kl": asked.max_kl, "setting": asked.setting}
+        return {**quality, "session": self.session, "priority": self.priority}
 
     def check(self, ready: wire.Ready) -> None:
         """The worker checks what depends on the model."""

@@ -30,7 +30,9 @@ class CompletionRequest(OpenAIFields):
     echo: bool = False
 
     def split(self) -> list[CompletionRequest]:
-        """One request for each prompt."""
+        """One request for each prompt. Raises ApiError 400 where they would share a session."""
+        if self.session is not None and len(self.prompt) > 1:
+            raise bad_request("session: needs exactly one prompt", "session")
         return [self.model_copy(update={"prompt": [prompt]}) for prompt in self.prompt]
 
     def submit(self, request_id: str) -> wire.Submit:
@@ -47,7 +49,7 @@ class CompletionRequest(OpenAIFields):
             max_tokens=limit,
             prompt_logprobs=(self.logprobs or 0) if shown else None,
         )
-        return wire.Submit(request_id, "completion", sampling, prompt=prompt, max_kl=self.max_kl)
+        return wire.Submit(request_id, "completion", sampling, prompt=prompt, **self.service)
 
 
 class GenerateRequest(SamplingFields):
@@ -59,7 +61,7 @@ class GenerateRequest(SamplingFields):
     def submit(self, request_id: str) -> wire.Submit:
         """The message to the worker."""
         sampling = self.sampling(max_tokens=self.max_tokens)
-        return wire.Submit(request_id, "completion", sampling, prompt=self.prompt, max_kl=self.max_kl)
+        return wire.Submit(request_id, "completion", sampling, prompt=self.prompt, **self.service)
 
 
 class TokenizeRequest(Request):

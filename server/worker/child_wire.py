@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from server.worker import messages as wire
+from server.worker.child_clock import RequestClock
 from spectral.engine import types
 from spectral.engine.detokenize import token_bytes
 from spectral.errors import OutOfPages, QueueFull, RequestError
@@ -39,6 +40,8 @@ def to_request(message: wire.Submit) -> types.GenerateRequest:
         cache_salt=message.cache_salt,
         max_kl=message.max_kl,
         priority=message.priority,
+        setting=message.setting,
+        session=message.session,
     )
 
 
@@ -115,22 +118,27 @@ class EventTranslator:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self.clock = RequestClock()
         self._token = lru_cache(maxsize=4096)(lambda token: _token(tokenizer, token))
 
     def __call__(self, event: types.Event) -> wire.ToParent | None:
         """The message; None for an event that the gateway is not told."""
         if isinstance(event, types.Delta):
+            self.clock.token(event.request_id, event.index)
             logprobs = None if event.logprobs is None else [self._logprob(item) for item in event.logprobs]
             return wire.Delta(event.request_id, event.index, event.text, list(event.token_ids), logprobs)
         if isinstance(event, types.PromptLogprobs):
             return self._prompt(event)
         if isinstance(event, types.Finished):
             used = event.usage
-            usage = wire.Usage(used.prompt_tokens, used.completion_tokens, used.kv_bytes, used.setting)
+            times = self.clock.finished(event.request_id, event.index)
+            usage = wire.Usage(used.prompt_tokens, used.completion_tokens, used.kv_bytes, used.setting, *times)
             return wire.Finished(event.request_id, event.index, event.reason, usage)
         if isinstance(event, types.Failed):
+            self.clock.forget(event.request_id)
             return failed(event.request_id, event.error)
-        return None  # Started: the gateway counts from Accepted
+        self.clock.started(event.request_id)  # what the gateway is told at the end
+        return None
 
     def _prompt(self, event: types.PromptLogprobs) -> wire.PromptTokens:
         text = str(self._tokenizer.decode([event.first, *(item.token_id for item in event.logprobs)]))

@@ -256,10 +256,11 @@ class Worker:
                 raise outcome
             engine = self._engines.current
             tokens = engine.submit(request, outcome)
-            setting = engine.lanes.setting_for(request.max_kl)
+            setting = engine.lanes.setting_for(request.max_kl, request.setting)
         except Exception as error:  # as above
             self._writer.send(child_wire.rejected(ident, error))
             return
+        self._translate.clock.submitted(ident, request.params.n)
         self._writer.send(wire.Accepted(ident, tokens, setting))
         if cancelled:
             self._engines.cancel(ident)

@@ -95,12 +95,16 @@ class TokenLogprob(msgspec.Struct, frozen=True):
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """What one choice used: tokens, and the bytes of cache its row held when it ended."""
+    """What one choice used: tokens, and the bytes of cache its row held when it ended. Seconds: until its request's
+    first step, from there to the choice's first token, and from that to its end."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     kv_bytes: int = 0
     setting: str = ""
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
 
 
 class LadderFigure(msgspec.Struct, frozen=True):
@@ -135,8 +139,8 @@ class Submit(msgspec.Struct, tag="submit", frozen=True):
     """A request. kind "chat": `messages` and `tools` (as OpenAI has them); kind "completion": `prompt` (text, ids).
 
     `timeout_s`: it fails with deadline_exceeded if it has not ended by then. `max_kl`: how far the cache's setting may
-    be from the exact cache (mean KL, nats). `tenant`: on whose behalf; `cache_salt`: who shares prefixes with it.
-    `priority`: higher ones run first.
+    be from the exact cache (mean KL, nats); `setting`: which it is. `tenant`: on whose behalf; `cache_salt`: who shares
+    prefixes and sessions with it. `priority`: higher ones run first. `session`: keep the cache under this name.
     """
 
     request_id: str
@@ -150,6 +154,8 @@ class Submit(msgspec.Struct, tag="submit", frozen=True):
     tenant: str = ""
     cache_salt: str = ""
     priority: int = 0
+    setting: str | None = None
+    session: str | None = None
 
 
 class Tokenize(msgspec.Struct, tag="tokenize", frozen=True):

@@ -149,7 +149,7 @@ class Engine:
             raise RequestError(
                 f"logit_bias holds token id {bad}; this model's ids are 0 to {self.vocab_size - 1}", param="logit_bias"
             )
-        self.lanes.setting_for(request.max_kl)
+        self.lanes.setting_for(request.max_kl, request.setting)
         if self.scheduler.room() < params.n:
             raise QueueFull(len(self.scheduler.waiting))
         ids = self.encode(request) if prompt is None else prompt
@@ -191,6 +191,7 @@ class Engine:
         return Sequence(
             request.request_id, index, self._order, list(ids), len(ids), sampler=sampler, answer=answer,
             priority=request.priority, tenant=request.tenant, salt=salt, max_kl=request.max_kl, scores=scores,
+            setting=request.setting,
         )  # fmt: skip
 
     def cancel(self, request_id: str) -> None:

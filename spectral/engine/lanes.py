@@ -130,8 +130,11 @@ class Lanes:
 
     # -- which lane ------------------------------------------------------------------------------------------------
 
-    def setting_for(self, max_kl: float | None) -> str:
-        """The current setting, or where it is not good enough the coarsest that is. Raises RequestError."""
+    def setting_for(self, max_kl: float | None, setting: str | None = None) -> str:
+        """The setting that is asked for; else the current one, or where that is not good enough the coarsest that is.
+        Raises RequestError."""
+        if setting is not None:
+            return self._asked(setting, max_kl)
         if max_kl is None or self.current.kl <= max_kl:
             return self.current.setting
         ladder = self._profile.ladder if self._profile is not None else []
@@ -146,10 +149,22 @@ class Lanes:
             )
         return min(good, key=lambda row: row.bytes_per_token(self._loaded.context_length)).name
 
+    def _asked(self, setting: str, max_kl: float | None) -> str:
+        ladder = [] if self._profile is None else [row.name for row in self._profile.ladder]
+        known = list(dict.fromkeys([EXACT, *ladder, self.current.setting]))
+        if setting not in known:
+            message = f"setting {setting!r} is none of this model's: {', '.join(known)}"
+            raise RequestError(message, param="setting", code="quality_unavailable")
+        kl = self.current.kl if setting == self.current.setting else self._kl(setting)
+        if max_kl is not None and kl > max_kl:
+            message = f"setting {setting!r} is measured at a KL of {kl:.3g}, which is more than max_kl, {max_kl:g}"
+            raise RequestError(message, param="max_kl", code="quality_unavailable")
+        return setting
+
     def join(self, sequence: Sequence) -> Lane:
         """The lane of a sequence that waits, chosen now unless it has one. Raises RequestError as `setting_for`."""
         if sequence.lane is None:
-            sequence.lane = self.lane(self.setting_for(sequence.max_kl))
+            sequence.lane = self.lane(self.setting_for(sequence.max_kl, sequence.setting))
             sequence.lane.members += 1
         lane: Lane = sequence.lane
         return lane

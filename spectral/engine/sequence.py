@@ -14,7 +14,8 @@ class Sequence:
         order: place in the order of arrival, unique; ties of age are broken by it.
         tokens: prompt and answer so far; prompt_length: how many of them are the prompt.
         priority: higher ones go first; tenant: who shares the engine fairly with others; salt: only prompts with the
-            same one share a prefix; max_kl: the setting must be at least that good (None: any).
+            same one share a prefix; max_kl: the setting must be at least that good (None: any); setting: the
+            one to begin at (None: the engine's).
         lane: its spectral.engine.lanes.Lane, from its first step on.
         row: its row in the lane's store, None while it waits. The row holds tokens[: row.length].
         parked: its row in host memory, to go on from; keep: tokens of it that are still right (None: all).
@@ -34,6 +35,7 @@ class Sequence:
     tenant: str = ""
     salt: str = ""
     max_kl: float | None = None
+    setting: str | None = None
     lane: Any = None
     row: Any = None
     parked: Any = None

@@ -70,6 +70,8 @@ class Sessions:
     def _begin(self, name: Name, shelved: Shelved, lane: Lane, sequence: Sequence) -> None:
         if sequence.max_kl is not None and lane.kl > sequence.max_kl:
             return
+        if sequence.setting not in (None, lane.setting):
+            return
         usable = min(shelved.parked.length, len(sequence.tokens) - 1)
         same = next((i for i in range(usable) if shelved.tokens[i] != sequence.tokens[i]), usable)
         rolling = any(codec is None for codec in lane.store.codebook.layers)

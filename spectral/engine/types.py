@@ -143,6 +143,7 @@ class GenerateRequest:
         cache_salt: only requests with the same one share prefixes and sessions.
         max_kl: the cache's setting must be measured to be at least this close to the exact cache, nats per token; None
             for any. A squeeze in mid-answer keeps to it too.
+        setting: "exact" or a row of the profile's ladder, instead of the engine's; None for that one.
         session: a name under which the cache is kept in host memory when the answer has ended, for the next request
             with this name and a prompt that goes on from there.
     """
@@ -157,6 +158,7 @@ class GenerateRequest:
     cache_salt: str = ""
     max_kl: float | None = None
     session: str | None = None
+    setting: str | None = None
 
     def __post_init__(self) -> None:
         if not self.request_id:

@@ -112,6 +112,21 @@ def test_a_request_gets_the_quality_that_it_asks_for(client: openai.OpenAI) -> N
     assert refused.value.param == "kv_quality.max_kl"
 
 
+def test_a_chat_goes_on_in_its_session_at_a_setting_of_its_own(client: openai.OpenAI) -> None:
+    turns: list[Any] = list(QUESTION)
+    extra = {"session": "an end-to-end test", "kv_quality": {"setting": "4x"}, "priority": -1, "timeout_seconds": 60.0}
+    first = client.chat.completions.create(model=MODEL, messages=turns, temperature=0, max_tokens=48, extra_body=extra)
+    assert json.loads(first.to_json())["spectral"]["setting"] == "4x"
+    turns += [{"role": "assistant", "content": first.choices[0].message.content}, *QUESTION]
+    asked = {"model": MODEL, "messages": turns, "temperature": 0, "max_tokens": 16}
+    again = client.chat.completions.create(**asked, extra_body=extra)
+    fresh = client.chat.completions.create(**asked, extra_body={"kv_quality": {"setting": "4x"}})
+    assert again.choices[0].message.content == fresh.choices[0].message.content
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(**asked, extra_body={"kv_quality": {"setting": "7x"}})
+    assert refused.value.param == "kv_quality.setting"
+
+
 def test_model_list_names_the_demo(client: openai.OpenAI) -> None:
     assert MODEL in [model.id for model in client.models.list()]
 

@@ -149,11 +149,13 @@ class Worker:
             self.channel.send(m.Rejected(name, 429, "queue_full", "try again later"))
         elif text == "garbage":
             self.sock.sendall(b"\x00\x00\x00\x02zz")
+        elif message.setting == "7x":
+            self.channel.send(m.Rejected(name, 400, "quality_unavailable", "there is no setting 7x", "setting"))
         elif message.max_kl is not None and message.max_kl < 0.001:
             self.channel.send(m.Rejected(name, 400, "quality_unavailable", "no setting is that close", "max_kl"))
         else:
             close = message.max_kl is not None and message.max_kl < FIGURES["kl_mean"]
-            self.channel.send(m.Accepted(name, 5, "4x" if close else ""))
+            self.channel.send(m.Accepted(name, 5, message.setting or ("4x" if close else "")))
             if text == "forever":
                 self.ticking.append(name)
                 self.report()

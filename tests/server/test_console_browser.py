@@ -150,12 +150,15 @@ def test_two_settings_answer_side_by_side(page: Any, console: Running) -> None:
     page.get_by_label("Compare two settings").check()
     page.locator("#first").select_option("exact")
     page.locator("#second").select_option("4x")
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url) if request.method == "POST" else None)
     ask(page, "hello")
     answers = page.locator(".answer")
     answers.nth(1).locator("dd[data-term='cache']").wait_for()
     answers.nth(0).locator("dd[data-term='cache']").wait_for()
     assert [answers.nth(i).locator("dd[data-term='setting']").inner_text() for i in (0, 1)] == ["exact", "4x"]
-    assert console.ready()["demo-7m"]["setting"]["setting"] == "8x"  # as it was before
+    assert console.ready()["demo-7m"]["setting"]["setting"] == "8x"
+    assert [address for address in asked if "/admin/" in address] == []  # nothing was changed for anybody
 
 
 def test_what_a_model_writes_is_only_text(page: Any) -> None:

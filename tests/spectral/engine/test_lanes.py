@@ -8,7 +8,7 @@ import pytest
 
 from spectral.engine.build import build_engine, find_profile
 from spectral.engine.engine import Engine
-from spectral.engine.types import EngineLimits
+from spectral.engine.types import EngineLimits, Finished
 from spectral.errors import ProfileError, RequestError, SettingError
 from spectral.hf import LoadedModel, load_model
 from tests.spectral.engine.engine_helpers import answer, ask, drive, request, tiny_engine
@@ -107,6 +107,31 @@ def test_a_floor_that_nothing_meets_is_refused_with_the_ladder(loaded: LoadedMod
     assert len(ask(demo(loaded, "exact"), request("a", PROMPT, 5, max_kl=0.0))["a"]) == 5
     with pytest.raises(RequestError, match="0 or more"):
         request("a", PROMPT, 5, max_kl=-1.0)
+
+
+def test_a_request_has_a_setting_of_its_own(loaded: LoadedModel) -> None:
+    engine = demo(loaded, "8x")
+    for name, setting in (("a", "16x"), ("b", "exact"), ("c", None)):
+        engine.submit(request(name, PROMPT, 20, setting=setting))
+    events = drive(engine)
+    for name, setting in (("a", "16x"), ("b", "exact"), ("c", "8x")):
+        assert answer(events, name) == ask(demo(loaded, setting), request("x", PROMPT, 20))["x"]
+        assert [e.usage.setting for e in events if isinstance(e, Finished) and e.request_id == name] == [setting]
+    assert engine.setting == "8x" and [lane.setting for lane in engine.lanes.all] == ["8x"]
+    with pytest.raises(RequestError, match="'7x' is none of this model's: exact, 3.5x") as caught:
+        engine.submit(request("d", PROMPT, 5, setting="7x"))
+    assert (caught.value.param, caught.value.code) == ("setting", "quality_unavailable")
+    with pytest.raises(RequestError, match="more than max_kl") as caught:
+        engine.submit(request("d", PROMPT, 5, setting="16x", max_kl=1e-9))
+    assert caught.value.param == "max_kl" and not engine.has_work
+
+
+def test_a_session_at_another_setting_is_computed_anew(loaded: LoadedModel) -> None:
+    engine = demo(loaded, "8x")
+    first = ask(engine, request("a", PROMPT, 10, session="s"))["a"]
+    longer = [*PROMPT, *first, 5, 6, 7]
+    again = ask(engine, request("b", longer, 10, session="s", setting="16x"))["b"]
+    assert again == ask(demo(loaded, "16x"), request("x", longer, 10))["x"]
 
 
 def test_all_settings_share_one_budget(loaded: LoadedModel) -> None:
