@@ -1,0 +1,74 @@
+"""Clients of other projects, unmodified, against the real server: OpenAI's with its own parser, and `llm`.
+
+Ollama's and LangChain's are in tests/server and among the examples; lm-eval's run is bench/lm_eval_run.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
+
+import openai
+import pydantic
+import pytest
+from harness import Server
+
+pytestmark = pytest.mark.e2e
+MODEL = "demo-7m"
+QUESTION = "What is the capital of France?"
+
+
+class City(pydantic.BaseModel):
+    """The form of an answer."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+    city: Literal["Paris", "Oslo"]
+
+
+def test_openai_parses_a_structured_answer(server: Server) -> None:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        answer = client.chat.completions.parse(
+            model=MODEL,
+            messages=[{"role": "user", "content": QUESTION}],
+            response_format=City,
+            max_tokens=64,
+            temperature=0,
+        )
+        assert isinstance(answer.choices[0].message.parsed, City)
+        response = client.responses.parse(
+            model=MODEL, input=QUESTION, text_format=City, max_output_tokens=64, temperature=0
+        )
+        assert isinstance(response.output_parsed, City)
+
+
+async def test_openai_streams_many_at_once(server: Server) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+
+        async def one() -> str:
+            stream = await client.chat.completions.create(
+                model=MODEL, messages=[{"role": "user", "content": QUESTION}], stream=True, temperature=0, max_tokens=32
+            )
+            return "".join([c.delta.content or "" async for chunk in stream for c in chunk.choices])
+
+        answers = await asyncio.gather(*(one() for _ in range(6)))
+    assert len(set(answers)) == 1 and "Paris" in answers[0]
+
+
+@pytest.mark.parametrize("options", [(), ("--no-stream",)])
+def test_llm_command(server: Server, tmp_path: Path, options: tuple[str, ...]) -> None:
+    program = shutil.which("llm", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    if program is None:
+        pytest.skip("llm is not installed (it is in the extra dev)")
+    models = f"- model_id: spectral\n  model_name: {MODEL}\n  api_base: {server.url}/v1\n"
+    (tmp_path / "extra-openai-models.yaml").write_text(models)
+    keep = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    env = {**keep, "LLM_USER_PATH": str(tmp_path), "OPENAI_API_KEY": "none"}
+    command = [program, "-m", "spectral", "-o", "temperature", "0", "-o", "max_tokens", "48", "--no-log", *options]
+    done = subprocess.run([*command, QUESTION], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout
