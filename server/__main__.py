@@ -26,6 +26,7 @@ from server.metrics import table
 from server.scheduler.loop import Scheduler
 from server.scheduler.slots import Slot
 from server.state_schema import StateError
+from server.tracing import TracingUnavailable
 
 SCHEMA_FILE = "config.schema.json"
 DEFAULT_URL = "http://127.0.0.1:8000"  # where `spectral chat` looks by itself
@@ -140,7 +141,7 @@ class GracefulServer(uvicorn.Server):
 def _run(settings: Settings, listener: socket.socket, config_file: Path) -> int:
     try:
         app = create_app(settings, config_file=config_file)
-    except StateError as error:
+    except (StateError, TracingUnavailable) as error:
         print(error, file=sys.stderr)
         return 1
     return _event_loop()(_serve(app, settings, listener))

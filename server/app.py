@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -23,14 +24,21 @@ from server.routes import admin_profiles, console, generate, ollama, openai, ops
 from server.routes import memory as memory_routes
 from server.scheduler.loop import Scheduler
 from server.state import State
+from server.tracing import Tracing, provider_for
 from server.worker.process import DEFAULT_COMMAND
 
 
 def create_app(
-    settings: Settings, command: Sequence[str] = DEFAULT_COMMAND, config_file: Path | None = None
+    settings: Settings,
+    command: Sequence[str] = DEFAULT_COMMAND,
+    config_file: Path | None = None,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """The application; its lifespan starts and ends the workers. `command` replaces the worker's command line,
-    `config_file` is what a reload reads. Raises StateError."""
+    `config_file` is what a reload reads, `tracing` stands for the configured one. Raises StateError and
+    TracingUnavailable."""
+    if tracing is None and settings.tracing.enabled:
+        tracing = Tracing(provider_for(settings.tracing))
     metrics = Metrics()
     state = State.open(settings.server.state_dir)
     events = EventLog(state)
@@ -50,6 +58,8 @@ def create_app(
             await scheduler.stop()
             await admin.stop()
             state.close()
+            if tracing is not None:
+                await asyncio.to_thread(tracing.shutdown)
 
     app = FastAPI(title="Spectral", version=ops.installed_version(), lifespan=lifespan, redirect_slashes=False)
     app.state.scheduler = scheduler
@@ -60,7 +70,7 @@ def create_app(
     app.state.started = int(time.time())
     errors.install(app)
     app.add_middleware(Guard, keys=app.state.keys, settings=settings.auth)
-    app.add_middleware(Outermost, metrics=metrics)
+    app.add_middleware(Outermost, metrics=metrics, tracing=tracing)
     for module in (openai, ollama, generate, tokens, ops, admin_routes, admin_profiles, memory_routes, console):
         app.include_router(module.router)
     return app

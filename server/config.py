@@ -27,6 +27,7 @@ from pydantic_settings.exceptions import SettingsError
 
 from server.config_auth import AuthSettings
 from server.config_memory import Bytes, DefaultMemory, MemorySettings, ModelMemory, Section
+from server.config_tracing import TracingSettings
 from server.worker import messages
 from server.yaml_source import YamlSource
 
@@ -180,6 +181,7 @@ class Settings(BaseSettings):
     server: ServerSettings = ServerSettings()
     auth: AuthSettings = AuthSettings()
     logging: LogSettings = LogSettings()
+    tracing: TracingSettings = TracingSettings()
     memory: MemorySettings = MemorySettings()
     defaults: DefaultSettings = DefaultSettings()
     models: tuple[ModelSettings, ...] = Field(min_length=1, description="The models to serve.")

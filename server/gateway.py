@@ -17,6 +17,7 @@ from server.limits import Limiter, Permit
 from server.scheduler.loop import Scheduler
 from server.scheduler.slots import Slot
 from server.scheduler.stream import RequestStream, SlowReader, StreamItem
+from server.tracing import RequestSpan
 from server.worker import messages
 
 T = TypeVar("T")
@@ -74,6 +75,7 @@ class Generation:
         self._setting = ""
         self.prompt: messages.PromptTokens | None = None
         self._notes = notes
+        self._span: RequestSpan | None = notes.get("span")
         self._permit = permit
         self._meter = scheduler.metrics.tokens.of(slot.name)
         self._last_token: dict[int, float] = {}
@@ -98,6 +100,8 @@ class Generation:
         if not isinstance(item, messages.Accepted):
             raise self._failed(errors.ApiError(500, "the worker broke its protocol", code="internal_error"))
         self.prompt_tokens, self.accepted_at = item.prompt_tokens, time.monotonic()
+        if self._span is not None:
+            self._span.waited(self.began, self.accepted_at, self.model)
         self._setting = item.setting
         if self._permit is not None:
             self._permit.spend(item.prompt_tokens)
@@ -151,6 +155,8 @@ class Generation:
             self._permit.spend(item.usage.completion_tokens)
         self.kv_bytes += item.usage.kv_bytes
         self._setting = item.usage.setting or self._setting  # a squeeze may have changed it on the way
+        if self._span is not None:
+            self._span.answered(item, time.monotonic())
         self._scheduler.metrics.answers.labels(self.model, item.reason).inc()
         if len(self.finish_reasons) == self._choices:
             self._over = True

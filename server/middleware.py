@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server import errors
 from server.metrics import Metrics
 from server.sse import DIRECT
+from server.tracing import Tracing
 
 access_log = logging.getLogger("spectral.access")
 _POLLED = ("/health", "/ready", "/metrics")
@@ -23,14 +24,15 @@ _COUNTED |= {"/api/chat", "/api/generate"}
 class Outermost:
     """ASGI middleware; plain ASGI, so that streams and disconnects pass through untouched."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, tracing: Tracing | None = None) -> None:
         self._app = app
         self._metrics = metrics
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         if scope["type"] == "http":
-            await _Exchange(self._app, self._metrics, scope).run(receive, send)
+            await _Exchange(self._app, self._metrics, scope, self._tracing).run(receive, send)
         else:
             await self._app(scope, receive, send)
 
@@ -38,13 +40,16 @@ class Outermost:
 class _Exchange:
     """One request and its response."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, scope: Scope) -> None:
-        given = Headers(scope=scope).get("x-request-id", "")
+    def __init__(self, app: ASGIApp, metrics: Metrics, scope: Scope, tracing: Tracing | None) -> None:
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
         self._request_id = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else uuid.uuid4().hex
         self._app, self._metrics, self._scope = app, metrics, scope
         self._notes = scope.setdefault("state", {})
         self._path = scope["path"].encode("unicode_escape").decode("ascii")
         self._began = time.monotonic()
+        self._span = tracing.begin(scope, headers) if tracing is not None else None
+        self._notes["span"] = self._span
         self._status, self._complete, self._gone = 0, False, False
 
     async def run(self, receive: Receive, send: Send) -> None:
@@ -58,7 +63,10 @@ class _Exchange:
         async def watched_send(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self._status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = self._request_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = self._request_id
+                if self._span is not None:
+                    headers["traceparent"] = self._span.header
             self._complete = message["type"] == "http.response.body" and not message.get("more_body", False)
             await send(message)
 
@@ -82,6 +90,8 @@ class _Exchange:
             if status >= 400:
                 code = "client_gone" if early else self._notes.get("code", "internal_error")
                 self._metrics.request_errors.labels(model, code).inc()
+        if self._span is not None:
+            self._span.end(status, self._notes)
         level = logging.DEBUG if self._path in _POLLED and status < 400 else logging.INFO
         seconds, method = time.monotonic() - self._began, self._scope["method"]
         facts = {"method": method, "path": self._path, "status": status, "seconds": round(seconds, 6)}

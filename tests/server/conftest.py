@@ -103,9 +103,9 @@ class Running:
 
 
 @contextlib.contextmanager
-def serving(config: Settings, config_file: Path | None = None) -> Iterator[Running]:
+def serving(config: Settings, config_file: Path | None = None, tracing: Any = None) -> Iterator[Running]:
     """Serve in a thread until the block ends. `config_file`: what a reload reads."""
-    app = create_app(config, FAKE, config_file)
+    app = create_app(config, FAKE, config_file, tracing)
     listener = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     server = GracefulServer(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=3), app.state.scheduler)
