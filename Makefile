@@ -6,7 +6,7 @@ ARGS ?=
 # Worker threads that spin while they wait starve each other on small machines.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help serve test lint types check bench clean venv venv-dev
+.PHONY: help serve test lint types check docs bench clean venv venv-dev
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
@@ -31,11 +31,14 @@ lint: venv-dev  ## ruff and the import rules
 types: venv-dev  ## mypy
 	$(VENV)/bin/mypy $(ARGS)
 
+docs: venv-dev  ## build the documentation site into site/
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict $(ARGS)
+
 bench: venv-dev  ## measure the server's speed beside plain generation (bench/README.md lists all figures)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python bench/server_speed.py $(ARGS)
 
 check: lint types test  ## lint, types and tests
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) build dist .ci/out .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build dist site .ci/out .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -19,10 +19,10 @@ BLOCK = re.compile(r"```(?:bash|sh|shell)\n(.*?)```", re.DOTALL)
 def shell_lines() -> list[str]:
     """Commands of all shell blocks, with continued lines joined and comments removed."""
     lines = []
-    for name in ("README.md", "CONTRIBUTING.md"):
-        for block in BLOCK.findall((ROOT / name).read_text(encoding="utf-8")):
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for block in BLOCK.findall(path.read_text(encoding="utf-8")):
             lines += [line for line in block.replace("\\\n", " ").splitlines() if line.strip()]
-    return [" ".join(shlex.split(line, comments=True)) if "curl" not in line else line for line in lines]
+    return [shlex.join(shlex.split(line, comments=True)) if "curl" not in line else line for line in lines]
 
 
 LINES = shell_lines()
