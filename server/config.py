@@ -256,7 +256,8 @@ def load_settings(path: str | Path | None = None, **server_overrides: Any) -> Se
     try:
         source = YamlSource(file)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the configuration {file}: {error}; give one with --config FILE") from error
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot read the configuration {file}: {why}; give one with --config FILE") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(source.data, dict):

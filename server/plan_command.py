@@ -22,7 +22,7 @@ FITS, DOES_NOT_FIT, WRONG = 0, 1, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Exit status: 0 everything fits, 1 something does not, 2 the question cannot be answered."""
+    """Entry point. Exit status: 0 everything fits, 1 something does not, 2 that cannot be known."""
     options = _parser().parse_args(argv)
     try:
         settings = load_settings(options.config)
@@ -40,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps({**found.as_dict(), "notes": notes}, indent=2))
     else:
         show(found, notes, explain=options.explain)
-    return DOES_NOT_FIT if found.plan.unmet else FITS
+    if found.plan.unmet:
+        return DOES_NOT_FIT
+    return WRONG if found.unknown else FITS
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -104,7 +106,8 @@ def show(found: DryRun, notes: Sequence[str], *, explain: bool) -> None:
     for name, budget in found.budgets.items():
         used = sum(dict(choice.shares).get(name, 0) for choice in plan.choices.values())
         console.print(f"{name}: {human(used)} of {human(budget)} given away", markup=False, highlight=False)
-    verdict = "Everything fits" if not plan.unmet else f"Does not fit: {', '.join(plan.unmet)}"
+    verdict = "Everything fits" if not found.unknown else "What is known fits"
+    verdict = verdict if not plan.unmet else f"Does not fit: {', '.join(plan.unmet)}"
     console.print(f"{verdict}. Mean KL of the hot models: {nats(plan.kl)} nats.", markup=False, highlight=False)
     if explain or plan.unmet:
         for name, reason in plan.reasons.items():

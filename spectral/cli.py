@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from spectral.commands import bench, chat, evaluate, keys, plan, profile, serve, status, top, version
+from spectral.commands import bench, chat, evaluate, keys, operate, plan, profile, serve, status, top, version
 
 EXIT_STATUS = (
     "Exit status: 0 done; 1 the server could not start, or the configuration is not valid; 2 a wrong command line, or "
@@ -38,6 +38,7 @@ app.command("ps")(status.ps)
 app.command("top")(top.top)
 app.command("plan")(plan.plan)
 app.command("models")(status.models)
+operate.register(app)
 app.command("eval")(evaluate.evaluate_command)
 app.command("version")(version.version)
 app.add_typer(profile.app, name="profile")

@@ -104,7 +104,7 @@ def read_profile(path: str | os.PathLike[str]) -> SpectralProfile:
     try:
         return _read(source)
     except OSError as error:
-        raise ProfileError(f"profile {source} cannot be read: {error}") from error
+        raise ProfileError(f"profile {source} cannot be read: {error.strerror or error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError, np.linalg.LinAlgError) as error:
         raise ProfileError(f"profile {source} is damaged: {type(error).__name__}: {error}") from error
 

@@ -93,19 +93,30 @@ def operation(document: dict[str, Any], path: str, method: str, found: dict[str,
     rows = []
     for parameter in found.get("parameters", []):
         note = parameter.get("description") or ""
-        rows.append((parameter["name"], f"{parameter['in']}", kind(document, parameter["schema"]), note))
+        sort = kind(document, parameter["schema"])
+        rows.append(
+            (parameter["name"], sort if parameter["in"] == "path" else f"{sort}, in the {parameter['in']}", note)
+        )
     for media, content in found.get("requestBody", {}).get("content", {}).items():
         schema = resolved(document, content["schema"])
         required = schema.get("required", [])
         if not schema.get("properties"):
             lines += [f"The body is `{media}`.", ""]
         for name, field in schema.get("properties", {}).items():
-            where = "body, required" if name in required else "body"
-            rows.append((name, where, kind(document, field), field.get("description") or ""))
+            sort = kind(document, field) + (", required" if name in required else "")
+            rows.append((name, sort, about(document, field)))
     if rows:
-        lines += ["| field | in | kind | |", "|---|---|---|---|"]
-        lines += [f"| `{name}` | {where} | {cell(sort)} | {cell(note)} |" for name, where, sort, note in rows] + [""]
+        lines += ["| field | kind | |", "|---|---|---|"]
+        lines += [f"| `{name}` | {cell(sort)} | {cell(note)} |" for name, sort, note in rows] + [""]
     return [*lines, f"Answers: {', '.join(found['responses'])}.", ""]
+
+
+def about(document: dict[str, Any], field: dict[str, Any]) -> str:
+    """What a field is for: its own description, or that of the object that it takes."""
+    kinds = [part for part in (*field.get("anyOf", []), *field.get("oneOf", [])) if part.get("type") != "null"]
+    choices = [field, *(kinds if len(kinds) == 1 else [])]
+    found = (choice.get("description") or resolved(document, choice).get("description") for choice in choices)
+    return next((text for text in found if text), "")
 
 
 def resolved(document: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
@@ -133,7 +144,7 @@ def kind(document: dict[str, Any], schema: dict[str, Any]) -> str:
     if name == "array":
         return f"list of {kind(document, schema.get('items', {}))}"
     limits = {word: schema[key] for key, word in BOUNDS.items() if isinstance(schema.get(key), (int, float))}
-    bounds = [f"{word} {limit}" for word, limit in limits.items() if abs(limit) < 2**24]
+    bounds = [f"{word} {limit:g}" for word, limit in limits.items() if abs(limit) < 2**24]
     default = schema.get("default")
     shown = [f"default {default}"] if default not in (None, "", [], {}) else []
     return ", ".join([name, *bounds, *shown])

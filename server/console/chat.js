@@ -44,7 +44,8 @@ async function read(answer, box, began) {
       figure(box, "tokens", `${chunk.usage.prompt_tokens} + ${count}`);
     }
     if (chunk.spectral) {
-      figure(box, "cache", `${bytes(chunk.spectral.cache_bytes)}, ${compared(chunk.spectral.ratio)}`);
+      const { cache_bytes, ratio, reference_context } = chunk.spectral;
+      figure(box, "cache", `${bytes(cache_bytes)}; at ${reference_context} tokens ${compared(ratio)}`);
       figure(box, "KL", nats(chunk.spectral.kl_mean));
     }
   }

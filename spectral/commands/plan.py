@@ -19,7 +19,7 @@ def plan(
     explain: bool = typer.Option(False, "--explain", help="Say why each model is where it is."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
-    """Does it fit, where, and at what KL? Exit status 1: something does not fit."""
+    """Does it fit, where, and at what KL? Exit status 1: something does not fit; 2: that cannot be known."""
     # The library does not import the server: it only knows how to start it.
     command = [sys.executable, "-m", "server.plan_command", "--quantization", quantization, "--host", host]
     for name, value in (("--config", config), ("--with", model), ("--context", context)):

@@ -38,6 +38,11 @@ def wait_for(what: str, condition: Callable[[], Any], seconds: float, every: flo
         time.sleep(every)
 
 
+def on_a_busy_machine(seconds: float) -> float:
+    """A time that is promised for a machine with nothing else to do, in proportion to what this one has to do."""
+    return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 class Server:
     """A running server."""
 

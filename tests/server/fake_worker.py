@@ -204,7 +204,8 @@ class Worker:
                 logprobs = [m.TokenLogprob(word, -0.5, list(word.encode()), top)]
                 wanted = logprobs if message.sampling.logprobs is not None else None
                 self.channel.send(m.Delta(message.request_id, index, word, [token], wanted))
-            self.channel.send(m.Finished(message.request_id, index, "stop", m.Usage(5, 3, 640, "8x", *TIMES)))
+            usage = m.Usage(5, 3, 640, message.setting or "", *TIMES)
+            self.channel.send(m.Finished(message.request_id, index, "stop", usage))
 
 
 if __name__ == "__main__":
