@@ -15,7 +15,7 @@ import torch
 from spectral.codec import PageCodec
 from spectral.dispatch import kernels_for
 from spectral.pages import StepBatch
-from spectral.prefill import prefill, softcapped
+from spectral.prefill import encode_pages, prefill, softcapped
 from spectral.windows import ExactWindow
 
 if TYPE_CHECKING:
@@ -281,5 +281,6 @@ def _seal(window: ExactWindow, codec: PageCodec, pool: torch.Tensor | None, plan
     assert plan.seal_page is not None and plan.seal_index is not None
     inside = torch.arange(codec.page_tokens, device=pool.device)
     tokens = window.read_places(plan.seal_slot, plan.seal_place[:, None] + inside)  # [n, H, P, d + dv]
-    keys, values = tokens.split([window.shape.key_dim, window.shape.value_dim], -1)
-    pool[plan.seal_page] = codec.encode(keys, values, plan.seal_index)
+    held = tokens.transpose(0, 1).flatten(1, 2)  # [H, n * P, d + dv]
+    keys, values = held[:, :0].split([window.shape.key_dim, window.shape.value_dim], -1)
+    encode_pages(codec, window, held, keys, values, plan.seal_index, max(plan.counts), pool, plan.seal_page)

@@ -47,9 +47,9 @@ def kernels_for(codec: PageCodec | None, window: int, group: int, dtype: torch.d
     if choice == "reference" or not isinstance(codec, LayerCodec):
         return None
     device = codec.units[0].mean.device
-    if choice == "auto" and not (_trusted.get(device, True) and _able(device)):
+    if choice == "auto" and not (_trusted.get(device, True) and able(device)):
         return None
-    if not _installed():
+    if not installed():
         raise SettingError(f"{VARIABLE}=triton needs triton: install spectral-serve[gpu]")
     from spectral.kernels.decode import LayerKernels, interpreted, unsupported
 
@@ -85,13 +85,14 @@ def _right(kernels: LayerKernels, group: int, dtype: torch.dtype) -> bool:
 
 
 @cache
-def _installed() -> bool:
+def installed() -> bool:
+    """Whether triton can be imported."""
     return importlib.util.find_spec("triton") is not None
 
 
 @cache
-def _able(device: torch.device) -> bool:
+def able(device: torch.device) -> bool:
     """Whether the kernels run here without being asked to."""
-    if device.type != "cuda" or torch.version.hip is not None or not _installed():
+    if device.type != "cuda" or torch.version.hip is not None or not installed():
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)

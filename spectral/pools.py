@@ -17,9 +17,15 @@ def empty_pool(capacity: int, nbytes: int, device: torch.device) -> torch.Tensor
 
 
 def squeezed(pool: torch.Tensor, old: PageCodec, new: PageCodec, step: int = 1024) -> torch.Tensor:
-    """A pool of pages [n, bytes] at another setting, `step` pages at a time."""
+    """A pool of pages [n, bytes] at another setting: with a kernel where one serves, or `step` pages at a time."""
+    from spectral.code_dispatch import squeezer
+
     assert isinstance(old, LayerCodec) and isinstance(new, LayerCodec)
     out = empty_pool(pool.shape[0], new.page_nbytes, pool.device)
+    kernel = squeezer(old, new) if len(pool) else None
+    if kernel is not None:
+        kernel(pool, out)
+        return out
     for begin in range(0, pool.shape[0], step):
         out[begin : begin + step] = old.squeeze(pool[begin : begin + step], new)
     return out

@@ -1,13 +1,21 @@
 """Attention of a chunk of one row: exact within the chunk, over codes and window for what came before; and its
-appending."""
+appending.
+
+With the kernels, pages are opened into keys and values in fp16 and read by a flash kernel, and encoded by two kernels
+and a product (spectral.kernels.chunk, .encode); the reference reads coefficients in float32.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from spectral.code_dispatch import codes_for
+from spectral.codec import PageCodec
 from spectral.step_batch import StepBatch
-from spectral.windows import ExactWindow
+from spectral.windows import ExactWindow, QuantizedWindow
 
 SCORE_LIMIT = 1 << 24
 """Most score elements held at once in a prefill (64 MiB of float32): longer chunks are cut into query blocks."""
@@ -58,14 +66,22 @@ def prefill(
     window, codec = store.windows[layer], store.codebook.layers[layer]
     row, _ = batch.work[index]
     sliding = window.ring if codec is None else None
-    if row.length == 0:
+    kernels, pool = codes_for(codec), store.pools[layer]
+    past = None
+    if row.length == 0 and (kernels is None or softcap is None):
         out = causal_attention(query, key[None], value[None], scaling=scaling, softcap=softcap, sliding=sliding)[0]
+    elif kernels is not None and pool is not None:
+        from spectral.kernels.chunk import attend_chunk
+
+        plan = chunk_plan(batch, layer, index)
+        past = _read(window, plan, kernels=True)
+        out = attend_chunk(kernels, pool, plan.pages, past, query[0], key, value, scaling=scaling, softcap=softcap)
     else:
         out = _with_past(batch, layer, index, query[0], key, value, scaling, softcap, sliding)
     if codec is None:
         _append_sliding(window, row.slot, row.length, key, value)
     else:
-        append(batch, layer, index, key, value)
+        append(batch, layer, index, key, value, past)
     return out.transpose(0, 1)
 
 
@@ -131,6 +147,73 @@ def _with_past(
     return out
 
 
+@dataclass
+class ChunkPlan:
+    """Where one row's chunk reads and writes: made once for all layers with such a window.
+
+    Attributes:
+        slot: int64 [1]; past: int64 [1, t] places of the tokens before the chunk that are in no page, the first
+            `sinks` of them sinks; pages: int32 [m] the row's pages before the chunk.
+        number, spot: int64 [k] index in the row, and id, of the pages that the chunk completes; bound: of `number`.
+        held: tokens of `past`, after the sinks, that they take; fresh: tokens of the chunk that they take.
+        sink_place, sink_from, place, source: int64: which of the chunk's tokens go where in the window.
+    """
+
+    slot: torch.Tensor
+    past: torch.Tensor
+    sinks: int
+    pages: torch.Tensor
+    number: torch.Tensor
+    spot: torch.Tensor
+    bound: int
+    held: int
+    fresh: slice
+    sink_place: torch.Tensor
+    sink_from: torch.Tensor
+    place: torch.Tensor
+    source: torch.Tensor
+
+
+def chunk_plan(batch: StepBatch, layer: int, index: int) -> ChunkPlan:
+    """The plan of a row of a step for a layer with pages."""
+    store = batch.store
+    window, codec = store.windows[layer], store.codebook.layers[layer]
+    kind = f"chunk:{index}:{window.sinks}:{window.ring}"
+    plan = batch.plans.get(kind)
+    if isinstance(plan, ChunkPlan):
+        return plan
+    assert codec is not None
+    (row, count), granted = batch.work[index], batch.new_pages[index]
+    first = window.sinks + len(row.pages) * codec.page_tokens  # the oldest token that is in no page yet
+    sealed = first + len(granted) * codec.page_tokens
+    sinks, length = min(row.length, window.sinks), row.length
+    new_sinks = range(length, min(length + count, window.sinks))
+    recent = range(max(length, sealed, window.sinks), length + count)
+    number = range(len(row.pages), len(row.pages) + len(granted))
+    past = [*range(sinks), *range(first, length)]
+    lists = [
+        [row.slot], [window.index(p) for p in past], row.pages, [*number], granted,
+        [window.index(p) for p in new_sinks], [p - length for p in new_sinks],
+        [window.index(p) for p in recent], [p - length for p in recent],
+    ]  # fmt: skip
+    packed = torch.tensor([x for found in lists for x in found], dtype=torch.long).to(store.device)  # one transfer
+    parts = packed.split([len(found) for found in lists])
+    plan = ChunkPlan(
+        parts[0],
+        parts[1][None],
+        sinks,
+        parts[2].int(),
+        parts[3],
+        parts[4],
+        number.stop,
+        min(max(0, length - first), sealed - first),
+        slice(max(0, first - length), max(0, sealed - length)),
+        *parts[5:],
+    )
+    batch.plans[kind] = plan
+    return plan
+
+
 def _append_sliding(window: ExactWindow, slot: int, length: int, key: torch.Tensor, value: torch.Tensor) -> None:
     """Write a chunk's last tokens into a rolling window."""
     count = key.shape[1]
@@ -140,29 +223,84 @@ def _append_sliding(window: ExactWindow, slot: int, length: int, key: torch.Tens
     window.write(slot, places, torch.cat([key, value], -1)[:, count - kept :].transpose(0, 1))
 
 
-def append(batch: StepBatch, layer: int, index: int, key: torch.Tensor, value: torch.Tensor) -> None:
-    """Write a chunk into sinks, pages and ring of a full-attention layer."""
+def append(
+    batch: StepBatch,
+    layer: int,
+    index: int,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    past: torch.Tensor | None = None,
+) -> None:
+    """Write a chunk into sinks, pages and ring of a full-attention layer; `past`: what `ChunkPlan.past` names, if it
+    was read already."""
     store = batch.store
     window, codec, pool = store.windows[layer], store.codebook.layers[layer], store.pools[layer]
     assert codec is not None and pool is not None
-    (row, count), granted = batch.work[index], batch.new_pages[index]
-    page_tokens, device = codec.page_tokens, key.device
-    end = row.length + count
-    tokens = torch.cat([key, value], -1)  # [H, n, d + dv]
-    first = window.sinks + len(row.pages) * page_tokens  # the oldest token that is in no page yet
-    sealed = first + len(granted) * page_tokens
-    if granted:
-        old, _ = past_window(window, row.slot, first, row.length, 0)
-        new = tokens[:, max(0, first - row.length) : max(0, sealed - row.length)]
-        # Pages see what the window would have held, however the tokens came: one by one or in chunks.
-        paged = torch.cat([old[:, : sealed - first], window.as_kept(new)], 1)  # [H, n * P, d + dv]
-        paged = paged.unflatten(1, (len(granted), page_tokens)).transpose(0, 1)
-        number = torch.arange(len(row.pages), len(row.pages) + len(granted), device=device)
-        keys, values = paged.split([key.shape[-1], value.shape[-1]], -1)
-        pages = codec.encode(keys, values, number)
-        pool[torch.tensor(granted, device=device)] = pages
-    kept = [p for p in range(row.length, end) if p < window.sinks or p >= sealed]
-    if kept:
-        places = torch.tensor([window.index(p) for p in kept], dtype=torch.long, device=device)
-        chosen = torch.tensor([p - row.length for p in kept], dtype=torch.long, device=device)
-        window.write(row.slot, places, tokens.index_select(1, chosen).transpose(0, 1))
+    plan, kernels = chunk_plan(batch, layer, index), codes_for(codec) is not None
+    if plan.spot.numel():
+        if past is None:
+            past = _read(window, plan, kernels)
+        held = past[:, plan.sinks : plan.sinks + plan.held]
+        encode_pages(
+            codec, window, held, key[:, plan.fresh], value[:, plan.fresh], plan.number, plan.bound, pool, plan.spot
+        )
+
+    def tokens(source: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x.index_select(1, source) for x in (key, value)], -1).transpose(0, 1)
+
+    if plan.sink_place.numel():
+        window.write(plan.slot.expand(len(plan.sink_place)), plan.sink_place, tokens(plan.sink_from))
+    if kernels and isinstance(window, QuantizedWindow):
+        from spectral.kernels.recent import served, write_recent
+
+        if served(window):
+            write_recent(window, plan.slot, plan.place, plan.source, key, value)
+            return
+    if plan.place.numel():
+        window.write(plan.slot.expand(len(plan.place)), plan.place, tokens(plan.source))
+
+
+def _read(window: ExactWindow, plan: ChunkPlan, kernels: bool) -> torch.Tensor:
+    """What `plan.past` names: float32 [H, t, d + dv]."""
+    if kernels and isinstance(window, QuantizedWindow):
+        from spectral.kernels.recent import read_recent, served
+
+        if served(window):
+            return read_recent(window, plan.slot, plan.past[0])
+    return window.read_places(plan.slot, plan.past)[0]
+
+
+def encode_pages(
+    codec: PageCodec,
+    window: ExactWindow,
+    held: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    number: torch.Tensor,
+    bound: int,
+    pool: torch.Tensor,
+    spot: torch.Tensor,
+) -> None:
+    """Encode tokens of n whole pages into a pool.
+
+    Args:
+        held: float32 [H, t, d + dv], tokens as the window gave them; key [H, m, d], value [H, m, dv]: the following
+            ones, as the model made them. Pages see what the window would have held, however tokens came: one by one
+            or in chunks.
+        number: int64 [n] index of each page in its sequence, all below `bound`; spot: int64 [n] where it goes.
+    """
+    kernels = codes_for(codec)
+    if kernels is not None:
+        from spectral.kernels.encode import Tokens, encode
+
+        tokens = Tokens(held, key, value)
+        if isinstance(window, QuantizedWindow):
+            tokens.top, tokens.group = 2 ** (window.bits - 1) - 1, window.groups
+        elif key.dtype != window.store.dtype:
+            tokens.keys, tokens.values = (window.as_kept(x) for x in (key, value))
+        encode(kernels, tokens, number.int(), kernels.codec.frame.blocks(bound), pool, spot.int())
+        return
+    paged = torch.cat([held, window.as_kept(torch.cat([key, value], -1))], 1)  # [H, n * P, d + dv]
+    paged = paged.unflatten(1, (len(number), codec.page_tokens)).transpose(0, 1)
+    keys, values = paged.split([key.shape[-1], value.shape[-1]], -1)
+    pool[spot] = codec.encode(keys, values, number)

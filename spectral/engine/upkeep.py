@@ -103,3 +103,7 @@ def warm_up(engine: Engine) -> None:
         sequence.tokens.append(tokens[0])
     store.close(row)
     store.trim()
+    if store.device.type == "cuda":
+        from spectral.code_dispatch import warm_codes
+
+        warm_codes(store.codebook)  # chunks over codes, and squeezing

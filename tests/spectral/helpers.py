@@ -97,6 +97,7 @@ def random_codec(
     units: int = 1,
     block: int = 0,
     sinks: int = 4,
+    device: str = "cpu",
 ) -> LayerCodec:
     """A layer codec whose latents cycle through the given widths; `units` of equal size; `block` tokens of a frame."""
     run = heads // units
@@ -105,8 +106,10 @@ def random_codec(
         unit = random_unit((number * run, (number + 1) * run), dim, seed + number, page)
         parts.append((unit, cycling_widths(widths, unit.variance.size, page)))
     frequencies = 0.5 ** np.arange(dim // 2)
-    frame = BlockFrame(frequencies, block_tokens=block, page_tokens=page, sinks=sinks)
-    return LayerCodec(parts, gaussian_tables(), frame, key_dim=dim, value_dim=dim, page_tokens=page)
+    frame = BlockFrame(frequencies, block_tokens=block, page_tokens=page, sinks=sinks, device=device)
+    return LayerCodec(
+        parts, gaussian_tables(), frame, key_dim=dim, value_dim=dim, page_tokens=page, device=device
+    )
 
 
 def random_codebook(
@@ -118,12 +121,15 @@ def random_codebook(
     page: int = 8,
     block: int = 32,
     window_bits: int = 16,
+    device: str = "cpu",
 ) -> Codebook:
     """A setting with random bases for every full layer of a model."""
     layers = [
         None
         if layer.sliding
-        else random_codec(layer.kv_heads, layer.key_dim, widths, page=page, seed=i, block=block, sinks=sinks)
+        else random_codec(
+            layer.kv_heads, layer.key_dim, widths, page=page, seed=i, block=block, sinks=sinks, device=device
+        )
         for i, layer in enumerate(shape.layers)
     ]
     return Codebook("test", "hash", sinks, window, page, layers, window_bits=window_bits)

@@ -1,0 +1,136 @@
+"""What the kernels that make and open codes must know of one layer's codec, on its device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from spectral.codec import LayerCodec
+from spectral.kernels.quads import Quads, byte_tables, page_quads
+
+TILE = 16
+"""Tokens that a program transforms at once: one page of 16 or two of 8."""
+
+
+def unsupported_codes(codec: LayerCodec) -> str:
+    """Why the kernels cannot encode and open a codec's pages, in words; "" where they can."""
+    return "" if codec.page_tokens in (8, 16) else f"pages of {codec.page_tokens} tokens (8 or 16 are supported)"
+
+
+@dataclass
+class QuadTable:
+    """Quads of one launch on a device. double: whether they have two planes; table: int32 [6, m]: word of the high
+    fields, first bit there, bits of a field, word of the low fields (-1: none), first bit there, place over 4; zero:
+    fp32 [m]: the code of zero."""
+
+    double: bool
+    table: torch.Tensor
+    zero: torch.Tensor
+
+
+@dataclass
+class FieldTable:
+    """Bytes with fields of one size on a device. at: int32 [m]; table: int32 [Q, 3, m]: place of the first field (-1:
+    none), bits of its code, shift of the field in it."""
+
+    bits: int
+    at: torch.Tensor
+    table: torch.Tensor
+
+
+@dataclass
+class Side:
+    """Keys or values. column: int32 [H] where a head's numbers begin among those of a token, units one after another;
+    mean, spread: fp32 [H, dim]: what is subtracted before coding, and about the standard deviation (a power of two).
+    """
+
+    column: torch.Tensor
+    mean: torch.Tensor
+    spread: torch.Tensor
+
+    @property
+    def dim(self) -> int:
+        return self.mean.shape[1]
+
+
+class CodeLayer:
+    """One layer's codec, as the kernels want it.
+
+    Attributes:
+        latents: S of all units; numbers: of a token, all units'.
+        columns, spans: first latent, and first number of a token, of every unit and the end.
+        transform: fp32 [TILE, TILE]: the DCT of one page or two, rows are frequencies.
+        size: fp32 [P * S]: what one step of every coefficient's code stands for; gain: one over it, 0 without bits.
+    """
+
+    def __init__(self, codec: LayerCodec) -> None:
+        self.codec = codec
+        units = list(codec.units)
+        self.device = units[0].mean.device
+        quads = page_quads(codec)
+        self.latents, self.columns = quads.latents, [int(c) for c in quads.columns]
+        heads = [unit.heads[1] - unit.heads[0] for unit in units]
+        self.spans = [int(s) for s in np.cumsum([0, *(h * (codec.key_dim + codec.value_dim) for h in heads)])]
+        self.numbers = self.spans[-1]
+        self.size = torch.cat([unit._step * unit.deviation for unit in units], 1).flatten()
+        self.gain = torch.cat([unit._inverse / unit.deviation for unit in units], 1).flatten()
+        pages = TILE // codec.page_tokens
+        self.transform = torch.block_diag(*[units[0].dct] * pages).contiguous()
+        self.quads = [self._quads(quads, double) for double in (False, True)]
+        self.fields = [
+            FieldTable(
+                t.bits, torch.from_numpy(t.at).to(self.device), self._integers(np.stack([t.place, t.width, t.shift], 1))
+            )
+            for t in byte_tables(codec)
+        ]
+        self.keys, self.values = self._side("key"), self._side("value")
+
+    def _integers(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array.astype(np.int32))).to(self.device)
+
+    def _quads(self, quads: Quads, double: bool) -> QuadTable:
+        some = quads.order[(quads.low[quads.order] >= 0) == double]
+        high, low = quads.high[some], quads.low[some]
+        low_word = np.where(low < 0, -1, low // 32)
+        table = np.stack([high // 32, high % 32, quads.high_bits[some], low_word, low % 32, some])
+        zero = torch.from_numpy(((2.0 ** quads.width[some] - 1) / 2).astype(np.float32)).to(self.device)
+        return QuadTable(double, self._integers(table), zero)
+
+    def _side(self, name: str) -> Side:
+        """Keys or values of all heads."""
+        columns: list[int] = []
+        for unit, span in zip(self.codec.units, self.spans, strict=False):
+            count = unit.heads[1] - unit.heads[0]
+            first = span if name == "key" else span + count * self.codec.key_dim
+            dim = self.codec.key_dim if name == "key" else self.codec.value_dim
+            columns += [first + h * dim for h in range(count)]
+        means = [getattr(unit, f"{name}_mean").flatten(1) for unit in self.codec.units]
+        bases = [getattr(unit, f"{name}_decode") for unit in self.codec.units]
+        spread = torch.cat([basis.square().sum(2) for basis in bases]).sqrt().clamp(1e-6, 1e6)
+        spread = torch.exp2(spread.log2().round())
+        return Side(self._integers(np.array(columns)), torch.cat(means).contiguous(), spread.contiguous())
+
+    def basis(self, number: int) -> torch.Tensor:
+        """A unit's latents to numbers: fp16 [numbers of the unit, R]."""
+        unit = self.codec.units[number]
+        return torch.cat([unit.key_decode.flatten(0, 1).half(), unit.value_decode.flatten(0, 1).half()])
+
+    def projection(self, number: int) -> torch.Tensor:
+        """A unit's numbers over their spread to latents: fp16 [numbers of the unit, R]."""
+        unit = self.codec.units[number]
+        spread = torch.cat([side.spread[slice(*unit.heads)].flatten() for side in (self.keys, self.values)])
+        return (unit.project * spread[:, None]).half()
+
+    def turns(self, blocks: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """cos and sin of the first blocks' centres [blocks, half], fp32, and half: 0 where the frame does not turn."""
+        frame = self.codec.frame
+        if not frame.turns:
+            return self.size, self.size, 0
+        cos, sin = frame._table(blocks)
+        return cos, sin, cos.shape[1]
+
+    def block(self, page: int) -> int:
+        """The block that a page of a sequence lies in."""
+        return page // self.codec.frame.pages if self.codec.frame.turns else 0

@@ -1,0 +1,154 @@
+"""Recent tokens in and out of a window of integers (spectral.windows.QuantizedWindow): one launch each, where the
+same in torch takes a dozen. The integers and scales are the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from spectral.windows import QuantizedWindow
+
+TILE = 8
+"""Tokens of a program."""
+
+
+@triton.jit(do_not_specialize=["count", "sinks", "ring"])
+def read_kernel(
+    slot_ptr, place_ptr, store_ptr, high_ptr, low_ptr, scale_ptr, out_ptr,
+    count, heads, sinks, ring,
+    WIDTH: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """TILE tokens of one head of one slot, fp32.
+
+    slot_ptr: int64 [1]; place_ptr: int64 [count]; store_ptr: [slots, heads, sinks, WIDTH]; high_ptr: int8 [slots,
+    heads, ring, WIDTH]; low_ptr: uint8 [..., WIDTH / 4]; scale_ptr: fp16 [..., WIDTH / GROUP]. out_ptr: [heads,
+    count, WIDTH].
+    """
+    head = tl.program_id(1)
+    t = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    c = tl.arange(0, C)
+    own = tl.load(slot_ptr) * heads + head
+    place = tl.load(place_ptr + t, mask=t < count, other=0)
+    real = (t < count)[:, None] & (c < WIDTH)[None, :]
+    is_sink = (place < sinks)[:, None]
+    kept = store_ptr + (own * sinks + place)[:, None] * WIDTH + c[None, :]
+    x = tl.load(kept, mask=real & is_sink, other=0.0).to(tl.float32)
+    row = (own * ring + place - sinks)[:, None]
+    recent = real & (place >= sinks)[:, None]
+    code = tl.load(high_ptr + row * WIDTH + c[None, :], mask=recent, other=0).to(tl.int32)
+    if BITS == 10:
+        low = tl.load(low_ptr + row * (WIDTH // 4) + c[None, :] // 4, mask=recent, other=0).to(tl.int32)
+        code = code * 4 + ((low >> (c % 4 * 2)[None, :]) & 3)
+    scale = tl.load(scale_ptr + row * (WIDTH // GROUP) + c[None, :] // GROUP, mask=recent, other=0.0).to(tl.float32)
+    x += code.to(tl.float32) * scale
+    tl.store(out_ptr + (head.to(tl.int64) * count + t)[:, None] * WIDTH + c[None, :], x, mask=real)
+
+
+@triton.jit(do_not_specialize=["count", "sinks", "ring", "x_head", "x_row"])
+def write_kernel(
+    slot_ptr, place_ptr, source_ptr, x_ptr, high_ptr, low_ptr, scale_ptr,
+    count, heads, sinks, ring, x_head, x_row,
+    FIRST: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    WIDE: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """One head's keys (FIRST 0) or values (FIRST: the keys' size) of TILE tokens into a slot's ring.
+
+    source_ptr: int64 [count]: which tokens of x_ptr [heads, tokens, DIM] (by its strides) go to places place_ptr
+    [count]. The others are those of `read_kernel`. Numbers lie in GROUPS groups of GROUP, WIDE places each (powers of
+    two).
+    """
+    head = tl.program_id(1)
+    t = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    group = tl.arange(0, GROUPS)
+    inside = tl.arange(0, WIDE)
+    own = tl.load(slot_ptr) * heads + head
+    here = t < count
+    row = own * ring + tl.load(place_ptr + t, mask=here, other=0) - sinks
+    token = tl.load(source_ptr + t, mask=here, other=0)
+    column = group[:, None] * GROUP + inside[None, :]
+    known = (inside < GROUP)[None, :] & (column < DIM)
+    real = here[:, None, None] & known[None, :, :]
+    x = x_ptr + head.to(tl.int64) * x_head + (token * x_row)[:, None, None] + column[None, :, :]
+    x = tl.load(x, mask=real, other=0.0).to(tl.float32)
+    TOP: tl.constexpr = 2 ** (BITS - 1) - 1
+    scale = tl.max(tl.abs(x), 2) * (1.0005 / TOP)
+    scale = tl.minimum(tl.maximum(scale, 6e-5), 6e4).to(tl.float16)
+    target = scale_ptr + row[:, None] * (WIDTH // GROUP) + FIRST // GROUP + group[None, :]
+    tl.store(target, scale, mask=here[:, None] & (group < DIM // GROUP)[None, :])
+    code = tl.div_rn(x, tl.broadcast_to(scale.to(tl.float32)[:, :, None], [TILE, GROUPS, WIDE]))
+    code = (code + 12582912.0) - 12582912.0  # rounds half to even, as torch does
+    code = tl.minimum(tl.maximum(code, -TOP * 1.0), TOP * 1.0).to(tl.int32)
+    place = row[:, None, None] * WIDTH + FIRST + column[None, :, :]
+    if BITS == 10:
+        low = tl.reshape(code & 3, [TILE, GROUPS, WIDE // 4, 4]) << (tl.arange(0, 4) * 2)[None, None, None, :]
+        low = tl.sum(low, 3)
+        quarter = tl.arange(0, WIDE // 4)
+        byte = group[:, None] * (GROUP // 4) + quarter[None, :]
+        some = (quarter < GROUP // 4)[None, :] & (byte < DIM // 4)
+        at = row[:, None, None] * (WIDTH // 4) + FIRST // 4 + byte[None, :, :]
+        tl.store(low_ptr + at, low.to(tl.uint8), mask=here[:, None, None] & some[None, :, :])
+        code = code >> 2
+    tl.store(high_ptr + place, code.to(tl.int8), mask=real)
+
+
+def served(window: object) -> bool:
+    """Whether these kernels read and write a window."""
+    return isinstance(window, QuantizedWindow) and (window.bits == 8 or window.groups % 4 == 0)
+
+
+def read_recent(window: QuantizedWindow, slot: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """Tokens at places [t] of slot [1], both int64: float32 [H, t, d + dv], as `window.read_places`."""
+    heads, count = window.shape.kv_heads, place.numel()
+    out = torch.empty((heads, count, window.shape.head_numbers), dtype=torch.float32, device=place.device)
+    if not count:
+        return out
+    _check(window, slot, place)
+    read_kernel[(triton.cdiv(count, TILE), heads)](
+        slot, place, window.store, window.high, window.low, window.scale, out,
+        count, heads, window.sinks, window.ring,
+        WIDTH=window.shape.head_numbers, C=triton.next_power_of_2(window.shape.head_numbers), GROUP=window.groups,
+        BITS=window.bits, TILE=TILE, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def write_recent(
+    window: QuantizedWindow,
+    slot: torch.Tensor,
+    place: torch.Tensor,
+    source: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+) -> None:
+    """Tokens source [n] of key [H, t, d] and value [H, t, dv] to places [n] of slot [1], none of them sinks."""
+    heads, count = window.shape.kv_heads, place.numel()
+    if not count:
+        return
+    _check(window, slot, place)
+    if source.dtype != torch.int64 or source.shape != place.shape:
+        raise ValueError(f"source must be int64 {list(place.shape)}, got {source.dtype} {list(source.shape)}")
+    first = 0
+    for name, x, dim in (("key", key, window.shape.key_dim), ("value", value, window.shape.value_dim)):
+        if x.shape[0] != heads or x.shape[2] != dim or x.stride(2) != 1 or x.device != place.device:
+            raise ValueError(f"{name} must be [{heads}, tokens, {dim}] with contiguous heads, got {list(x.shape)}")
+        write_kernel[(triton.cdiv(count, TILE), heads)](
+            slot, place, source, x, window.high, window.low, window.scale,
+            count, heads, window.sinks, window.ring, x.stride(0), x.stride(1),
+            FIRST=first, DIM=dim, WIDTH=window.shape.head_numbers, GROUP=window.groups,
+            GROUPS=triton.next_power_of_2(dim // window.groups), WIDE=max(4, triton.next_power_of_2(window.groups)),
+            BITS=window.bits, TILE=TILE, num_warps=4,
+        )  # fmt: skip
+        first += dim
+
+
+def _check(window: QuantizedWindow, slot: torch.Tensor, place: torch.Tensor) -> None:
+    """Raise ValueError naming what does not fit."""
+    for name, x in (("slot", slot), ("place", place)):
+        if x.dtype != torch.int64 or x.ndim != 1 or not x.is_contiguous() or x.device != window.high.device:
+            raise ValueError(f"{name} must be contiguous int64 on {window.high.device}, got {x.dtype} on {x.device}")
+    if slot.numel() != 1:
+        raise ValueError(f"slot must be one, got {slot.numel()}")
+    if not all(x.is_contiguous() for x in (window.store, window.high, window.low, window.scale)):
+        raise ValueError("a window's tensors must be contiguous")
