@@ -42,3 +42,13 @@ check: lint types test  ## lint, types and tests
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) build dist site .ci/out .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: fuzz audit sbom
+fuzz: venv-dev  ## random and malicious inputs for every reader: make fuzz ARGS="--inputs 1000000 --seed 7"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.fuzz $(ARGS)
+
+audit: venv-dev  ## look the installed packages up among known weaknesses
+	$(VENV)/bin/python tools/supply_chain.py audit $(ARGS)
+
+sbom: venv-dev  ## write a bill of materials (CycloneDX): make sbom ARGS="--output sbom.json"
+	$(VENV)/bin/python tools/supply_chain.py sbom $(ARGS)

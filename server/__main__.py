@@ -22,6 +22,7 @@ from fastapi import FastAPI
 from server import logs
 from server.app import create_app
 from server.config import ConfigError, Settings, default_path, load_settings, schema_json
+from server.http_limits import uvicorn_config
 from server.metrics import table
 from server.scheduler.loop import Scheduler
 from server.scheduler.slots import Slot
@@ -149,7 +150,7 @@ def _run(settings: Settings, listener: socket.socket, config_file: Path) -> int:
 
 async def _serve(app: FastAPI, settings: Settings, listener: socket.socket) -> int:
     scheduler: Scheduler = app.state.scheduler
-    config = uvicorn.Config(
+    config = uvicorn_config(
         app,
         log_config=None,
         access_log=False,

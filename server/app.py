@@ -12,8 +12,10 @@ from fastapi import FastAPI
 
 from server import errors
 from server.admin import Admin
+from server.answer_headers import AnswerHeaders
 from server.auth import Guard, KeyRing
 from server.config import Settings
+from server.documents import describe
 from server.events import EventLog
 from server.gateway import Gateway
 from server.limits import Limiter
@@ -61,16 +63,25 @@ def create_app(
             if tracing is not None:
                 await asyncio.to_thread(tracing.shutdown)
 
-    app = FastAPI(title="Spectral", version=ops.installed_version(), lifespan=lifespan, redirect_slashes=False)
+    app = FastAPI(
+        title="Spectral",
+        version=ops.installed_version(),
+        lifespan=lifespan,
+        redirect_slashes=False,
+        docs_url=None,  # they load their scripts from another host, into the console's own origin
+        redoc_url=None,
+    )
     app.state.scheduler = scheduler
     app.state.metrics = metrics
     app.state.gateway = Gateway(scheduler, Limiter())
     app.state.admin = admin
-    app.state.keys = KeyRing(settings.auth, settings.server.admin_key)
+    app.state.keys = KeyRing(settings.auth, lambda: scheduler.settings.server)
     app.state.started = int(time.time())
     errors.install(app)
+    app.add_middleware(AnswerHeaders)
     app.add_middleware(Guard, keys=app.state.keys, settings=settings.auth)
     app.add_middleware(Outermost, metrics=metrics, tracing=tracing)
     for module in (openai, ollama, generate, tokens, ops, admin_routes, admin_profiles, memory_routes, console):
         app.include_router(module.router)
+    describe(app)
     return app

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import ipaddress
 import json
 import os
 from collections.abc import Iterator
@@ -18,18 +17,18 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import (
     Field,
-    SecretStr,
     ValidationError,
     model_validator,
 )
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError
 
+from server.admin_key import AdminKey, is_loopback
 from server.config_auth import AuthSettings
 from server.config_memory import Bytes, DefaultMemory, MemorySettings, ModelMemory, Section
 from server.config_tracing import TracingSettings
 from server.worker import messages
-from server.yaml_source import YamlSource
+from server.yaml_source import YamlSource, explain_yaml
 
 ENV_PREFIX, ENV_DELIMITER = "SPECTRAL_", "__"
 _OVERRIDES: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("_OVERRIDES", default=None)
@@ -42,15 +41,7 @@ class ConfigError(Exception):
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:@-]*$")]
 
 
-def is_loopback(host: str) -> bool:
-    """True for localhost and the loopback addresses."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-class ServerSettings(Section):
+class ServerSettings(AdminKey, Section):
     """Where and how the gateway listens."""
 
     host: str = Field("127.0.0.1", description="Address to listen on; a public one needs keys (see auth).")
@@ -66,7 +57,6 @@ class ServerSettings(Section):
     state_dir: str | None = Field(
         None, min_length=1, description="Folder of profiles, audit trail and events; null: ./.spectral."
     )
-    admin_key: SecretStr | None = Field(None, min_length=8, description="Key for /admin; null: only this machine may.")
     max_profile_bytes: Bytes = Field(2**30, description="Largest profile that may be uploaded.")
     drain_seconds: float = Field(10.0, ge=0, description="Time that running requests get at shutdown.")
 
@@ -259,7 +249,7 @@ def load_settings(path: str | Path | None = None, **server_overrides: Any) -> Se
         why = getattr(error, "strerror", None) or error
         raise ConfigError(f"cannot read the configuration {file}: {why}; give one with --config FILE") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is not valid YAML: {error}") from error
+        raise ConfigError(f"{file} is not valid YAML: {explain_yaml(error)}") from None
     if not isinstance(source.data, dict):
         raise ConfigError(f"{file} must hold the key 'models'; copy the shipped config.yaml and edit it")
     _refuse_unknown_variables()
@@ -314,6 +304,8 @@ def _explain(file: Path, source: YamlSource, error: ValidationError) -> str:
             continue  # a list with a wrong entry is reported as too short as well
         field = ".".join(str(part) for part in place) or "configuration"
         remedy = _REMEDIES.get(item["type"], item["msg"].removeprefix("Value error, "))
+        if item["type"] == "too_short" and item["ctx"]["min_length"] > 1:
+            remedy = f"must have at least {item['ctx']['min_length']} characters"
         lines.append(f"  {_origin(source, place)}{field}: {remedy}")
     return "\n".join(lines)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from fastapi import FastAPI
 from pydantic import BaseModel
 
 from server.schemas import Request
@@ -14,13 +16,18 @@ _MEANING = {
     403: "This API key may not do that.",
     404: "There is no such model.",
     408: "The body did not arrive in time.",
+    409: "It cannot be done as things are.",
     413: "The body is too large.",
     415: "The body is not application/json.",
+    422: "This is no usable profile.",
     429: "A queue or a key's limit is full; see Retry-After.",
     500: "The generation failed.",
     503: "The model is not there at the moment; see Retry-After.",
     504: "The request did not finish in time.",
 }
+
+
+_FINE = {201: "It is new.", 202: "It has begun."}
 
 
 class ErrorDetail(BaseModel):
@@ -48,6 +55,42 @@ def body(schema: type[Request]) -> dict[str, Any]:
     """The request body of a route, for `openapi_extra`."""
     document = schema.model_json_schema()
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": inline(document)}}}}
+
+
+def optional_body(schema: type[BaseModel]) -> dict[str, Any]:
+    """The same where a request without a body means one without fields."""
+    document = inline(schema.model_json_schema())
+    return {"requestBody": {"required": False, "content": {"application/json": {"schema": document}}}}
+
+
+def bytes_body(kinds: Sequence[str]) -> dict[str, Any]:
+    """A body that is a file."""
+    schema = {"type": "string", "format": "binary"}
+    return {"requestBody": {"required": True, "content": {kind: {"schema": schema} for kind in kinds}}}
+
+
+def answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Successful answers other than 200."""
+    return {status: {"description": _FINE[status]} for status in statuses}
+
+
+def describe(app: FastAPI) -> None:
+    """Take out of the document what FastAPI supposes of every route with parameters: here a wrong one is a 400."""
+    made = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = made()
+        for path in document["paths"].values():
+            for operation in path.values():
+                supposed = operation["responses"].get("422", {})
+                if "HTTPValidationError" in str(supposed):
+                    del operation["responses"]["422"]
+                    operation["responses"].setdefault("400", {"description": _MEANING[400]})
+        for name in ("HTTPValidationError", "ValidationError"):
+            document.get("components", {}).get("schemas", {}).pop(name, None)
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def inline(document: dict[str, Any]) -> dict[str, Any]:
@@ -78,6 +121,9 @@ def ollama_failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The same for the Ollama API."""
     return {status: {"description": _MEANING[status], "model": OllamaError} for status in sorted({*statuses, 401, 403})}
 
+
+ADMIN = failures(400, 404, 408, 409, 413, 415, 429, 500, 503)
+"""How the administrator's requests fail."""
 
 GENERATES = (400, 404, 408, 413, 415, 429, 500, 503, 504)
 

@@ -109,6 +109,12 @@ def rate_limited(message: str, retry_after: int, headers: dict[str, str]) -> Api
     return ApiError(429, message, code="rate_limit_exceeded", retry_after=retry_after, headers=headers)
 
 
+def too_many_wrong_keys(seconds: int) -> ApiError:
+    """429 for an address that sent many keys that are not known."""
+    message = f"too many wrong keys came from this address; try again in {seconds} s"
+    return ApiError(429, message, code="too_many_wrong_keys", retry_after=seconds)
+
+
 def no_embeddings() -> ApiError:
     """400 for every request for embeddings."""
     message = "this server has no embeddings: its models write text; use a server with an embedding model for them"

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 from fastapi import Request
 
-from server import errors, sse
+from server import auth, errors, sse
 from server.auth import Caller, caller_of
 from server.limits import Limiter, Permit
 from server.scheduler.loop import Scheduler
@@ -274,7 +274,7 @@ class Gateway:
         began = time.monotonic()
         slot, permit = self._admit(body.model, request)
         try:
-            submit = self._on_behalf(body.submit(uuid.uuid4().hex), request)
+            submit = auth.salted(self._on_behalf(body.submit(uuid.uuid4().hex), request), request.scope)
             notes = request.scope["state"]
             work = self._open(slot, submit, began, notes, body, permit, field_names)
             opening = asyncio.ensure_future(work)

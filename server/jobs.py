@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import json
 import logging
-import os
 import sys
 import time
 import uuid
@@ -18,6 +17,7 @@ from typing import Any
 
 from server import errors, state_tables
 from server.aio import within
+from server.child_env import child_environment
 from server.config import ModelSettings
 from server.events import EventLog
 from server.profiles import ProfileStore
@@ -169,7 +169,7 @@ class Jobs:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
-            env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(settings.threads)},
+            env=child_environment(OMP_WAIT_POLICY="PASSIVE", OMP_NUM_THREADS=str(settings.threads)),
             start_new_session=True,
         )
         self._child = child

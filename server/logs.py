@@ -15,6 +15,7 @@ from typing import Any
 from server.config import LogSettings
 from spectral.keyfile import PREFIX
 
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
 _SECRET = re.compile(rf"(?i)({re.escape(PREFIX)}|bearer\s+)[^\s'\",;]+")
 
 
@@ -32,19 +33,24 @@ def redact(text: str) -> str:
     return _SECRET.sub(r"\1[redacted]", text)
 
 
+def one_line(text: str) -> str:
+    """The text with control characters as escapes: what came from outside begins no line of its own and steers no
+    terminal."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
 class ConsoleFormatter(logging.Formatter):
     """`time level logger message fact=value ...`."""
 
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(name)s %(message)s")
-
     def format(self, record: logging.LogRecord) -> str:
-        """One entry; an exception's lines follow it."""
-        text = super().format(record)
+        """One entry; an exception's lines follow it, moved to the right."""
+        record.message = one_line(record.getMessage())
+        first = f"{self.formatTime(record)} {record.levelname} {record.name} {record.message}"
         facts = {name: value for name, value in _facts(record).items() if name not in ("method", "path", "status")}
-        shown = " ".join(f"{name}={_short(value)}" for name, value in facts.items())
-        first, newline, rest = text.partition("\n")
-        return redact(f"{first} {shown}{newline}{rest}" if shown else text)
+        shown = "".join(f" {name}={one_line(_short(value))}" for name, value in facts.items())
+        trace = self.formatException(record.exc_info) if record.exc_info else ""
+        lines = [f"    {one_line(line)}" for line in trace.split("\n") if line]
+        return redact("\n".join([first + shown, *lines]))
 
 
 class JsonFormatter(logging.Formatter):
@@ -57,7 +63,8 @@ class JsonFormatter(logging.Formatter):
         entry |= {"message": record.getMessage(), **_facts(record)}
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
-        return redact(json.dumps(entry, ensure_ascii=False, default=str))
+        text = json.dumps(entry, ensure_ascii=False, default=str)
+        return redact(_CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def _facts(record: logging.LogRecord) -> dict[str, Any]:

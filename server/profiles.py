@@ -22,6 +22,7 @@ from typing import Any
 
 from server import errors, state_tables
 from server.aio import within
+from server.child_env import child_environment
 from server.config import ModelSettings
 from server.state import State
 from spectral import resources
@@ -50,7 +51,7 @@ async def inspect_file(path: Path, seconds: float = CHECK_SECONDS) -> dict[str, 
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         # A thread pool reserves address space for every core, and there is nothing here to compute in parallel.
-        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        env=child_environment(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"),
     )
     try:
         out, said = await within(seconds, child.communicate())

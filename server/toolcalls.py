@@ -9,6 +9,7 @@ special tokens are not part of the text, so they may be missing. What is no call
 from __future__ import annotations
 
 import json
+import math
 import re
 import secrets
 from collections.abc import Iterator, Sequence
@@ -17,9 +18,21 @@ from typing import Any
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _MARKERS = ("[TOOL_CALLS]", "<|python_tag|>")
-_FUNCTION = re.compile(r"\s*<function=([^>\s]+)>\s*(.*?)\s*</function>\s*", re.DOTALL)
-_PARAMETER = re.compile(r"<parameter=([^>\s]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
-_decode = json.JSONDecoder().raw_decode
+_FUNCTION, _FUNCTION_END = "<function=", "</function>"
+_PARAMETER, _PARAMETER_END = "<parameter=", "</parameter>"
+_LONGEST_NAME = 256
+_GAP = re.compile(r"[ \t\r\n;,]*")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no number of JSON")
+    return value
+
+
+# What a model writes is read as JSON says and not as Python does: NaN, Infinity and 1e999 are no numbers.
+_decode = json.JSONDecoder(parse_float=_finite, parse_constant=_finite).raw_decode
 
 
 @dataclass(frozen=True)
@@ -40,6 +53,9 @@ class ToolParser:
         self._names = tuple(names)
         self._parallel = parallel
         self._text = ""
+        self._later: list[str] = []  # what came after `_text` while nothing new could be decided
+        self._tail = ""  # the end of it, where the beginning of a closing tag may be
+        self._held = False  # everything is held until the closing tag, or the end
         self._plain = False  # decided: this answer is text
         self.calls = 0
 
@@ -47,11 +63,24 @@ class ToolParser:
         """Take new text; give out what is decided."""
         if self._plain:
             return [text] if text else []
-        self._text += text
+        if self._held:  # looking at all of it for every token would take the square of its length
+            self._later.append(text)
+            self._tail = self._tail[-len(_CLOSE) :] + text
+            if self._form != "hermes" or _CLOSE not in self._tail:
+                return []
+        self._gather()
+        self._text += text if not self._held else ""
+        self._held = False
         return list(self._tagged(last=False) if self._form == "hermes" else self._leading())
+
+    def _gather(self) -> None:
+        if self._later:
+            self._text = "".join([self._text, *self._later])
+        self._later, self._tail = [], ""
 
     def finish(self) -> list[str | Call]:
         """Give out the rest."""
+        self._gather()
         if self._form == "hermes":
             return list(self._tagged(last=True))
         calls = None if self._plain else self._parse_all(self._text)
@@ -77,6 +106,7 @@ class ToolParser:
                 if before:
                     yield before
                 self._text = self._text[start:]
+                self._held, self._tail = True, self._text[-len(_CLOSE) :]
                 return
             stop = end if end >= 0 else len(self._text)
             inner = self._text[start + len(_OPEN) : stop]
@@ -92,18 +122,26 @@ class ToolParser:
                     yield allowed
 
     def _parse_function(self, text: str) -> list[Call] | None:
-        match = _FUNCTION.fullmatch(text)
-        if match is None or match[1] not in self._names:
+        # By hand: a regular expression for this takes the cube of the length on the wrong text.
+        text = text.strip()
+        name, end, body = text.removeprefix(_FUNCTION)[:_LONGEST_NAME].partition(">")
+        if not (text.startswith(_FUNCTION) and text.endswith(_FUNCTION_END) and end and name in self._names):
             return None
-        return [self._call(match[1], {key: _value(value) for key, value in _PARAMETER.findall(match[2])})]
+        body = text[len(_FUNCTION) + len(name) + 1 : -len(_FUNCTION_END)]
+        return [self._call(name, dict(_parameters(body)))]
 
     # -- answers that are calls from their first character ------------------------------------------------------------
 
     def _leading(self) -> Iterator[str | Call]:
         start = self._text.lstrip()
         if not start or start[0] in "{[":
+            self._held = bool(start)
             return
-        if any(_overlaps(start, known) for known in (*_MARKERS, *self._names)):
+        known = (*_MARKERS, *self._names)
+        if any(map(start.startswith, known)):
+            self._held = True
+            return
+        if any(word.startswith(start) for word in known):
             return
         self._plain = True
         text, self._text = self._text, ""
@@ -112,24 +150,24 @@ class ToolParser:
     def _parse_all(self, text: str) -> list[Call] | None:
         """All of a text as calls; None where any of it is something else."""
         calls: list[Call] = []
-        rest = _skip(text)
-        while rest:
-            if rest[0] in "{[":
-                value, rest = _json(rest)
-                items = value if isinstance(value, list) else [value]
-                found = [self._from_object(item) for item in items]
+        at = _skip(text, 0)
+        while at < len(text):
+            if text[at] in "{[":
+                value, at = _json(text, at)
+                found = [self._from_object(item) for item in (value if isinstance(value, list) else [value])]
             else:
-                name = next((n for n in sorted(self._names, key=len, reverse=True) if rest.startswith(n)), None)
+                name = next((n for n in sorted(self._names, key=len, reverse=True) if text.startswith(n, at)), None)
                 if name is None:
                     return None
-                rest = rest[len(name) :].lstrip()
-                value, rest = _json(rest[len("[ARGS]") :].lstrip() if rest.startswith("[ARGS]") else rest)
+                at = _skip_space(text, at + len(name))
+                at = _skip_space(text, at + len("[ARGS]")) if text.startswith("[ARGS]", at) else at
+                value, at = _json(text, at)
                 found = [self._call(name, value)] if isinstance(value, dict) else [None]
             for call in found:
                 if call is None:
                     return None
                 calls.append(call)
-            rest = _skip(rest)
+            at = _skip(text, at)
         return calls or None
 
     def _from_object(self, item: Any) -> Call | None:
@@ -141,15 +179,21 @@ class ToolParser:
         name = item.get("name", function)
         arguments = item.get("arguments", item.get("parameters", {}))
         if isinstance(arguments, str):
-            arguments, rest = _json(arguments)
-            arguments = None if rest else arguments
+            given = arguments
+            arguments, end = _json(given)
+            arguments = arguments if end == len(given) else None
         if not isinstance(name, str) or name not in self._names or not isinstance(arguments, dict):
             return None
         return self._call(name, arguments)
 
     def _call(self, name: str, arguments: dict[str, Any]) -> Call:
         ident = secrets.token_hex(5)[:9] if self._short_ids else "call_" + secrets.token_hex(12)
-        return Call(ident, name, json.dumps(arguments, ensure_ascii=False))
+        try:
+            text = json.dumps(arguments, ensure_ascii=False)
+            text.encode()
+        except UnicodeEncodeError:  # half a surrogate pair can only be sent as its escape
+            text = json.dumps(arguments)
+        return Call(ident, name, text)
 
     def _allowed(self, call: Call) -> Call | None:
         """The call, or None where the request wants one call and has it."""
@@ -159,27 +203,46 @@ class ToolParser:
         return call
 
 
-def _json(text: str) -> tuple[Any, str]:
-    """The JSON value at the start of a text and what follows it; (None, the text) where there is none."""
+def _json(text: str, at: int = 0) -> tuple[Any, int]:
+    """The JSON value at a place of a text and where what follows it begins; (None, that place) where there is none."""
     try:
-        value, end = _decode(text)
+        value, end = _decode(text, at)
     except (ValueError, RecursionError):
-        return None, text
-    return value, text[end:].lstrip()
+        return None, at
+    return value, _skip_space(text, end)
 
 
-def _skip(text: str) -> str:
-    """Without space, separators and markers in front."""
-    text = text.lstrip(" \t\r\n;,")
-    for marker in _MARKERS:
-        if text.startswith(marker):
-            return _skip(text[len(marker) :])
-    return text
+def _skip_space(text: str, at: int) -> int:
+    while at < len(text) and text[at].isspace():
+        at += 1
+    return at
 
 
-def _overlaps(text: str, known: str) -> bool:
-    """True where one is the beginning of the other."""
-    return text.startswith(known) or known.startswith(text)
+def _skip(text: str, at: int) -> int:
+    """Behind space, separators and markers."""
+    while True:
+        found = _GAP.match(text, at)
+        at = found.end() if found is not None else at
+        marker = next((m for m in _MARKERS if text.startswith(m, at)), None)
+        if marker is None:
+            return at
+        at += len(marker)
+
+
+def _parameters(text: str) -> Iterator[tuple[str, Any]]:
+    """<parameter=key>value</parameter>, one after another; a line's end after and before the tags is theirs."""
+    at = text.find(_PARAMETER)
+    while at >= 0:
+        at += len(_PARAMETER)
+        end = text.find(">", at, at + _LONGEST_NAME)
+        name = text[at:end]
+        if end > at and not any(letter.isspace() for letter in name):
+            close = text.find(_PARAMETER_END, end)
+            if close < 0:
+                return
+            yield name, _value(text[end + 1 : close].removeprefix("\n").removesuffix("\n"))
+            at = close + len(_PARAMETER_END)
+        at = text.find(_PARAMETER, at)
 
 
 def _held(text: str) -> int:
@@ -191,5 +254,5 @@ def _held(text: str) -> int:
 
 def _value(text: str) -> Any:
     """A parameter's value: JSON where it is JSON, else the text itself."""
-    value, rest = _json(text)
-    return text if rest or value is None and text != "null" else value
+    value, end = _json(text)
+    return text if end < len(text) or (value is None and text != "null") else value

@@ -8,6 +8,12 @@ from typing import Any
 
 import yaml
 
+MAX_BYTES, MAX_VALUES = 4 << 20, 50_000
+
+
+class TooMuch(yaml.YAMLError):
+    """A file that is too large, or whose aliases stand for more than anybody writes."""
+
 
 class DuplicateKey(yaml.YAMLError):
     """A key stands twice in one mapping: one of the two values would silently be lost."""
@@ -18,6 +24,8 @@ class _Loader(yaml.SafeLoader):
         seen: dict[str, int] = {}
         for key, _ in node.value:
             line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise DuplicateKey(f"line {line}: a name must be a text, not a list or a mapping")
             if key.tag != "tag:yaml.org,2002:merge" and key.value in seen:
                 raise DuplicateKey(f"line {line}: {key.value} is given again; line {seen[key.value]} has it already")
             seen[str(key.value)] = line
@@ -28,9 +36,19 @@ class YamlSource:
     """The decoded file in `data`, and where its values stand. Raises OSError, UnicodeDecodeError or YAMLError."""
 
     def __init__(self, path: Path) -> None:
-        text = path.read_text(encoding="utf-8")
-        self._root: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
-        self.data: Any = yaml.load(text, Loader=_Loader)
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise TooMuch(f"it has more than {MAX_BYTES} bytes")
+        text = data.decode("utf-8")
+        try:
+            self._root: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
+            _check_size(self._root)
+            self.data: Any = yaml.load(text, Loader=_Loader)
+        except RecursionError:
+            raise TooMuch("it is nested too deeply") from None
+        except (ValueError, TypeError, OverflowError, AttributeError) as error:  # numbers and dates that are none
+            raise yaml.YAMLError(f"a value cannot be read: {error}") from None
 
     def line(self, place: Sequence[str | int]) -> int | None:
         """The line (from 1) of a value, such as ("models", 0, "name"), or of what would hold it; None for neither."""
@@ -45,3 +63,26 @@ class YamlSource:
                 break
             line, node = found[0].start_mark.line + 1, found[1]
         return line
+
+
+def _check_size(root: yaml.Node | None) -> None:
+    """Count values as they stand after aliases and merges are followed; a mapping within itself has no end."""
+    rest, seen = [root], 0
+    while rest:
+        node = rest.pop()
+        seen += 1
+        if seen > MAX_VALUES:
+            raise TooMuch(f"its aliases stand for more than {MAX_VALUES} values")
+        if isinstance(node, yaml.MappingNode):
+            rest += [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            rest += node.value
+
+
+def explain_yaml(error: yaml.YAMLError) -> str:
+    """What is wrong and where, without the lines themselves: they may hold a key."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return str(error)
+    mark = error.problem_mark or error.context_mark
+    where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+    return where + ", ".join(part for part in (error.context, error.problem) if part)

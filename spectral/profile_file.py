@@ -25,6 +25,7 @@ from spectral.bits import CHANNEL_GROUP, WIDTHS, Table, frequency_classes, unifo
 from spectral.errors import ProfileError
 from spectral.files import write_atomically
 from spectral.layout import page_layout
+from spectral.profile_document import check_document, parse_document
 
 if TYPE_CHECKING:
     from spectral.profile import LadderRow, LayerProfile, SpectralProfile
@@ -34,6 +35,8 @@ MAX_HEADER_BYTES = 16 << 20
 MAX_FILE_BYTES = 4 << 30
 MAX_CONDITION = 1e7
 """Largest condition number of a decoder: beyond it the dual basis amplifies rounding without end."""
+_MOST_SAID = 300
+"""Characters of another library's reason that are repeated: it may hold parts of the file."""
 
 
 def write_profile(profile: SpectralProfile, path: str | os.PathLike[str]) -> Path:
@@ -133,21 +136,32 @@ def _open(source: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
                 raise ProfileError(f"{source} is a safetensors file without a Spectral profile in its header")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
     except SafetensorError as error:
-        raise ProfileError(f"profile {source} is not a valid safetensors file: {error}") from error
-    sealed = json.loads(metadata["spectral"])
-    document = json.loads(sealed["document"])
+        raise ProfileError(f"profile {source} is not a valid safetensors file: {str(error)[:_MOST_SAID]}") from error
+    sealed = parse_document(metadata["spectral"])
+    document = parse_document(sealed["document"])
     version = document.get("format_version")
     if version != FORMAT_VERSION:
         raise ProfileError(
-            f"profile {source} has format {version} and this version of Spectral reads format {FORMAT_VERSION}; "
-            "build it again with `spectral profile build`"
+            f"profile {source} has format {str(version)[:20]} and this version of Spectral reads format "
+            f"{FORMAT_VERSION}; build it again with `spectral profile build`"
         )
     if sealed["sha256"] != digest(sealed["document"], tensors):
         raise ProfileError(f"profile {source} is damaged: its checksum does not match; copy or build it again")
-    return document, tensors
+    return check_document(document), tensors
 
 
 def _read(source: Path) -> SpectralProfile:
+    """Build it; whatever is raised names the file and repeats little of it."""
+    try:
+        return _build(source)
+    except ProfileError as error:
+        raise error if str(source) in str(error) else ProfileError(f"profile {source}: {error}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+        said = str(error)[:_MOST_SAID]
+        raise ProfileError(f"profile {source} is damaged: {type(error).__name__}: {said}") from error
+
+
+def _build(source: Path) -> SpectralProfile:
     from spectral.profile import LadderRow, SpectralProfile
 
     meta, tensors = _open(source)

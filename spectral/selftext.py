@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from spectral.engine.templates import TemplateFailed, is_jinja, render_chat
+
 if TYPE_CHECKING:
     from spectral.hf import LoadedModel
 
@@ -61,10 +63,13 @@ def prompts(loaded: LoadedModel) -> list[list[int]]:
     """Token ids of every opening, and of every question through the chat template where the tokenizer has one."""
     tokenizer = loaded.tokenizer
     out = [tokenizer(text, add_special_tokens=True)["input_ids"] for text in OPENINGS]
-    if getattr(tokenizer, "chat_template", None):
+    if getattr(tokenizer, "chat_template", None) and is_jinja(tokenizer):
         for question in QUESTIONS:
             message = [{"role": "user", "content": question}]
-            text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+            try:
+                text = render_chat(tokenizer, message, None)
+            except TemplateFailed:  # a template that wants more than a question: the openings are text enough
+                break
             out.append(tokenizer(text, add_special_tokens=False)["input_ids"])
     return out
 

@@ -171,7 +171,7 @@ def _chain(header: dict[str, Any], store: PageStore, links: Links | None) -> Cha
 def _lengths(header: dict[str, Any], store: PageStore, size: int) -> tuple[int, int, int]:
     """Tokens of the row, its pages and ids, checked before any memory is reserved for them."""
     length, pages, count = (_natural(header.get(name)) for name in ("length", "pages", "tokens"))
-    if not length <= count <= MAX_TOKENS:
+    if not length <= count <= MAX_TOKENS or 4 * count > MAX_SHRINK * size:
         raise SessionError("the session is damaged: its lengths make no sense")
     book = store.codebook
     # A row that was cut may keep more pages than its length asks for (spectral.rows), but only whole ones.

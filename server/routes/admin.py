@@ -10,13 +10,15 @@ from fastapi.responses import JSONResponse, Response
 
 from server import sse, state_tables
 from server.admin import Admin
+from server.documents import ADMIN, answers, optional_body
 from server.jobs import OVER, Job
 from server.routes import admin_schemas
 from server.routes.admin_guard import require_admin
 from server.routes.body import read_json
 from server.routes.ops import slot_info
 
-router = APIRouter(prefix="/admin")
+router = APIRouter(prefix="/admin", tags=["Administration"], responses=ADMIN)
+EMPTY = optional_body(admin_schemas.Empty)
 Actor = Annotated[str, Depends(require_admin)]
 Limit = Annotated[int, Query(ge=1, le=1000)]
 Before = Annotated[int | None, Query(ge=0, le=2**62)]
@@ -59,7 +61,7 @@ async def vram(request: Request, actor: Actor) -> Response:
 # ---------------------------------------------------------------------------------------------- models
 
 
-@router.post("/models/{name:path}/load")
+@router.post("/models/{name:path}/load", openapi_extra=EMPTY, responses=answers(202))
 async def load(name: str, request: Request, actor: Actor) -> Response:
     """Begin to load; 202 with the state. GET /ready shows how far it is."""
     return await _bring(request, actor, name, "load")
@@ -74,7 +76,7 @@ async def _bring(request: Request, actor: str, name: str, action: str) -> Respon
     return JSONResponse({"model": slot.name, "state": slot.state}, status_code=202)
 
 
-@router.post("/models/{name:path}/unload")
+@router.post("/models/{name:path}/unload", openapi_extra=optional_body(admin_schemas.Unload))
 async def unload(name: str, request: Request, actor: Actor) -> Response:
     """End the model's worker; answers when it has ended."""
     admin = admin_of(request)
@@ -87,7 +89,7 @@ async def unload(name: str, request: Request, actor: Actor) -> Response:
     return JSONResponse({"model": slot.name, "state": slot.state})
 
 
-@router.post("/models/{name:path}/sleep")
+@router.post("/models/{name:path}/sleep", openapi_extra=EMPTY)
 async def sleep(name: str, request: Request, actor: Actor) -> Response:
     """Move the weights of a model without requests to host memory. From then on the planner decides again: the next
     request wakes it, and it is let go of where a load costs no more than what it holds."""
@@ -99,19 +101,19 @@ async def sleep(name: str, request: Request, actor: Actor) -> Response:
     return JSONResponse({"model": slot.name, "slept": True})
 
 
-@router.post("/models/{name:path}/wake")
+@router.post("/models/{name:path}/wake", openapi_extra=EMPTY, responses=answers(202))
 async def wake(name: str, request: Request, actor: Actor) -> Response:
     """Begin to wake a model, as its next request would; 202 with the state."""
     return await _bring(request, actor, name, "wake")
 
 
-@router.post("/models/{name:path}/pin")
+@router.post("/models/{name:path}/pin", openapi_extra=EMPTY)
 async def pin(name: str, request: Request, actor: Actor) -> Response:
     """Keep the model where it is."""
     return await _pin(request, actor, name, pinned=True)
 
 
-@router.post("/models/{name:path}/unpin")
+@router.post("/models/{name:path}/unpin", openapi_extra=EMPTY)
 async def unpin(name: str, request: Request, actor: Actor) -> Response:
     """Let go of it."""
     return await _pin(request, actor, name, pinned=False)
@@ -126,7 +128,7 @@ async def _pin(request: Request, actor: str, name: str, *, pinned: bool) -> Resp
     return JSONResponse({"model": slot.name, "pinned": slot.pinned})
 
 
-@router.post("/models/{name:path}/setting")
+@router.post("/models/{name:path}/setting", openapi_extra=optional_body(admin_schemas.ChooseSetting))
 async def setting(name: str, request: Request, actor: Actor) -> Response:
     """Another row of the ladder for new requests, with `live` also for running ones; "auto": the configured one."""
     admin = admin_of(request)
@@ -140,7 +142,7 @@ async def setting(name: str, request: Request, actor: Actor) -> Response:
 # ---------------------------------------------------------------------------------------------- the server
 
 
-@router.post("/config/reload")
+@router.post("/config/reload", openapi_extra=EMPTY)
 async def reload_config(request: Request, actor: Actor) -> Response:
     """Read the configuration file again; a faulty one changes nothing and is explained."""
     admin = admin_of(request)
@@ -222,7 +224,7 @@ async def job_events(ident: str, request: Request, actor: Actor) -> Response:
     return _stream(request, follow(found))
 
 
-@router.post("/jobs/{ident}/cancel")
+@router.post("/jobs/{ident}/cancel", openapi_extra=EMPTY)
 async def cancel_job(ident: str, request: Request, actor: Actor) -> Response:
     """End a job; its checkpoint is kept, so that a build with the same options goes on from there."""
     admin = admin_of(request)

@@ -13,12 +13,13 @@ from starlette.requests import ClientDisconnect
 from server import errors
 from server.admin import Admin
 from server.aio import within
+from server.documents import ADMIN, answers, bytes_body, failures, optional_body
 from server.profiles import SHIPPED, configured_profile, differences, summary
 from server.routes import admin_schemas
-from server.routes.admin import Actor, admin_of, body_of
+from server.routes.admin import EMPTY, Actor, admin_of, body_of
 from server.scheduler.slots import Slot
 
-router = APIRouter(prefix="/admin/profiles")
+router = APIRouter(prefix="/admin/profiles", tags=["Administration"], responses=ADMIN)
 _MEDIA = ("application/octet-stream", "application/x-safetensors")
 Given = Annotated[str, Query(min_length=7, max_length=64)]
 
@@ -31,7 +32,7 @@ async def everything(request: Request, actor: Actor) -> Response:
     return JSONResponse({"models": models})
 
 
-@router.post("/{name:path}/activate")
+@router.post("/{name:path}/activate", openapi_extra=optional_body(admin_schemas.Activate))
 async def activate(name: str, request: Request, actor: Actor) -> Response:
     """Use a profile; a hot model takes it for new requests at once, a cold one when it is loaded."""
     admin = admin_of(request)
@@ -43,7 +44,7 @@ async def activate(name: str, request: Request, actor: Actor) -> Response:
     return JSONResponse(await _listing(admin, slot))
 
 
-@router.post("/{name:path}/rollback")
+@router.post("/{name:path}/rollback", openapi_extra=EMPTY)
 async def rollback(name: str, request: Request, actor: Actor) -> Response:
     """Undo the last switch that is in force."""
     admin = admin_of(request)
@@ -54,7 +55,7 @@ async def rollback(name: str, request: Request, actor: Actor) -> Response:
     return JSONResponse(await _listing(admin, slot))
 
 
-@router.post("/{name:path}/build")
+@router.post("/{name:path}/build", openapi_extra=optional_body(admin_schemas.Build), responses=answers(202))
 async def build(name: str, request: Request, actor: Actor) -> Response:
     """Calibrate the model on this machine, in a process of its own; 202 with the job."""
     admin = admin_of(request)
@@ -91,7 +92,7 @@ async def delete(name: str, profile: str, request: Request, actor: Actor) -> Res
     return JSONResponse({"model": slot.name, "deleted": sha256})
 
 
-@router.put("/{name:path}")
+@router.put("/{name:path}", openapi_extra=bytes_body(_MEDIA), responses={**answers(201), **failures(422)})
 async def upload(name: str, request: Request, actor: Actor, activate: bool = False) -> Response:
     """Upload a profile as the body's bytes; with `activate=true` it is used at once. 201, or 200 if it was there."""
     admin = admin_of(request)

@@ -10,10 +10,11 @@ from pydantic import ValidationError
 
 from server import errors
 from server.config import ModelSettings
+from server.documents import ADMIN
 from server.routes.admin_guard import require_admin
 from server.scheduler.loop import Scheduler
 
-router = APIRouter(prefix="/admin")
+router = APIRouter(prefix="/admin", tags=["Administration"], responses=ADMIN)
 Actor = Annotated[str, Depends(require_admin)]
 
 

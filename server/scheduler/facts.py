@@ -18,10 +18,15 @@ from server.scheduler.demand import HOST, Rung
 from server.scheduler.steward import Facts
 from server.worker import messages
 from spectral import resources
+from spectral.errors import ProfileError
 from spectral.files import write_atomically
+from spectral.profile_document import check_ladder, parse_document
 
 log = logging.getLogger("spectral.facts")
 MAX_HEADER = 128 << 20
+_BROKEN = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+_UNREADABLE = (OSError, ProfileError, *_BROKEN)
+"""What the files of a model or profile can raise that are not what they should be."""
 _WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _WIDTH |= {"F8_E4M3": 1, "F8_E5M2": 1}
 NF4_BYTES, INT8_BYTES = 0.5 + 4 / 64, 1.0 + 4 / 1024
@@ -81,7 +86,7 @@ def weights_nbytes(folder: Path, quantization: str, element: int | None) -> int:
             shape, stored = tensor["shape"], _WIDTH.get(tensor["dtype"], 2)
             count = 1
             for size in shape:
-                count *= int(size)
+                count *= _natural(size)
             floating = tensor["dtype"] in ("F64", "F32", "F16", "BF16")
             width = float(element if element is not None and floating else stored)
             outside = any(part in name for part in ("embed", "lm_head", "wte", "wpe", "shared"))
@@ -93,26 +98,33 @@ def weights_nbytes(folder: Path, quantization: str, element: int | None) -> int:
     return round(total)
 
 
+def _natural(value: Any) -> int:
+    """A whole number that can be a size. Raises ValueError."""
+    if type(value) is not int or not 0 <= value < 2**48:
+        raise ValueError(f"{str(value)[:40]!r} is no size")
+    return value
+
+
 def shape_of(folder: Path) -> tuple[int, int]:
     """(bf16 bytes of one token's keys and values over all full-attention layers, the model's longest context)."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config = config.get("text_config", config)
-    heads = int(config.get("num_attention_heads", 1))
-    kv_heads = int(config.get("num_key_value_heads") or heads)
-    dim = int(config.get("head_dim") or int(config.get("hidden_size", heads)) // heads)
-    kinds = config.get("layer_types") or ["full_attention"] * int(config.get("num_hidden_layers", 1))
-    layers = sum("sliding" not in str(kind) for kind in kinds)
-    return 2 * 2 * kv_heads * dim * layers, int(config.get("max_position_embeddings", 8192))
+    heads = _natural(config.get("num_attention_heads", 1))
+    kv_heads = _natural(config.get("num_key_value_heads") or heads)
+    dim = _natural(config.get("head_dim") or _natural(config.get("hidden_size", heads)) // heads)
+    kinds, count = config.get("layer_types"), _natural(config.get("num_hidden_layers", 1))
+    layers = sum("sliding" not in str(kind) for kind in kinds) if kinds else count
+    return 2 * 2 * kv_heads * dim * layers, _natural(config.get("max_position_embeddings", 8192))
 
 
 def ladder_of(profile: Path) -> tuple[tuple[Rung, ...], str]:
     """A profile's settings, finest first, and the name of its default, from its header alone."""
-    document = json.loads(json.loads(header(profile)["__metadata__"]["spectral"])["document"])
+    document = parse_document(parse_document(header(profile)["__metadata__"]["spectral"])["document"])
     rungs = tuple(
         Rung(row["name"], float(row["kl_mean"] or 0.0), row["page_nbytes"] / row["page_tokens"], row["window_nbytes"])
-        for row in document["ladder"]
+        for row in check_ladder(document)
     )
-    return rungs, str(document["default"])
+    return rungs, str(document["default"])[:100]
 
 
 def predict(model: ModelSettings, device: str, profile: str | None = None) -> Prediction:
@@ -124,7 +136,7 @@ def predict(model: ModelSettings, device: str, profile: str | None = None) -> Pr
     try:
         if chosen is not None:
             rungs, default = ladder_of(Path(chosen))
-    except (OSError, ValueError, KeyError, TypeError) as error:  # the worker says what is wrong with it
+    except _UNREADABLE as error:  # the worker says what is wrong with it
         log.warning("model %s: its profile's header cannot be read: %s", model.name, error)
     limit = model.limits.context_length
     if folder is None:
@@ -133,7 +145,7 @@ def predict(model: ModelSettings, device: str, profile: str | None = None) -> Pr
     try:
         weights = weights_nbytes(folder, model.quantization, element)
         token, context = shape_of(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except _UNREADABLE as error:
         log.warning("model %s: its files cannot be read: %s", model.name, error)
         return Prediction(0, 0, limit or 8192, rungs, default, known=False)
     return Prediction(weights, token, min(context, limit or context), rungs, default, known=True)

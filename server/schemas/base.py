@@ -81,7 +81,7 @@ def explain(error: ValidationError, data: Any) -> ApiError:
     if first["type"] == "missing":
         return bad_request(f"{param}: this field is required", param, "missing_required_parameter")
     param = param or str(first["loc"][0] if first["loc"] else "body")
-    message = first["msg"].removeprefix("Value error, ")
+    message = shorten(first["msg"].removeprefix("Value error, "), 300)  # some repeat what came
     return bad_request(f"{param}: {message[:1].lower()}{message[1:]}", shorten(param))
 
 

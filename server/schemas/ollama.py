@@ -133,7 +133,7 @@ class _Generating(Request):
     def _grammar(self) -> wire.Grammar | None:
         if self.format is None:
             return None
-        return wire.Grammar("json_object") if self.format == "json" else schema_grammar(self.format)
+        return wire.Grammar("json_object") if self.format == "json" else schema_grammar(self.format, "format")
 
 
 class OllamaFunction(Strict):

@@ -168,7 +168,7 @@ class ResponsesRequest(SamplingFields):
         asked = self.text.format if self.text is not None else None
         if isinstance(asked, FlatSchemaFormat):
             schema = JsonSchema(name=asked.name, schema=asked.schema_)
-            return format_grammar(SchemaFormat(type="json_schema", json_schema=schema))
+            return format_grammar(SchemaFormat(type="json_schema", json_schema=schema), "text.format")
         return format_grammar(asked)
 
     def _turns(self) -> list[wire.Message]:

@@ -84,15 +84,30 @@ class SchemaFormat(Strict):
 ResponseFormat = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
 
 
-def schema_grammar(schema: dict[str, Any]) -> wire.Grammar:
-    """A JSON schema as the worker takes it."""
-    return wire.Grammar("json_schema", json.dumps(schema))
+MAX_SCHEMA_TEXT, MAX_SCHEMA_FIELDS = 256 << 10, 2000
+"""Characters of a schema that an answer is held to, and names in one of its objects: compiling it takes the square of
+these (0.35 s for 2,000), and the model waits."""
 
 
-def format_grammar(asked: TextFormat | ObjectFormat | SchemaFormat | None) -> wire.Grammar | None:
-    """The grammar of a response_format; None for text."""
+def schema_grammar(schema: dict[str, Any], param: str = "response_format") -> wire.Grammar:
+    """A JSON schema as the worker takes it. Raises ApiError 400 for one that is too large to be compiled in time."""
+    text, rest, widest = json.dumps(schema), [schema], 0
+    while rest:
+        part: Any = rest.pop()
+        widest = max(widest, len(part)) if isinstance(part, dict) else widest
+        rest += part.values() if isinstance(part, dict) else part if isinstance(part, list) else []
+    if len(text) > MAX_SCHEMA_TEXT or widest > MAX_SCHEMA_FIELDS:
+        limits = f"{MAX_SCHEMA_TEXT} characters, and {MAX_SCHEMA_FIELDS} names in an object"
+        raise bad_request(f"{param}: the schema is too large; at most {limits}", param)
+    return wire.Grammar("json_schema", text)
+
+
+def format_grammar(
+    asked: TextFormat | ObjectFormat | SchemaFormat | None, param: str = "response_format"
+) -> wire.Grammar | None:
+    """The grammar of a response_format; None for text. Raises ApiError 400."""
     if isinstance(asked, SchemaFormat):
-        return schema_grammar(asked.json_schema.schema_ or _ANY_OBJECT)
+        return schema_grammar(asked.json_schema.schema_ or _ANY_OBJECT, param)
     return wire.Grammar("json_object") if isinstance(asked, ObjectFormat) else None
 
 
@@ -123,7 +138,7 @@ class ToolUse:
         self.described = [tool.described() for tool in used]
         self.names = tuple(tool.function.name for tool in callable_tools)
         self.parallel = parallel
-        self.grammar = schema_grammar(_call_schema(callable_tools)) if self.forced else None
+        self.grammar = schema_grammar(_call_schema(callable_tools), "tools") if self.forced else None
 
     def __bool__(self) -> bool:
         return bool(self.described)

@@ -58,10 +58,11 @@ def load(spec: wire.Load, tell: Callable[[wire.ToParent], None]) -> tuple[Built,
 
 def describe(built: Built) -> wire.Ready:
     """The figures that the gateway shows. Bytes per token at the reference context, or the model's if it is shorter."""
-    from spectral.engine.chat import has_template, tool_format
+    from spectral.engine.chat import has_template, prepare, tool_format
 
     engine, profile, row = built.engine, built.profile, built.row
     loaded = engine.loaded
+    prepare(loaded.tokenizer)
     context = min(REFERENCE_CONTEXT, engine.context_length)
     exact = float(loaded.shape.token_nbytes())
     return wire.Ready(

@@ -31,6 +31,7 @@ from server.worker.child_engines import Change, Engines
 from server.worker.child_load import load
 from server.worker.child_memory import COMMANDS, MemoryControl
 from spectral.engine import types
+from spectral.engine.templates import RENDERER
 from spectral.errors import ModelError, ProfileError, RequestError, SettingError
 
 log = logging.getLogger("spectral.worker")
@@ -235,7 +236,7 @@ class Worker:
             request = child_wire.to_request(message)
             if ident in self._encoding:
                 raise RequestError(f"request_id {ident!r} is in use", param="request_id")
-            if child_wire.text_length(message) >= LONG_PROMPT:
+            if child_wire.text_length(message) >= LONG_PROMPT or (message.kind == "chat" and RENDERER.slow):
                 self._encoding[ident] = False
                 self._encoder.put(request)
                 return

@@ -338,6 +338,8 @@ Told = Accepted | Rejected | Tokenized | PromptTokens | Delta | Finished | Faile
 ToParent = Loading | Ready | LoadFailed | Told | Pong | Done | Footprint | Stats
 AnyMessage = ToWorker | ToParent
 
+# Text that is no UTF-8 raises UnicodeDecodeError (a ValueError), nesting without end RecursionError.
+_UNREADABLE = (msgspec.MsgspecError, ValueError, RecursionError)
 _encoder = msgspec.msgpack.Encoder()
 _to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
 _to_parent: msgspec.msgpack.Decoder[ToParent] = msgspec.msgpack.Decoder(ToParent)
@@ -365,7 +367,7 @@ def decode_to_parent(body: bytes) -> ToParent:
     """A frame's body as the gateway receives it. Raises BadFrame."""
     try:
         return _to_parent.decode(body)
-    except msgspec.MsgspecError as error:
+    except _UNREADABLE as error:
         raise BadFrame(f"not a message to the gateway: {error}") from error
 
 
@@ -373,7 +375,7 @@ def decode_to_worker(body: bytes) -> ToWorker:
     """A frame's body as a worker receives it. Raises BadFrame."""
     try:
         return _to_worker.decode(body)
-    except msgspec.MsgspecError as error:
+    except _UNREADABLE as error:
         raise BadFrame(f"not a message to a worker: {error}") from error
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from server.aio import within
+from server.child_env import without_configuration
 from server.worker import messages
 from server.worker.channel import MessageReader
 
@@ -50,7 +51,7 @@ class WorkerProcess:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
-                env=env,
+                env=without_configuration(env),
                 start_new_session=True,
             )
             reader, writer = await asyncio.open_connection(sock=ours)

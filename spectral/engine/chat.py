@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import TemplateError
-
+from spectral.engine.templates import RENDERER, TemplateFailed, is_jinja, render_chat
 from spectral.engine.types import GenerateRequest, Message
 from spectral.errors import RequestError
 
@@ -58,14 +57,37 @@ def encode_chat(tokenizer: Any, messages: list[Message], tools: Sequence[dict[st
         role = "system" if message.role == "developer" and not knows_developer else message.role
         turns.append({"role": role, "content": message.content, **message.extra})
     try:
-        ids = tokenizer.apply_chat_template(
-            turns, tools=list(tools) or None, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-    except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
+        ids = _template_ids(tokenizer, turns, list(tools) or None)
+    except TemplateFailed as error:
+        bounded = error.kind in ("Timeout", "TooLong", "MemoryError", "Died")
+        what = "was ended" if bounded else "refuses these messages"
+        raise RequestError(
+            f"the model's chat template {what}: {error}",
+            param="messages",
+            code="chat_template_failed" if bounded else "invalid_messages",
+        ) from None
+    except (TypeError, ValueError, KeyError, IndexError) as error:
         raise RequestError(
             f"the model's chat template refuses these messages: {error}", param="messages", code="invalid_messages"
         ) from error
     return [int(i) for i in ids]
+
+
+def _template_ids(tokenizer: Any, turns: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[int]:
+    if is_jinja(tokenizer):
+        text = render_chat(tokenizer, turns, tools)
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+    found: list[int] = tokenizer.apply_chat_template(
+        turns, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    return found
+
+
+def prepare(tokenizer: Any) -> None:
+    """Start what rendering needs, so that the first chat does not wait for it."""
+    if has_template(tokenizer) and is_jinja(tokenizer):
+        RENDERER.start()
 
 
 def encode_prompt(tokenizer: Any, request: GenerateRequest, vocab_size: int) -> list[int]:

@@ -23,6 +23,7 @@ import uvicorn
 from server.__main__ import GracefulServer
 from server.app import create_app
 from server.config import Settings
+from server.http_limits import uvicorn_config
 from server.scheduler.slots import Slot
 
 HERE = Path(__file__).parent
@@ -108,7 +109,7 @@ def serving(config: Settings, config_file: Path | None = None, tracing: Any = No
     app = create_app(config, FAKE, config_file, tracing)
     listener = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server = GracefulServer(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=3), app.state.scheduler)
+    server = GracefulServer(uvicorn_config(app, timeout_graceful_shutdown=3), app.state.scheduler)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
     thread.start()
     try:

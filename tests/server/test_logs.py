@@ -80,3 +80,31 @@ def test_configure_sets_level_and_access() -> None:
         root.handlers[:] = handlers
         root.setLevel(level)
         access.setLevel(before)
+
+
+@pytest.mark.parametrize("form", [JsonFormatter, ConsoleFormatter])
+def test_what_comes_from_outside_begins_no_line_and_steers_no_terminal(form: Any) -> None:
+    nasty = "a\n2026-01-01 ERROR spectral.auth forged\r\x1b[2J\x9b\u2028\x00b"
+    try:
+        raise ValueError(nasty)
+    except ValueError as error:
+        info = (ValueError, error, error.__traceback__)
+    record = logging.LogRecord("x", logging.ERROR, "f", 1, "said %s", (nasty,), info)
+    record.facts = {"model": nasty}
+    text = form().format(record)
+    assert not any(ord(letter) < 32 and letter != "\n" for letter in text)
+    assert "\x9b" not in text and "\u2028" not in text
+    assert "forged" in text and not any(line.startswith("2026-01-01") for line in text.splitlines())
+    assert len(text.splitlines()) == 1 or all(line.startswith("    ") for line in text.splitlines()[1:])
+    if form is JsonFormatter:
+        assert json.loads(text)["message"] == f"said {nasty}"
+
+
+@pytest.mark.parametrize("path", ["/a%0d%0aX: y", "/a%1b[31m", "/%e2%80%a8x", "/\u00ff"])
+def test_a_path_is_logged_escaped(server: Running, log: Any, path: str) -> None:
+    handler, text = log
+    handler.setFormatter(ConsoleFormatter())
+    server.client.get(path, headers={"X-Request-Id": "r-path"})
+    server.until(lambda: "r-path" in text.getvalue())
+    line = next(line for line in text.getvalue().splitlines() if "r-path" in line)
+    assert " 404" in line and "\x1b" not in line and line.isascii()
