@@ -85,6 +85,24 @@ def check_ladder(found: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def check_sizes(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The ladder's rows, of which only what a planner counts with is looked at: name, KL and sizes. Raises ProfileError
+    naming the field."""
+    rows = _list(found, "ladder", 1, MAX_SETTINGS)
+    for index, row in enumerate(rows):
+        where = f"ladder[{index}]"
+        facts = _object(row, where)
+        if not isinstance(facts.get("name"), str) or _NAME.fullmatch(facts["name"]) is None:
+            raise ProfileError(f"{where}.name: must be a word of letters, digits and . _ + - (at most 64)")
+        _count(facts, "page_tokens", 1, MAX_PAGE, where)
+        for name in ("page_nbytes", "window_nbytes"):
+            if not _is_number(facts.get(name), 0.0, MAX_BYTES):
+                raise ProfileError(f"{where}.{name}: must be a number of bytes")
+        if facts.get("kl_mean") is not None and not _is_number(facts["kl_mean"], 0.0, 1e300):
+            raise ProfileError(f"{where}.kl_mean: must be a number of nats, or null")
+    return rows
+
+
 def _check_layer(layer: Any, where: str) -> None:
     facts = _object(layer, where)
     if facts.keys() != _LAYER:

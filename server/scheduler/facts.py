@@ -20,7 +20,7 @@ from server.worker import messages
 from spectral import resources
 from spectral.errors import ProfileError
 from spectral.files import write_atomically
-from spectral.profile_document import check_ladder, parse_document
+from spectral.profile_document import check_sizes, parse_document
 
 log = logging.getLogger("spectral.facts")
 MAX_HEADER = 128 << 20
@@ -122,7 +122,7 @@ def ladder_of(profile: Path) -> tuple[tuple[Rung, ...], str]:
     document = parse_document(parse_document(header(profile)["__metadata__"]["spectral"])["document"])
     rungs = tuple(
         Rung(row["name"], float(row["kl_mean"] or 0.0), row["page_nbytes"] / row["page_tokens"], row["window_nbytes"])
-        for row in check_ladder(document)
+        for row in check_sizes(document)
     )
     return rungs, str(document["default"])[:100]
 
