@@ -47,6 +47,7 @@ class BlockFrame(torch.nn.Module):
         self._frequencies = np.zeros(0) if frequencies is None else np.asarray(frequencies, dtype=np.float64)
         self._device = torch.device(device)
         self._cos = self._sin = torch.zeros((0, self._frequencies.size), device=device)
+        self._reserved = False
 
     @property
     def turns(self) -> bool:
@@ -70,12 +71,18 @@ class BlockFrame(torch.nn.Module):
             self._sin = torch.tensor(np.sin(angle), dtype=torch.float32, device=self._device)
         return self._cos, self._sin
 
+    def reserve(self, pages: int) -> None:
+        """Make the tables for sequences of so many pages, once and for all: `keys` then does not ask the device."""
+        if self.turns:
+            self._table(self.blocks(pages))
+            self._reserved = True
+
     def keys(self, x: torch.Tensor, page: torch.Tensor, *, back: bool = False) -> torch.Tensor:
         """Keys of whole pages into their frame (or back): x [n, H, P, d] float32, page [n] index in the sequence."""
         if not self.turns or not x.shape[0]:
             return x
         block = torch.div(page, self.pages, rounding_mode="floor")
-        cos, sin = self._table(int(block.max()) + 1)
+        cos, sin = (self._cos, self._sin) if self._reserved else self._table(int(block.max()) + 1)
         cos, sin = cos[block][:, None, None], sin[block][:, None, None]
         return turn(x, cos, -sin if not back else sin)
 

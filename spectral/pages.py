@@ -11,39 +11,24 @@ is row p of that layer's pool. Layers with sliding attention keep a rolling exac
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
 
-from spectral.codec import Codebook, ExactCodec, PageCodec
+from spectral.codec import Codebook
 from spectral.errors import CacheError, OutOfPages
 from spectral.page_ids import PageIds
-from spectral.pools import empty_pool, squeezed
+from spectral.pools import empty_pool, exact_codebook, squeezed
 from spectral.shapes import LayerShape, ModelShape
 from spectral.step_batch import StepBatch
 from spectral.windows import ExactWindow, WindowGroup, make_window
 
-EXACT_PAGE_TOKENS = 16
+_generations = itertools.count(1)
 
 __all__ = ["Hold", "LayerShape", "ModelShape", "PageStore", "Row", "StepBatch", "exact_codebook"]
-
-
-def exact_codebook(shape: ModelShape, dtype: torch.dtype = torch.bfloat16) -> Codebook:
-    """The "exact" setting: bf16 pages. With float32, generation equals an uncompressed float32 cache's bit for bit."""
-    layers: list[PageCodec | None] = [
-        None
-        if layer.sliding
-        else ExactCodec(
-            kv_heads=layer.kv_heads,
-            key_dim=layer.key_dim,
-            value_dim=layer.value_dim,
-            page_tokens=EXACT_PAGE_TOKENS,
-            dtype=dtype,
-        )
-        for layer in shape.layers
-    ]
-    return Codebook("exact", "", 0, 0, EXACT_PAGE_TOKENS, layers)
 
 
 @dataclass
@@ -113,6 +98,8 @@ class PageStore:
         self.group_of = {i: (g, at) for g, layers in enumerate(alike.values()) for at, i in enumerate(layers)}
         """Layer -> its window's group, and its place there."""
         self.slot_capacity = 0
+        self.generation = next(_generations)
+        """Another one, of all stores, whenever a pool or window may have got another address."""
         self._ids = PageIds()
         self._free_slots: list[int] = []
         self._rows: dict[int, Row] = {}
@@ -227,6 +214,13 @@ class PageStore:
         if spare is not None and needed > spare:
             raise OutOfPages(needed, max(0, spare))
 
+    def reserve(self, pages: int) -> None:
+        """Have so many free pages, if a quarter of what may still be allocated holds those that lack."""
+        missing, spare = pages - self._ids.free, self._spare()
+        if missing > 0 and (spare is None or missing * self._page_nbytes <= spare // 4):
+            with suppress(OutOfPages):
+                self._grow_pages(missing)
+
     def _grow_pages(self, missing: int) -> None:
         step = max(missing, 64, self.page_capacity // 4)
         spare = self._spare()
@@ -241,6 +235,7 @@ class PageStore:
         except torch.OutOfMemoryError as error:  # others took the device's memory: room is made as for a limit
             raise OutOfPages(step * self._page_nbytes, 0) from error
         self._ids.grow(capacity)
+        self.generation = next(_generations)
         for index, (old, new) in enumerate(zip(self.pools, grown, strict=True)):
             if old is not None and new is not None:
                 new[: old.shape[0]] = old
@@ -251,6 +246,7 @@ class PageStore:
         if spare is not None:
             step = max(1, min(step, spare // max(1, self._slot_nbytes) // 4))
         self._room(step * self._slot_nbytes)
+        self.generation = next(_generations)
         try:
             for group in self.groups:
                 group.resize(self.slot_capacity + step)
@@ -263,6 +259,8 @@ class PageStore:
         """Give all unused pages and slots back to the device, between two steps: pages and slots that lie behind
         unused ones move to the front. Returns the bytes freed."""
         before = self.nbytes
+        if self._ids.free or self._free_slots:
+            self.generation = next(_generations)
         if self._ids.free:
             kept = self._ids.compact()
             place = {old: new for new, old in enumerate(kept)}
@@ -302,6 +300,7 @@ class PageStore:
         ]
         groups = self.groups if new.window_bits == old.window_bits else self._coarser_windows(new)
         self.pools, self.groups, self.codebook = pools, groups, new
+        self.generation = next(_generations)
         self.windows = [groups[number].windows[at] for _, (number, at) in sorted(self.group_of.items())]
         self._page_nbytes = new.page_nbytes()
         self._slot_nbytes = sum(window.slot_nbytes for window in self.windows)

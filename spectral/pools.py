@@ -1,11 +1,14 @@
-"""Pools of packed pages: one tensor for all pages of a layer."""
+"""Pools of packed pages: one tensor for all pages of a layer; and the setting whose pages are not packed."""
 
 from __future__ import annotations
 
 import torch
 
-from spectral.codec import LayerCodec, PageCodec
+from spectral.codec import Codebook, ExactCodec, LayerCodec, PageCodec
 from spectral.layout import POOL_SLACK
+from spectral.shapes import ModelShape
+
+EXACT_PAGE_TOKENS = 16
 
 
 def empty_pool(capacity: int, nbytes: int, device: torch.device) -> torch.Tensor:
@@ -29,3 +32,20 @@ def squeezed(pool: torch.Tensor, old: PageCodec, new: PageCodec, step: int = 102
     for begin in range(0, pool.shape[0], step):
         out[begin : begin + step] = old.squeeze(pool[begin : begin + step], new)
     return out
+
+
+def exact_codebook(shape: ModelShape, dtype: torch.dtype = torch.bfloat16) -> Codebook:
+    """The "exact" setting: bf16 pages. With float32, generation equals an uncompressed float32 cache's bit for bit."""
+    layers: list[PageCodec | None] = [
+        None
+        if layer.sliding
+        else ExactCodec(
+            kv_heads=layer.kv_heads,
+            key_dim=layer.key_dim,
+            value_dim=layer.value_dim,
+            page_tokens=EXACT_PAGE_TOKENS,
+            dtype=dtype,
+        )
+        for layer in shape.layers
+    ]
+    return Codebook("exact", "", 0, 0, EXACT_PAGE_TOKENS, layers)

@@ -51,9 +51,15 @@ class ExactWindow:
         self.put([tensor[None] for tensor in self.tensors()], spots, place, tokens[None])
 
     def put(
-        self, tensors: list[torch.Tensor], slot: torch.Tensor, place: torch.Tensor, tokens: torch.Tensor
+        self,
+        tensors: list[torch.Tensor],
+        slot: torch.Tensor,
+        place: torch.Tensor,
+        tokens: torch.Tensor,
+        recent: bool = False,
     ) -> None:
-        """Store tokens [layers, n, H, d + dv] into the tensors [layers, slots, ...] of windows like this one."""
+        """Store tokens [layers, n, H, d + dv] into the tensors [layers, slots, ...] of windows like this one. `recent`:
+        the caller knows that no place is a sink's."""
         set_places(tensors[0], slot, place, tokens.to(tensors[0].dtype))
 
     def numbers(self, tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -134,11 +140,16 @@ class QuantizedWindow(ExactWindow):
         return (code.unflatten(-1, (-1, self.groups)) * scale.float().unsqueeze(-1)).flatten(-2)
 
     def put(
-        self, tensors: list[torch.Tensor], slot: torch.Tensor, place: torch.Tensor, tokens: torch.Tensor
+        self,
+        tensors: list[torch.Tensor],
+        slot: torch.Tensor,
+        place: torch.Tensor,
+        tokens: torch.Tensor,
+        recent: bool = False,
     ) -> None:
-        """Store tokens [layers, n, H, d + dv] into the tensors [layers, slots, ...] of windows like this one."""
+        """As `ExactWindow.put`. With `recent` it does not wait for the device."""
         sink = place < self.sinks
-        if sink.any():
+        if not recent and sink.any():
             super().put(tensors, slot[sink], place[sink], tokens[:, sink])
             slot, place, tokens = slot[~sink], place[~sink], tokens[:, ~sink]
         if not place.numel():
@@ -176,7 +187,7 @@ class QuantizedWindow(ExactWindow):
         high, low, scale = (t[slot[:, None], :, at] for t in (self.high, self.low, self.scale))
         out = self._fill(torch.empty(high.shape, dtype=torch.float32, device=high.device), high, low, scale)
         sink = place < self.sinks
-        if sink.any():
+        if self.sinks and (place.device.type != "cpu" or sink.any()):  # asking a device would mean to wait for it
             kept = self.store[slot[:, None], :, place.clamp_max(self.sinks - 1)].float()
             out = torch.where(sink[..., None, None], kept, out)
         return out.transpose(1, 2)
@@ -229,10 +240,12 @@ class WindowGroup:
         """Windows first .. last - 1 at slots [B]: float32 [last - first, B, H, S + ring, d + dv]."""
         return self.windows[0].numbers([stack[first:last].index_select(1, slot) for stack in self._stacks])
 
-    def write(self, first: int, slot: torch.Tensor, place: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Store tokens [n, B, H, d + dv] in windows first .. first + n - 1 at slot [B] and place [B]."""
+    def write(
+        self, first: int, slot: torch.Tensor, place: torch.Tensor, tokens: torch.Tensor, recent: bool = False
+    ) -> None:
+        """Store tokens [n, B, H, d + dv] in windows first .. first + n - 1 at slot [B] and place [B]; see `put`."""
         kind, last = self.windows[0], first + tokens.shape[0]
-        kind.put([stack[first:last] for stack in self._stacks], slot, place, tokens)
+        kind.put([stack[first:last] for stack in self._stacks], slot, place, tokens, recent)
 
 
 def make_window(

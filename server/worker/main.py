@@ -37,6 +37,7 @@ from spectral.errors import ModelError, ProfileError, RequestError, SettingError
 log = logging.getLogger("spectral.worker")
 
 STATS_EVERY_S = 0.25
+IDLE_TRIM_S = 5.0
 LONG_PROMPT = 32_768
 """Characters from which a prompt is tokenized beside the engine's thread; fewer take a few milliseconds."""
 
@@ -166,6 +167,7 @@ class Worker:
         self._memory = MemoryControl(engines, engines.current.limits.max_kv_bytes, writer.send)
         self._encoding: dict[str, bool] = {}  # requests at the encoder, and whether they were cancelled meanwhile
         self._stop_at: float | None = None
+        self._trim_at: float | None = None  # when the cache's unused memory is given back
         self._stats_at = 0.0
 
     def run(self) -> None:
@@ -177,18 +179,37 @@ class Worker:
             messages = [self._translate(event) for event in self._engines.step()]
             self._writer.send(*[message for message in messages if message is not None])
             if not self._engines.has_work:
-                self._engines.trim()  # an idle model keeps prefixes only
+                self._rest()
                 self._report()
             elif time.monotonic() >= self._stats_at:
                 self._report()
         self._abandon()
         self._report()
 
+    def _rest(self) -> None:
+        """Nothing is left to do: an idle model keeps prefixes only. One whose steps are graphs over its cache's memory
+        keeps that for a while: the next request would have to capture them again."""
+        if self._engines.current.runner.graphs is None:
+            self._engines.trim()
+        else:
+            self._trim_at = time.monotonic() + IDLE_TRIM_S
+
+    def _next(self) -> wire.ToWorker | Encoded | Change:
+        """The next message, however long it takes to come."""
+        if self._trim_at is not None:
+            try:
+                return self._inbox.get(timeout=max(0.0, self._trim_at - time.monotonic()))
+            except queue.Empty:
+                self._trim_at = None
+                self._engines.trim()
+                self._report()
+        return self._inbox.get()
+
     def _receive(self) -> bool:
         """Handle everything in the inbox, waiting for it if there is nothing else to do. False: the work is over."""
         if not self._engines.has_work and self._inbox.empty():
             if self._stop_at is None:
-                self._handle(self._inbox.get())
+                self._handle(self._next())
             elif self._encoding:
                 try:
                     self._handle(self._inbox.get(timeout=max(0.0, self._stop_at - time.monotonic())))

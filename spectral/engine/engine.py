@@ -9,16 +9,15 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from spectral.engine.answer import Answer
 from spectral.engine.chat import encode_prompt
 from spectral.engine.detokenize import longest_token, make_decoder
 from spectral.engine.faults import Faults
 from spectral.engine.grammar import GrammarCompiler
+from spectral.engine.graphs import DecodeGraphs, decode_choice
 from spectral.engine.lanes import Lanes
 from spectral.engine.runner import Runner
-from spectral.engine.sampler import SamplerState, sample
+from spectral.engine.sampler import SamplerState
 from spectral.engine.scheduler import Part, Scheduler, chunk_length
 from spectral.engine.sequence import Sequence
 from spectral.engine.sessions import Sessions
@@ -57,6 +56,7 @@ class Engine:
         limits: see EngineLimits; clock: seconds, monotonic.
         profile: where `set_setting` and requests with `max_kl` find other settings.
         checked: check all invariants after every step; None: if the variable SPECTRAL_DEBUG is set, when idle.
+        decode: how decode steps run, see spectral.engine.graphs; None: what SPECTRAL_DECODE says.
 
     Raises CacheError if max_kv_bytes does not hold a single sequence.
     """
@@ -71,6 +71,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         profile: SpectralProfile | None = None,
         checked: bool | None = None,
+        decode: str | None = None,
     ) -> None:
         self.loaded = loaded
         self.limits = limits or EngineLimits()
@@ -84,8 +85,9 @@ class Engine:
         self._longest_token = longest_token(loaded.tokenizer)
         self._decode = make_decoder(loaded.tokenizer)
         self._grammars = GrammarCompiler(loaded.tokenizer, self.vocab_size, loaded.eos_token_ids)
-        self.runner = Runner(loaded)
-        self.scheduler = Scheduler(self.lanes, self.limits)
+        mode = decode_choice(loaded.device, decode)
+        self.runner = Runner(loaded, None if mode == "eager" else DecodeGraphs(loaded, self.lanes.stores, mode))
+        self.scheduler = Scheduler(self.lanes, self.limits, decode_apart=mode != "eager")
         self.faults = Faults(self.lanes)
         self._live: dict[str, list[Sequence]] = {}
         self._session_of: dict[str, tuple[str, str]] = {}
@@ -243,16 +245,15 @@ class Engine:
             if not sequence.started:
                 self._start(sequence)
         try:
-            with torch.inference_mode():
-                sampling, logits = self.runner.run(part)
-                tokens, logprobs = sample(logits, [s.sampler for s in sampling]) if sampling else ([], [])
+            sampling, tokens, logprobs = self.runner.step(part)
         except Exception as error:  # whatever a model raises: these requests fail, the engine goes on
             part.batch.abort()
             for sequence in self.faults.victims(error, part.work):
                 self._fail(sequence.request_id, error)
-            for sequence, count in part.work:
-                # A chunk writes its tokens over the window's oldest as it goes; what it wrote over is gone.
-                if count > 1 and sequence in self.scheduler.running and sequence.row.length:
+            for (sequence, count), pages in zip(part.work, part.batch.new_pages, strict=True):
+                # Whose oldest window tokens may have been written over before they became a page has lost them.
+                lost = count > 1 or (self.runner.unsure and bool(pages))
+                if lost and sequence in self.scheduler.running and sequence.row.length:
                     self.scheduler.restart(sequence)
             return
         part.batch.commit()
@@ -362,6 +363,7 @@ class Engine:
         if prefixes:
             self.lanes.free_idle(before)
         self.lanes.trim()
+        self.runner.trim(everything=prefixes)
         return before - self.lanes.nbytes
 
     def save_session(self, session: str, path: str | os.PathLike[str], *, cache_salt: str = "") -> Path:

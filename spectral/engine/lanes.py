@@ -239,6 +239,10 @@ class Lanes:
 
     # -- bytes -----------------------------------------------------------------------------------------------------
 
+    def stores(self) -> list[PageStore]:
+        """The stores of all lanes."""
+        return [lane.store for lane in self.all]
+
     @property
     def nbytes(self) -> int:
         """Bytes allocated on the device, by all lanes."""

@@ -6,21 +6,43 @@ from typing import Any
 
 import torch
 
-from spectral.engine.sampler import score_prompt
+from spectral.engine.graphs import Chosen, DecodeGraphs
+from spectral.engine.sampler import sample, score_prompt
 from spectral.engine.scheduler import Part
 from spectral.engine.sequence import Sequence
 from spectral.hf import LoadedModel, attending
 
 
 class Runner:
-    """Runs a step's parts on a model."""
+    """Runs a step's parts on a model. `graphs`: how decode steps run, None for as any other."""
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, loaded: LoadedModel, graphs: DecodeGraphs | None = None) -> None:
+        self.graphs = graphs
+        self.unsure = False
+        """A decode step broke off after it may have written into windows."""
         self._model = loaded.model
         self._device = loaded.device
         # Spectral's attention needs no mask. transformers takes a four-dimensional one as it is, without building its
         # own in every step; the attention function ignores it.
         self._no_mask = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=loaded.device)
+
+    def step(self, part: Part) -> Chosen:
+        """One forward and what it leads to: the sequences that get a token now, the tokens, and their log
+        probabilities where wanted."""
+        self.unsure = False
+        with torch.inference_mode():
+            if self.graphs is not None and self.graphs.fits(part):
+                self.unsure = True
+                chosen = self.graphs.run(part)
+                self.unsure = False
+                return chosen
+            sampling, logits = self.run(part)
+            return (sampling, *sample(logits, [s.sampler for s in sampling])) if sampling else ([], [], [])
+
+    def trim(self, *, everything: bool = False) -> None:
+        """Forget graphs over memory that was given back; `everything`: also those over the weights, which may move."""
+        if self.graphs is not None:
+            self.graphs.clear() if everything else self.graphs.prune()
 
     def run(self, part: Part) -> tuple[list[Sequence], torch.Tensor]:
         """One forward. Returns the sequences that get a token now, in order, and their logits [sequences, V].

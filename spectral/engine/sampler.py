@@ -35,42 +35,62 @@ class SamplerState:
         self.greedy = params.temperature == 0
         self.filtered = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0 or params.typical_p < 1.0
         self.plain = not params.penalised and grammar is None
-        self._prompt = list(prompt) if params.repetition_penalty != 1.0 else []
+        self.prompt = list(prompt) if params.repetition_penalty != 1.0 else []
+        self.answer: list[int] = []
+        """Tokens chosen so far, kept where a penalty or a grammar asks for them."""
+        self._held: float | None = None
+        self._noted = 0  # tokens of the answer that the tensors below know of
         self._counts: torch.Tensor | None = None  # [V] float32: occurrences in the answer
         self._seen: torch.Tensor | None = None  # [V] bool: occurs in prompt or answer
         self._bias: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def adjust(self, logits: torch.Tensor) -> None:
         """Apply penalties, bias and grammar to float32 logits [V], in place."""
-        params, size = self.params, logits.shape[0]
-        if params.repetition_penalty != 1.0:
-            if self._seen is None:
-                self._seen = torch.zeros(size, dtype=torch.bool, device=logits.device)
-                self._seen[torch.tensor(self._prompt, dtype=torch.long, device=logits.device)] = True
+        params = self.params
+        self._note(logits)
+        if self._seen is not None:
             scaled = torch.where(logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty)
             logits.copy_(torch.where(self._seen, scaled, logits))
-        if (params.frequency_penalty or params.presence_penalty) and self._counts is not None:
+        if self._counts is not None:
             logits -= self._counts * params.frequency_penalty + (self._counts > 0).float() * params.presence_penalty
         if params.logit_bias:
             if self._bias is None:
-                pairs = [(t, b) for t, b in params.logit_bias.items() if t < size]
+                pairs = [(t, b) for t, b in params.logit_bias.items() if t < logits.shape[0]]
                 ids = torch.tensor([t for t, _ in pairs], dtype=torch.long, device=logits.device)
                 self._bias = ids, torch.tensor([b for _, b in pairs], dtype=torch.float32, device=logits.device)
             logits.index_add_(0, *self._bias)
         if self.grammar is not None:
             self.grammar.forbid(logits)
 
-    def record(self, token: int, size: int, device: torch.device) -> None:
-        """Remember a chosen token."""
-        params = self.params
-        if self.grammar is not None:
-            self.grammar.accept(token)
+    def _note(self, logits: torch.Tensor) -> None:
+        """Bring the tensors that penalties need up to the answer, wherever its tokens were chosen."""
+        params, size, device = self.params, logits.shape[0], logits.device
+        fresh = torch.tensor(self.answer[self._noted :], dtype=torch.long, device=device)
+        if params.repetition_penalty != 1.0:
+            if self._seen is None:
+                self._seen = torch.zeros(size, dtype=torch.bool, device=device)
+                self._seen[torch.tensor(self.prompt, dtype=torch.long, device=device)] = True
+            self._seen[fresh] = True
         if params.frequency_penalty or params.presence_penalty:
             if self._counts is None:
                 self._counts = torch.zeros(size, device=device)
-            self._counts[token] += 1
-        if self._seen is not None:
-            self._seen[token] = True
+            self._counts.index_add_(0, fresh, torch.ones_like(fresh, dtype=torch.float32))
+        self._noted = len(self.answer)
+
+    def record(self, token: int) -> None:
+        """Remember a chosen token."""
+        self._held = None
+        if self.plain:
+            return
+        if self.grammar is not None:
+            self.grammar.accept(token)
+        self.answer.append(token)
+
+    def uniform(self) -> float:
+        """The next number of its random stream, the same one until a token is recorded."""
+        if self._held is None:
+            self._held = self.random.random()
+        return self._held
 
 
 def sample(logits: torch.Tensor, states: Sequence[SamplerState]) -> tuple[list[int], list[Logprob | None]]:
@@ -102,9 +122,8 @@ def sample(logits: torch.Tensor, states: Sequence[SamplerState]) -> tuple[list[i
         _fill(tokens, free, _draw(probabilities, [states[i] for i in free]))
     if filtered:
         _fill(tokens, filtered, _nucleus(_tempered(work, filtered, states), [states[i] for i in filtered]))
-    for i, state in enumerate(states):
-        if not state.plain:
-            state.record(tokens[i], logits.shape[1], logits.device)
+    for state, token in zip(states, tokens, strict=True):
+        state.record(token)
     return tokens, [_logprob(raw[i], t, s.params.logprobs) for i, (t, s) in enumerate(zip(tokens, states, strict=True))]
 
 
@@ -123,39 +142,60 @@ def _tempered(logits: torch.Tensor, rows: list[int], states: Sequence[SamplerSta
 
 
 def _draw(weights: torch.Tensor, states: Sequence[SamplerState]) -> torch.Tensor:
-    """Inverse-CDF draw from weights [rows, K] (not necessarily normalised): one uniform number for each row."""
+    """Inverse-CDF draw from weights [rows, K]: one uniform number for each row."""
+    uniform = torch.tensor([[s.uniform()] for s in states], dtype=torch.float64, device=weights.device)
+    return draw(weights, uniform)
+
+
+def draw(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Places [rows] drawn from weights [rows, K] (not necessarily normalised) with numbers [rows, 1] in [0, 1)."""
     cumulative = weights.double().cumsum(-1)
-    uniform = torch.tensor([[s.random.random()] for s in states], dtype=torch.float64, device=weights.device)
-    target = uniform * cumulative[:, -1:]
-    chosen = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    chosen = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(-1)
     return chosen.clamp(max=weights.shape[1] - 1)
 
 
-def _nucleus(logits: torch.Tensor, states: Sequence[SamplerState]) -> torch.Tensor:
-    """top-k, then top-p, then min-p, then typical_p, on tempered logits [rows, V]; returns token ids."""
-    size = logits.shape[1]
-    params = [s.params for s in states]
-    count = min(size, max([SHORTLIST, *(p.top_k for p in params)]))
-    values, ids = logits.topk(count, -1)
-    total = logits.logsumexp(-1, keepdim=True)
+def nucleus(
+    values: torch.Tensor, total: torch.Tensor, size: int, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """top-k, then top-p, then min-p, on the largest of `size` tempered logits, without waiting for the device.
+
+    Args:
+        values: [rows, K], descending; total: [rows, 1], the logsumexp of all; the others [rows, 1], with `size` for no
+            top_k.
+
+    Returns:
+        weights [rows, K], 0 for dropped ones; and bool [rows, 1]: the first token that is dropped is among the K.
+    """
     short = (values - total).exp()
-    top_k = torch.tensor([[min(p.top_k, size) or size] for p in params], device=logits.device)
-    top_p = torch.tensor([[p.top_p] for p in params], device=logits.device)
-    min_p = torch.tensor([[p.min_p] for p in params], device=logits.device)
     bounded = top_k < size
-    if count < size:  # the first token that top_k, top_p or min_p drops must be on the shortlist of every row
-        nucleus = (top_p < 1.0) & (short.sum(-1, keepdim=True) >= top_p)
-        if not bool((bounded | nucleus | (short[:, -1:] < min_p * short[:, :1])).all()):
-            values, ids = logits.sort(-1, descending=True)
-            short = (values - total).exp()
-    rank = torch.arange(values.shape[1], device=logits.device)
+    if values.shape[1] < size:
+        among = (top_p < 1.0) & (short.sum(-1, keepdim=True) >= top_p)
+        enough = (top_k <= values.shape[1]) & (bounded | among | (short[:, -1:] < min_p * short[:, :1]))
+    else:
+        enough = torch.ones_like(bounded)
+    rank = torch.arange(values.shape[1], device=values.device)
     short = short.masked_fill(rank >= top_k, 0.0)
     # Without top_k the mass is 1 by definition, also where only the shortlist was sorted.
     mass = torch.where(bounded, short.sum(-1, keepdim=True), torch.ones_like(total))
     before = (short.cumsum(-1) - short) / mass
     drop = ((before >= top_p) & (top_p < 1.0)) | (short < min_p * short[:, :1])
     drop[:, 0] = False
-    kept = short.masked_fill(drop, 0.0)
+    return short.masked_fill(drop, 0.0), enough
+
+
+def _nucleus(logits: torch.Tensor, states: Sequence[SamplerState]) -> torch.Tensor:
+    """top-k, then top-p, then min-p, then typical_p, on tempered logits [rows, V]; returns token ids."""
+    size = logits.shape[1]
+    params = [s.params for s in states]
+    values, ids = logits.topk(min(size, max([SHORTLIST, *(p.top_k for p in params)])), -1)
+    total = logits.logsumexp(-1, keepdim=True)
+    top_k = torch.tensor([[min(p.top_k, size) or size] for p in params], device=logits.device)
+    top_p = torch.tensor([[p.top_p] for p in params], device=logits.device)
+    min_p = torch.tensor([[p.min_p] for p in params], device=logits.device)
+    kept, enough = nucleus(values, total, size, top_k, top_p, min_p)
+    if values.shape[1] < size and not bool(enough.all()):
+        values, ids = logits.sort(-1, descending=True)
+        kept, _ = nucleus(values, total, size, top_k, top_p, min_p)
     if any(p.typical_p < 1.0 for p in params):
         kept = _typical(kept, torch.tensor([[p.typical_p] for p in params], device=logits.device))
     chosen = _draw(kept, states)

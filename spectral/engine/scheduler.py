@@ -80,10 +80,12 @@ class Scheduler:
        newest of them, is parked in host memory. Nobody is admitted until another sequence has ended, or the two would
        take turns at it.
     6. A sequence that is alone and does not fit fails.
+
+    `decode_apart`: decoding sequences run in a forward of their own, beside the prompts' (for CUDA graphs).
     """
 
-    def __init__(self, lanes: Lanes, limits: EngineLimits) -> None:
-        self.lanes, self.limits = lanes, limits
+    def __init__(self, lanes: Lanes, limits: EngineLimits, *, decode_apart: bool = False) -> None:
+        self.lanes, self.limits, self._apart = lanes, limits, decode_apart
         self.chunk = chunk_length(limits)
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
@@ -143,12 +145,13 @@ class Scheduler:
 
     def _begin(self, work: list[tuple[Sequence, int]]) -> list[Part]:
         """Reserve the work of every lane, or raise OutOfPages with nothing reserved."""
-        by_lane: dict[int, list[tuple[Sequence, int]]] = {}
+        by_forward: dict[tuple[int, bool], list[tuple[Sequence, int]]] = {}
         for sequence, count in work:
-            by_lane.setdefault(id(sequence.lane), []).append((sequence, count))
+            forward = id(sequence.lane), self._apart and sequence.pending == 1
+            by_forward.setdefault(forward, []).append((sequence, count))
         parts: list[Part] = []
         try:
-            for items in by_lane.values():
+            for items in by_forward.values():
                 store = items[0][0].lane.store
                 parts.append(Part(items, store.begin([(sequence.row, count) for sequence, count in items])))
         except OutOfPages:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from spectral.engine.sampler import SamplerState, sample
+from spectral.engine.sampler import SamplerState
 from spectral.engine.scheduler import Part
 from spectral.engine.sequence import Sequence
 from spectral.engine.types import EngineStats, SamplingParams
@@ -80,21 +78,23 @@ def figures(engine: Engine) -> EngineStats:
 
 
 def warm_up(engine: Engine) -> None:
-    """Run a prompt and a decode step once; leaves nothing behind. Raises what the model raises.
+    """Run a prompt and decode steps; leaves nothing behind. Raises what the model raises.
 
-    On a GPU the prompt is long enough for a page, so that the kernels that read pages are compiled before any request.
+    On a GPU the prompt is long enough for a page, so that the kernels that read pages are compiled before any request,
+    and there are as many decode steps as it takes to capture one.
     """
-    store, length = engine.store, 8
+    store, length, steps = engine.store, 8, 2
     if store.device.type == "cuda":
         length += store.codebook.sinks + store.codebook.window + 2 * store.codebook.page_tokens
+        steps = 4
     row: Any = store.open()
-    sequence = Sequence("warm-up", 0, 0, [0] * min(length, engine.context_length - 1), 1, row=row)
-    for _ in range(2):
+    sampler = SamplerState(SamplingParams(temperature=0), [])
+    prompt = [0] * min(length, engine.context_length - steps)
+    sequence = Sequence("warm-up", 0, 0, prompt, 1, row=row, lane=engine.lanes.current, sampler=sampler)
+    for _ in range(steps):
         batch = store.begin([(row, sequence.pending)])
         try:
-            with torch.inference_mode():
-                _, logits = engine.runner.run(Part([(sequence, sequence.pending)], batch))
-                tokens, _ = sample(logits, [SamplerState(SamplingParams(temperature=0), [])])
+            _, tokens, _ = engine.runner.step(Part([(sequence, sequence.pending)], batch))
         except Exception:
             batch.abort()
             store.close(row)

@@ -22,7 +22,9 @@ class Letters:
         return "".join(chr(97 + i % 26) for i in ids)
 
 
-def tiny_engine(family: str = "qwen3", *, setting: str = "test", window_bits: int = 8, **limits: Any) -> Engine:
+def tiny_engine(
+    family: str = "qwen3", *, setting: str = "test", window_bits: int = 8, decode: str | None = None, **limits: Any
+) -> Engine:
     """A random model of three layers, checked after every step. At the setting "test" its cache is compressed."""
     loaded = random_model(family)
     loaded.eos_token_ids, loaded.tokenizer = set(), Letters()
@@ -30,7 +32,7 @@ def tiny_engine(family: str = "qwen3", *, setting: str = "test", window_bits: in
     if setting == "test":
         book = random_codebook(loaded.shape, [6, 4, 2, 0], sinks=4, window=16, page=8, window_bits=window_bits)
     values = {"prefill_chunk": 32, "token_budget": 64, "max_concurrency": 4, **limits}
-    return Engine(loaded, codebook=book, setting=setting, limits=EngineLimits(**values), checked=True)
+    return Engine(loaded, codebook=book, setting=setting, limits=EngineLimits(**values), checked=True, decode=decode)
 
 
 def request(name: str, prompt: list[int], count: int = 20, *, sampling: Any = None, **more: Any) -> GenerateRequest:

@@ -1,0 +1,236 @@
+"""A decode step over buffers that stay where they are, so that a CUDA graph of it can be replayed.
+
+    fill (host) -> seal pages that became full -> forward and window writes -> logits
+
+Everything that differs from step to step lies in two host buffers, which are copied to the device before the launch:
+numbers by row, and page tables. Whatever the attention needs beyond them (places in rings, masks) is computed from them
+on the device, so nothing in between waits for it. Rows beyond the real ones do as the first row does, and write what it
+writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from spectral.attention import DecodePlan
+from spectral.codec import LayerCodec
+from spectral.dispatch import kernels_for
+from spectral.hf import LoadedModel, attending
+from spectral.pages import PageStore, Row, StepBatch
+
+if TYPE_CHECKING:
+    from spectral.engine.sequence import Sequence
+
+INTEGERS = ("token", "position", "slot", "pages", "source", "top_k", "choice")
+FLOATS = ("temperature", "top_p", "min_p", "uniform", "repetition", "frequency", "presence")
+BLOCK_PAGES = 32
+"""A page table's width is this times a power of two."""
+
+
+class Numbers:
+    """What rows are told of a step: one host and one device buffer, by field [rows] each.
+
+    choice: 0 for greedy, 1 for a draw from everything, 2 for one from a shortlist; source: the row whose new token is
+    written. Floats are the same 64 bits as the integers, seen as float64.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        shape = (len(INTEGERS) + len(FLOATS), rows)
+        self._host = torch.zeros(shape, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._device = torch.zeros(shape, dtype=torch.int64, device=device)
+        integers, floats = self._device[: len(INTEGERS)], self._device[len(INTEGERS) :].view(torch.float64)
+        self.field = dict(zip((*INTEGERS, *FLOATS), (*integers, *floats), strict=True))
+        self._integers = self._host[: len(INTEGERS)].numpy()
+        self._floats = self._host[len(INTEGERS) :].view(torch.float64).numpy()
+        self.logits: torch.Tensor | None = None
+        """float32 [rows, V], from the first forward on: what the last one left."""
+
+    def send(self, integers: list[tuple[int, ...]], floats: list[tuple[float, ...]]) -> None:
+        """By row the fields' values; the copy to the device does not wait."""
+        self._integers.T[:] = integers
+        self._floats.T[:] = floats
+        self._device.copy_(self._host, non_blocking=True)
+
+
+class StaticStep:
+    """A decode step of up to `rows` rows with up to `width` pages each in one store, as long as the store's tensors
+    stay where they are. `numbers`: of so many rows, shared with the sampler.
+    """
+
+    def __init__(self, loaded: LoadedModel, store: PageStore, rows: int, width: int, numbers: Numbers) -> None:
+        self.store, self.rows, self.width, self.numbers = store, rows, width, numbers
+        self._model = loaded.model
+        self._device = store.device
+        self._host = torch.zeros((rows, width), dtype=torch.int32, pin_memory=self._device.type == "cuda")
+        self._array = self._host.numpy()
+        self._pages = torch.zeros((rows, width), dtype=torch.int32, device=self._device)
+        self._order = torch.arange(rows, device=self._device)
+        self._written: list[tuple[Row | None, int]] = [(None, 0)] * rows  # by row of the table: whose, how many pages
+        self._no_mask = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=self._device)
+        self.seals_first = bool(store.codebook.window)
+        """Without a window a page is full with the new token: it is sealed behind the step, and read from then on."""
+        self._kinds = self._find_kinds(loaded)
+
+    def _find_kinds(self, loaded: LoadedModel) -> dict[str, tuple[int, bool, bool]]:
+        """Kinds of layers as spectral.attention names them: one of the layers, read by kernels, read by reference."""
+        kinds: dict[str, tuple[int, bool, bool]] = {}
+        book, dtype = self.store.codebook, next(self._model.parameters()).dtype
+        for layer, (window, codec) in enumerate(zip(self.store.windows, book.layers, strict=True)):
+            if isinstance(codec, LayerCodec):
+                # Rows may grow up to the model's context; tables that grew later would lie elsewhere.
+                codec.frame.reserve(max(self.width, loaded.context_length // codec.page_tokens + 1))
+            group = loaded.shape.query_heads // window.shape.kv_heads
+            kernels = kernels_for(codec, book.window, group, dtype) is not None
+            name = f"decode:{window.sinks}:{window.ring}:{codec is None}"
+            _, by_kernels, by_reference = kinds.get(name, (layer, False, False))
+            kinds[name] = layer, by_kernels or kernels, by_reference or not kernels
+        return kinds
+
+    def fill(
+        self, sequences: Rows[Sequence], new_pages: list[list[int]], sampling: list[tuple[list[int], list[float]]]
+    ) -> None:
+        """Tell the device of this step's rows; `sampling`: for each its top_k and choice, and its floats."""
+        integers, floats = [], []
+        changed = False
+        for at, (sequence, fresh, (whole, real)) in enumerate(zip(sequences, new_pages, sampling, strict=True)):
+            row = sequence.row
+            count = len(row.pages) + (len(fresh) if self.seals_first else 0)
+            changed |= self._fill_table(at, row, fresh if self.seals_first else [])
+            integers.append((sequence.tokens[row.length], row.length, row.slot, count, at, *whole))
+            floats.append(tuple(real))
+        spare = self.rows - len(sequences)
+        if spare:
+            first = integers[0]
+            pages = 0 if self.seals_first else first[3]  # where windows are written at once, do exactly the same
+            integers += [(*first[:3], pages, *first[4:])] * spare
+            floats += [floats[0]] * spare
+            if pages:
+                for at in range(len(sequences), self.rows):
+                    self._array[at] = self._array[0]
+                    self._written[at] = (None, 0)
+                changed = True
+        self.numbers.send(integers, floats)
+        if changed:
+            self._pages.copy_(self._host, non_blocking=True)
+
+    def _fill_table(self, at: int, row: Row, fresh: list[int]) -> bool:
+        """A row's page table, from where it differs from what was written; True if anything was."""
+        owner, known = self._written[at]
+        if owner is not row or known > len(row.pages):
+            known = 0
+        found = row.pages[known:] + fresh
+        self._array[at, known : known + len(found)] = found
+        self._written[at] = row, len(row.pages)  # fresh ones are the row's only when the step is committed
+        return bool(found)
+
+    def plans(self) -> dict[str, object]:
+        """What spectral.attention asks for by kind of layer, made of the buffers on the device."""
+        field = self.numbers.field
+        slot, position, pages = field["slot"], field["position"], field["pages"]
+        found: dict[str, object] = {}
+        for name, (layer, by_kernels, by_reference) in self._kinds.items():
+            window, codec = self.store.windows[layer], self.store.codebook.layers[layer]
+            sinks, ring = window.sinks, window.ring
+            place = torch.where(position < sinks, position, sinks + (position - sinks) % ring)
+            first = sinks + pages * (0 if codec is None else codec.page_tokens)
+            table = self._pages if codec is not None else self._pages[:, :0]
+            plan = DecodePlan(
+                token=self._order, slot=slot, write=place, table=table, seal_slot=None, seal_place=None,
+                seal_page=None, seal_index=None, rows=self._order, write_first=0, counts=[], firsts=[], lengths=[],
+            )  # fmt: skip
+            if by_kernels:
+                from spectral.kernels.decode import StepTables
+
+                plan.step = StepTables(self._pages, pages.int(), slot.int(), position.int(), first.int())
+            if by_reference:
+                paged = 0 if codec is None else codec.page_tokens * self.width
+                held = _held(position, first, sinks, ring, codec is None)
+                if paged:
+                    within = torch.arange(paged, device=self._device) < (first - sinks)[:, None]
+                    held = torch.cat([within, held], 1)
+                bias = torch.zeros_like(held, dtype=torch.float32).masked_fill_(~held, float("-inf"))
+                plan.bias = bias[:, None, None]
+            found[name] = plan
+        return found
+
+    def forward(self) -> None:
+        """Run the model on the buffers: logits, and the new tokens into the windows. Launches only."""
+        field = self.numbers.field
+        batch = StepBatch(self.store, [(Row(0), 1)] * self.rows, [[]] * self.rows)
+        batch.plans = self.plans()
+        with attending(self._model, batch):
+            out = self._model(
+                input_ids=field["token"][None],
+                attention_mask=self._no_mask,
+                position_ids=field["position"][None],
+                use_cache=False,
+                logits_to_keep=0,
+            )
+        if self.numbers.logits is None:
+            self.numbers.logits = out.logits[0].float()
+        else:
+            self.numbers.logits.copy_(out.logits[0])
+        for number, kept in batch.kept.items():
+            group, (slot, place) = self.store.groups[number], batch.spots[number]
+            tokens = torch.stack([new for _, new in kept]).index_select(1, field["source"])
+            if [at for at, _ in kept] == list(range(len(group.windows))):
+                group.write(0, slot, place, tokens, recent=True)
+                continue
+            for (at, _), new in zip(kept, tokens, strict=True):  # a forward that skipped layers
+                group.write(at, slot, place, new[None], recent=True)
+
+
+def _held(position: torch.Tensor, first: torch.Tensor, sinks: int, ring: int, sliding: bool) -> torch.Tensor:
+    """Places of a window that a row may see, its new token included: bool [B, sinks + ring].
+
+    position: [B] the new token's; first: [B] the oldest that only the ring holds.
+    """
+    place = torch.arange(sinks + ring, device=position.device)
+    if sliding:
+        return place < (position + 1).clamp_max(ring)[:, None]
+    age = (place - sinks - (first - sinks)[:, None]) % ring
+    recent = (place >= sinks) & (age <= (position - first)[:, None])
+    return recent | ((place < sinks) & (place <= position[:, None]))
+
+
+class SealStep:
+    """Up to `pages` pages, encoded from what the windows hold, in all layers of one store."""
+
+    def __init__(self, store: PageStore, pages: int) -> None:
+        self.store, self.pages = store, pages
+        device = store.device
+        self._host = torch.zeros((4, pages), dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._device = torch.zeros((4, pages), dtype=torch.int64, device=device)
+        self._inside = torch.arange(store.codebook.page_tokens, device=device)
+
+    def fill(self, seals: list[tuple[int, int, int, int]]) -> None:
+        """By page: its row's slot, its first place there, its id, its index in the row. Spare ones do the last's."""
+        padded = seals + [seals[-1]] * (self.pages - len(seals))
+        self._host.numpy().T[:] = padded
+        self._device.copy_(self._host, non_blocking=True)
+
+    def run(self) -> None:
+        """Encode them. Launches only."""
+        slot, place, page, index = self._device
+        for window, codec, pool in zip(self.store.windows, self.store.codebook.layers, self.store.pools, strict=True):
+            if codec is None or pool is None:
+                continue
+            tokens = window.read_places(slot, place[:, None] + self._inside)  # [n, H, P, d + dv]
+            keys, values = tokens.split([window.shape.key_dim, window.shape.value_dim], -1)
+            pool[page] = codec.encode(keys, values, index)
+
+
+def seals_of(store: PageStore, sequences: Rows[Any], new_pages: list[list[int]]) -> list[tuple[int, int, int, int]]:
+    """The pages that a decode step grants, as SealStep wants them."""
+    book = store.codebook
+    window = next((w for w, codec in zip(store.windows, book.layers, strict=True) if codec is not None), None)
+    if window is None:
+        return []
+    return [
+        (sequence.row.slot, window.index(window.sinks + number * book.page_tokens), page, number)
+        for sequence, pages in zip(sequences, new_pages, strict=True)
+        for number, page in enumerate(pages, start=len(sequence.row.pages))
+    ]
