@@ -1,9 +1,10 @@
 """The engine's figures, beside what each has to reach.
 
-    python bench/engine.py [--json FILE] [--rows leak,streams,prefix,held] [--requests 10000] [--rounds 3]
+    python bench/engine.py [--json FILE] [--rows cpu|gpu|all|leak,streams,...] [--requests 10000] [--rounds 3] [--check]
 
-On a CPU with the embedded demo model. Every row has the figure, what it was compared with in the same run, and the
-ratio.
+Every row has the figure, what it was compared with in the same run, and the ratio; the file is written after each row.
+Rows of a GPU (bench/engine_gpu.py says which) need one, or run small on the CPU with --check. Those of a CPU run with
+the embedded demo model:
 
 streams  eight streams through the engine against transformers' `generate` for one prompt after another, tokens/s
 prefix   time to the first token of a second request with the same 4,096 tokens at its beginning, against the first's
@@ -28,6 +29,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import engine_gpu  # noqa: E402
 import torch  # noqa: E402
 
 from spectral.engine.build import build_engine, find_profile  # noqa: E402
@@ -201,32 +203,61 @@ ROWS: dict[str, Callable[[LoadedModel, argparse.Namespace], Row]] = {
 
 def show(result: Row) -> None:
     """A line for people."""
+    if "error" in result and "figure" not in result:
+        print(f"{result['row']:10} failed: {result['error']}", flush=True)
+        return
     mark = "reached" if result["reached"] else "NOT reached"
     numbers = f"{result['figure']:.5g} against {result['against']:.5g}: {result['ratio']:.4g}x"
     print(f"{result['row']:10} {result['what']:84} {numbers}, to reach {result['to_reach']}: {mark}", flush=True)
+    known = {"row", "what", "to_reach", "reached", "figure", "against", "ratio", "setting"}
+    more = {name: value for name, value in result.items() if name not in known}
+    if more:
+        print(" " * 11 + ", ".join(f"{name} {value}" for name, value in more.items()), flush=True)
+
+
+def choose(options: argparse.Namespace, parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
+    """Names of the rows of a CPU and of a GPU that are asked for. `all`: those that this machine can run."""
+    device = options.check or torch.cuda.is_available()
+    if options.rows == "all":
+        return [] if options.check else [*ROWS], [*engine_gpu.ROWS] if device else []
+    names = {"cpu": [*ROWS], "gpu": [f"gpu-{name}" for name in engine_gpu.ROWS]}.get(options.rows)
+    names = options.rows.split(",") if names is None else names
+    known = [*ROWS, *(f"gpu-{name}" for name in engine_gpu.ROWS)]
+    unknown = sorted({*names} - {*known})
+    if unknown:
+        parser.error(f"--rows: {', '.join(unknown)} is not among cpu, gpu, all, {', '.join(known)}")
+    of_gpu = [name.removeprefix("gpu-") for name in names if name.startswith("gpu-")]
+    if of_gpu and not device:
+        parser.error("--rows: rows of a GPU need one; --check runs them small on the CPU")
+    return [name for name in names if name in ROWS], of_gpu
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, default=None)
-    parser.add_argument("--rows", default="all", help=f"all, or some of {','.join(ROWS)}")
+    parser.add_argument("--rows", default="all", help=f"cpu, gpu, all, or some of {','.join(ROWS)} and gpu-*")
     parser.add_argument("--requests", type=int, default=10_000, help="of the row leak")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--budget-mib", type=int, default=256, help="of the row held")
+    parser.add_argument("--check", action="store_true", help="rows of a GPU, tiny, on the CPU: do they run?")
     options = parser.parse_args()
-    names = [*ROWS] if options.rows == "all" else options.rows.split(",")
-    unknown = sorted({*names} - {*ROWS})
-    if unknown:
-        parser.error(f"--rows: {', '.join(unknown)} is not among {', '.join(ROWS)}")
+    of_cpu, of_gpu = choose(options, parser)
     torch.set_num_threads(1)
-    loaded = load_model("demo-7m", device="cpu")
-    results = []
-    for name in names:
-        results.append(ROWS[name](loaded, options))
-        show(results[-1])
-    document = {"rows": results, "seed": SEED, "rounds": options.rounds, **provenance("cpu")}
-    if options.json:
-        options.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    document: Row = {"rows": [], "seed": SEED, "rounds": options.rounds}
+    document |= provenance("cuda:0" if of_gpu and not options.check else "cpu")
+
+    def keep(result: Row) -> None:
+        document["rows"].append(result)
+        show(result)
+        if options.json:
+            options.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+    if of_gpu:
+        engine_gpu.run(options, of_gpu, keep, SEED)
+    if of_cpu:
+        loaded = load_model("demo-7m", device="cpu")
+        for name in of_cpu:
+            keep(ROWS[name](loaded, options))
 
 
 if __name__ == "__main__":

@@ -65,18 +65,19 @@ class Replayer:
 
     def __init__(self, device: torch.device, capture: bool) -> None:
         self._device, self._capture = device, capture
-        self._graphs: dict[Key, Any] = {}
+        self.graphs: dict[Key, Any] = {}
         self._warm: set[Key] = set()
-        self._refused: set[str] = set()
+        self.refused: dict[str, str] = {}
+        """What cannot be captured, and why."""
         self._pool: Any = None
         self.captures = self.replays = 0
 
     def run(self, what: str, key: Key, launch: Callable[[], None]) -> None:
         """Do what `launch` does. `what`: for the log, and for what is given up when it cannot be captured."""
-        if not self._capture or what in self._refused:
+        if not self._capture or what in self.refused:
             launch()
             return
-        graph = self._graphs.get((what, key))
+        graph = self.graphs.get((what, key))
         if graph is None:
             if (what, key) not in self._warm:
                 self._warm.add((what, key))
@@ -90,8 +91,8 @@ class Replayer:
         self.replays += 1
 
     def _try(self, what: str, key: Key, launch: Callable[[], None]) -> Any:
-        while len(self._graphs) >= MAX_GRAPHS:
-            del self._graphs[next(iter(self._graphs))]
+        while len(self.graphs) >= MAX_GRAPHS:
+            del self.graphs[next(iter(self.graphs))]
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
@@ -105,11 +106,11 @@ class Replayer:
             log.warning("no memory to capture the %s; it is launched one by one this time", what)
             return None
         except Exception as error:  # whatever a model's code does that a graph may not
-            self._refused.add(what)
+            self.refused[what] = f"{type(error).__name__}: {error}".split("\n")[0]
             torch.cuda.synchronize(self._device)
-            log.warning("the %s cannot be captured and is launched one by one: %s", what, str(error).split("\n")[0])
+            log.warning("the %s cannot be captured and is launched one by one: %s", what, self.refused[what])
             return None
-        self._graphs[what, key] = graph
+        self.graphs[what, key] = graph
         self.captures += 1
         return graph
 
@@ -117,11 +118,11 @@ class Replayer:
         """Forget graphs by their key."""
         for what, key in [found for found in self._warm if gone(found[1])]:
             self._warm.discard((what, key))
-            self._graphs.pop((what, key), None)
+            self.graphs.pop((what, key), None)
 
     def clear(self) -> None:
         """Forget all of them."""
-        self._graphs.clear()
+        self.graphs.clear()
         self._warm.clear()
         self._pool = None
 

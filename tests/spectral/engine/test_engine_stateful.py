@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from spectral.codec import Codebook
 from spectral.engine.engine import Engine
+from spectral.engine.runner import Runner
 from spectral.engine.types import Delta, EngineLimits, Event, Failed, Finished, GenerateRequest, SamplingParams
 from spectral.errors import QueueFull, RequestError
 from tests.spectral.engine.engine_helpers import Letters
@@ -62,7 +63,7 @@ def following(token: int, position: int) -> int:
     return 3 + (token * 31 + position * 17) % (VOCABULARY - 3)
 
 
-class Formula:
+class Formula(Runner):
     """In the runner's place: the next token of every row that reaches its end."""
 
     def run(self, part: Any) -> tuple[list[Any], torch.Tensor]:
@@ -88,7 +89,7 @@ class Machine(RuleBasedStateMachine):
             max_kv_bytes=int(probe.store.bytes_per_token(150) * 150 * 3.2), max_host_bytes=60_000,
         )  # fmt: skip
         self.engine = Engine(LOADED, codebook=book, setting="middle", limits=limits, profile=self.profile)
-        self.engine.runner = Formula()  # type: ignore[assignment]
+        self.engine.runner = Formula(LOADED)
         self.wanted: dict[str, tuple[int, list[int]]] = {}
         self.got: dict[tuple[str, int], list[int]] = {}
         self.ended: dict[tuple[str, int], str] = {}
