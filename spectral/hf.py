@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from spectral.attention import attend
 from spectral.coded import CodedStates, dense_attention
 from spectral.errors import ModelError
+from spectral.lean import lean
 from spectral.pages import LayerShape, ModelShape, StepBatch
 
 Observer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float, "float | None"], "torch.Tensor | None"]
@@ -287,35 +287,10 @@ def load_model(
     return wrap_model(name, model, tokenizer, quantization=quantization)
 
 
-def lean_norms(model: Any) -> None:
-    """RMS norms of float32 models on a CPU become one operation instead of six, where that gives the same numbers.
-
-    On small models a decoding step costs as many microseconds as it has operations, and norms are a quarter of them.
-    Each module is asked first: only if torch's own RMS norm, with its weight or one plus it (Gemma), answers as the
-    module does, is its forward replaced.
-    """
-    generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        if "RMSNorm" not in type(module).__name__ or not isinstance(weight, torch.Tensor) or epsilon is None:
-            continue
-        if weight.ndim != 1 or weight.dtype != torch.float32 or weight.device.type != "cpu":
-            continue
-        x = torch.randn(4, weight.shape[0], generator=generator) * torch.tensor([[1e-3], [0.1], [1.0], [30.0]])
-        with torch.no_grad():
-            wanted = module(x)
-            for gain in (weight.detach(), 1.0 + weight.detach()):
-                lean = partial(torch.rms_norm, normalized_shape=list(weight.shape), weight=gain, eps=float(epsilon))
-                if wanted.shape == x.shape and torch.allclose(lean(x), wanted, rtol=1e-5, atol=1e-6):
-                    module.forward = lean
-                    break
-
-
 def wrap_model(name: str, model: Any, tokenizer: Any, *, quantization: str = "none") -> LoadedModel:
     """A LoadedModel around a model that exists already (its attention is set to Spectral's)."""
     model.set_attn_implementation(NAME)
-    lean_norms(model)
+    lean(model)
     config = text_config(model)
     ends: set[int] = set()
     for source in (getattr(model, "generation_config", None), config, tokenizer):

@@ -1,0 +1,226 @@
+"""The small operations of unmodified models in fewer launches, wherever the numbers stay the same.
+
+A decoding step of a large model on a GPU reads the weights once, and beside that costs about 2 µs for every launch; a
+layer as transformers writes it has some fifty. Here norms, rotary embeddings and gated activations become one launch
+each (spectral.lean_kernels), and projections of the same input one matrix product. On CPUs, where a step of a small
+model costs as many microseconds as it has operations, RMS norms become torch's own.
+
+Every replacement is asked first: only where it answers as the module does, is the module's forward replaced. Modules
+that are quantized, or that something else has put its hooks on, stay as they are.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+log = logging.getLogger("spectral.engine")
+
+TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-5}
+"""Largest difference to a module's own answer, relative to its largest number: a rounding more or less."""
+
+
+def lean(model: Any) -> list[str]:
+    """Replace what can be replaced in a model that is where it will run; the kinds of what was replaced."""
+    modules = [module for module in model.modules() if not hasattr(module, "_hf_hook")]
+    device = next(model.parameters()).device
+    fast = device.type == "cuda" and torch.version.hip is None and importlib.util.find_spec("triton") is not None
+    done = []
+    with torch.no_grad():
+        if sum([lean_norm(module, fast) for module in modules]):
+            done.append("norms")
+        if fast:
+            done += [name for name, count in _lean_gpu(model, modules).items() if count]
+            torch.cuda.empty_cache()  # what the weights lay in before they were put side by side
+    if done:
+        log.info("in fewer launches: %s", ", ".join(done))
+    return done
+
+
+def _lean_gpu(model: Any, modules: list[Any]) -> dict[str, int]:
+    return {
+        "projections": sum([lean_projections(module) for module in modules]),
+        "gates": sum([lean_gate(module) for module in modules]),
+        "rotary": int(lean_rotary(model)),
+    }
+
+
+def _same(wanted: torch.Tensor, found: torch.Tensor) -> bool:
+    """Whether two answers are the same but for a rounding."""
+    if wanted.shape != found.shape or wanted.dtype != found.dtype:
+        return False
+    error = (wanted.float() - found.float()).abs().max()
+    return bool(error <= TOLERANCE.get(wanted.dtype, 0.0) * wanted.float().abs().max())
+
+
+def _sample(*shape: int, like: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(*shape, generator=generator).to(like.device, like.dtype)
+
+
+def lean_norm(module: Any, fast: bool) -> bool:
+    """An RMS norm as one operation: torch's own in float32 on a CPU, a kernel on a GPU (`fast`). Gains are the weight,
+    or one plus it (Gemma)."""
+    weight = getattr(module, "weight", None)
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if "RMSNorm" not in type(module).__name__ or not isinstance(weight, torch.Tensor) or epsilon is None:
+        return False
+    if weight.ndim != 1 or not (fast or (weight.device.type == "cpu" and weight.dtype == torch.float32)):
+        return False
+    scales = torch.tensor([[1e-3], [0.1], [1.0], [30.0]], device=weight.device, dtype=weight.dtype)
+    x = _sample(4, weight.shape[0], like=weight) * scales
+    wanted = module(x)
+    candidates: list[Callable[..., torch.Tensor]]
+    if fast:
+        from spectral.lean_kernels import rms_norm
+
+        candidates = [partial(rms_norm, weight=module.weight, eps=float(epsilon), plus_one=p) for p in (False, True)]
+    else:
+        gains = (weight.detach(), 1.0 + weight.detach())
+        candidates = [
+            partial(torch.rms_norm, normalized_shape=list(weight.shape), weight=gain, eps=float(epsilon))
+            for gain in gains
+        ]
+    for candidate in candidates:
+        if all(_same(row, found) for row, found in zip(wanted, candidate(x), strict=True)):
+            module.forward = candidate
+            return True
+    return False
+
+
+def _plain(*linears: Any) -> bool:
+    """Whether these are ordinary linear layers of one input and kind, which nothing has hooks on."""
+    if not all(type(x) is torch.nn.Linear and not hasattr(x, "_hf_hook") for x in linears):
+        return False
+    first = linears[0]
+    return all(
+        x.in_features == first.in_features
+        and (x.bias is None) == (first.bias is None)
+        and (x.weight.device, x.weight.dtype) == (first.weight.device, first.weight.dtype)
+        for x in linears
+    )
+
+
+def merge(*linears: torch.nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weights and biases of layers of one input as one; each keeps its own as a view of that."""
+    parts = [x.out_features for x in linears]
+    whole = torch.cat([x.weight.data for x in linears])
+    bias = None if linears[0].bias is None else torch.cat([x.bias.data for x in linears])
+    for x, weight in zip(linears, whole.split(parts), strict=True):
+        x.weight.data = weight
+    if bias is not None:
+        for x, part in zip(linears, bias.split(parts), strict=True):
+            x.bias.data = part
+    return whole, bias
+
+
+class _Shared:
+    """The projections of one input, which come one after another: the first computes all, the others take theirs."""
+
+    def __init__(self, linears: tuple[torch.nn.Linear, ...]) -> None:
+        self._linears = linears
+        self._sizes = [x.out_features for x in linears]
+        self._whole, self._bias = merge(*linears)
+        self._input: torch.Tensor | None = None
+        self._left: dict[int, torch.Tensor] = {}
+
+    def __call__(self, x: torch.Tensor, *, number: int) -> torch.Tensor:
+        if number == 0:
+            parts = F.linear(x, self._whole, self._bias).split(self._sizes, -1)
+            self._input, self._left = x, dict(enumerate(parts[1:], start=1))
+            return parts[0]
+        found = self._left.pop(number, None) if self._input is x else None
+        if not self._left:
+            self._input = None
+        if found is None:
+            return F.linear(x, self._linears[number].weight, self._linears[number].bias)
+        return found
+
+
+def lean_projections(module: Any) -> bool:
+    """q, k and v of one input as one matrix product."""
+    linears = tuple(getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj"))
+    if not _plain(*linears):
+        return False
+    x = _sample(1, 3, linears[0].in_features, like=linears[0].weight)
+    wanted = [linear(x) for linear in linears]
+    shared = _Shared(linears)  # the weights lie side by side from here on, whoever reads them
+    if not all(_same(want, shared(x, number=number)) for number, want in enumerate(wanted)):
+        return False
+    for number, linear in enumerate(linears):
+        linear.forward = partial(shared, number=number)
+    return True
+
+
+def lean_gate(module: Any) -> bool:
+    """down(act(gate x) * up x): gate and up as one matrix product, the rest as one launch."""
+    from spectral import lean_kernels as kernels
+
+    linears = tuple(getattr(module, name, None) for name in ("gate_proj", "up_proj"))
+    down = getattr(module, "down_proj", None)
+    if not _plain(*linears) or not _plain(down) or not callable(getattr(module, "act_fn", None)):
+        return False
+    if linears[0].out_features != linears[1].out_features:
+        return False
+    x = _sample(1, 3, linears[0].in_features, like=linears[0].weight)
+    wanted = module(x)
+    probe = _sample(2, 2 * 64, like=linears[0].weight) * 3
+    own = module.act_fn(probe[:, :64]) * probe[:, 64:]
+    kind = next((kind for kind in ("silu", "gelu_tanh") if _same(own, kernels.gated(probe, kind))), None)
+    if kind is None:
+        return False
+    whole, bias = merge(*linears)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return down(kernels.gated(F.linear(x, whole, bias), kind))  # type: ignore[no-any-return]
+
+    if not _same(wanted, forward(x)):
+        return False
+    module.forward = forward
+    return True
+
+
+def _here(x: torch.Tensor) -> bool:
+    """Whether the kernels serve a tensor."""
+    return x.is_cuda
+
+
+def lean_rotary(model: Any) -> bool:
+    """The function `apply_rotary_pos_emb` of the model's own module of transformers: queries and keys in one launch.
+
+    It serves every model of that architecture in this process, and hands over to the original whatever it is not for.
+    """
+    from spectral import lean_kernels as kernels
+
+    home = sys.modules.get(type(model).__module__)
+    original = getattr(home, "apply_rotary_pos_emb", None)
+    if home is None or original is None or getattr(original, "lean", False):
+        return original is not None
+    weight = next(model.parameters())
+    q, k, angle = (_sample(1, h, 3, 64, like=weight) for h in (4, 2, 1))
+    cos, sin = angle[:, 0].float().cos().to(q.dtype), angle[:, 0].float().sin().to(q.dtype)
+    try:
+        wanted = original(q, k, cos, sin)
+        if not all(_same(want, found) for want, found in zip(wanted, kernels.rotary(q, k, cos, sin), strict=True)):
+            return False
+    except (TypeError, ValueError, RuntimeError):  # another signature
+        return False
+
+    def apply_rotary_pos_emb(
+        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *more: Any, **other: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ours = _here(q) and not more and not other and q.ndim == 4 and q.shape[0] == 1 and cos.ndim == 3
+        if ours and q.shape[-1] == cos.shape[-1] and not (torch.is_grad_enabled() and q.requires_grad):
+            return kernels.rotary(q, k, cos, sin)
+        return original(q, k, cos, sin, *more, **other)  # type: ignore[no-any-return]
+
+    apply_rotary_pos_emb.lean = True  # type: ignore[attr-defined]
+    home.apply_rotary_pos_emb = apply_rotary_pos_emb  # type: ignore[attr-defined]
+    return True
