@@ -238,7 +238,7 @@ class SpectralProfiler:
         asked = self._recall_sequences(loaded, windows)
         answers: dict[str, list[bool]] = {row.name: [] for row in profile.ladder}
         total = (len(windows) + len(asked)) * len(profile.ladder)
-        codebooks = {row.name: profile.codebook(row.name, device=loaded.device) for row in profile.ladder}
+        codebooks = {row.name: profile.codebook(row.name, device=loaded.layer_devices) for row in profile.ladder}
         for number, window in enumerate(windows):
             exact = ExactPass.run(loaded, window)
             for at, row in enumerate(profile.ladder):

@@ -12,9 +12,10 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -61,7 +62,10 @@ def _attention(
         return key.update.attend(query, attention_mask, scaling=scale, softcap=softcap), None
     batch = _BATCH.get()
     if batch is not None:
-        return attend(batch, layer, query, key, value, scaling=scale, softcap=softcap), None
+        if len({*batch.store.devices}) == 1:
+            return attend(batch, layer, query, key, value, scaling=scale, softcap=softcap), None
+        with _device(query.device):
+            return attend(batch.on(query.device), layer, query, key, value, scaling=scale, softcap=softcap), None
     observer = _OBSERVER.get()
     if observer is not None:
         answer = observer(layer, query, key, value, scale, softcap)
@@ -69,6 +73,11 @@ def _attention(
             return answer.transpose(1, 2), None
     out = dense_attention(query, key, value, attention_mask, scaling=scale, softcap=softcap, sliding=sliding_window)
     return out.transpose(1, 2), None
+
+
+def _device(device: torch.device) -> AbstractContextManager[Any]:
+    """Within: kernels are launched on this device, where a model lies on several."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _mask(
@@ -146,6 +155,17 @@ class LoadedModel:
     eos_token_ids: set[int]
     device: torch.device
     quantization: str = "none"
+
+    @cached_property
+    def layer_devices(self) -> list[torch.device]:
+        """Where each attention layer is."""
+        modules = attention_modules(self.model)
+        return [next(modules[layer].parameters()).device for layer in sorted(modules)]
+
+    @property
+    def split(self) -> bool:
+        """Whether the layers lie on several devices."""
+        return len({*self.layer_devices, self.device}) > 1
 
     @property
     def weights_nbytes(self) -> int:
@@ -241,6 +261,14 @@ def choose_device(device: str = "auto") -> torch.device:
     return torch.device(device)
 
 
+def _placement(device: torch.device, max_memory: dict[str, int] | None) -> dict[str, Any]:
+    """Where from_pretrained puts the weights: on one device, or whole layers spread by accelerate."""
+    if not max_memory:
+        return {"device_map": None if device.type == "cpu" else {"": device}}
+    limits = {torch.device(name).index if name.startswith("cuda") else name: size for name, size in max_memory.items()}
+    return {"device_map": "auto", "max_memory": limits}
+
+
 def load_model(
     name: str,
     *,
@@ -248,18 +276,21 @@ def load_model(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    max_memory: dict[str, int] | None = None,
 ) -> LoadedModel:
     """Load a decoder-only model by folder or hub name, with Spectral's attention.
 
     Args:
         dtype: "auto" is float32 on a CPU (bf16 arithmetic is several times slower there) and the checkpoint's own
             type elsewhere; or "float32", "bfloat16", "float16".
+        max_memory: bytes of weights by device, of two or more, over which the layers are spread; `device` is then not
+            asked.
 
     Raises ModelError with the reason and a remedy.
     """
     from spectral.resources import model_path
 
-    where = choose_device(device)
+    where = choose_device(next(iter(max_memory)) if max_memory else device)
     path = str(model_path(name))
     if dtype == "auto":
         torch_dtype: Any = torch.float32 if where.type == "cpu" else "auto"
@@ -277,13 +308,17 @@ def load_model(
             dtype=torch_dtype,
             attn_implementation=NAME,
             quantization_config=quant,
-            device_map=None if where.type == "cpu" else {"": where},
+            **_placement(where, max_memory),
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
         ).eval()
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ModelError(f"model {name!r} could not be loaded: {error}") from error
     model.requires_grad_(False)
+    lost = {str(place) for place in getattr(model, "hf_device_map", {}).values()} & {"cpu", "disk"}
+    if max_memory and "cpu" not in max_memory and lost:
+        have = ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in max_memory.items())
+        raise ModelError(f"model {name!r} does not fit on {have}: quantize it, or give it more or larger devices")
     return wrap_model(name, model, tokenizer, quantization=quantization)
 
 

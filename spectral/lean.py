@@ -31,7 +31,9 @@ def lean(model: Any) -> list[str]:
     """Replace what can be replaced in a model that is where it will run; the kinds of what was replaced."""
     modules = [module for module in model.modules() if not hasattr(module, "_hf_hook")]
     device = next(model.parameters()).device
-    fast = device.type == "cuda" and torch.version.hip is None and importlib.util.find_spec("triton") is not None
+    alone = len({parameter.device for parameter in model.parameters()}) == 1  # kernels are launched on one device
+    fast = device.type == "cuda" and alone and torch.version.hip is None
+    fast = fast and importlib.util.find_spec("triton") is not None
     done = []
     with torch.no_grad():
         if sum([lean_norm(module, fast) for module in modules]):
@@ -146,7 +148,7 @@ class _Shared:
 
 def lean_projections(module: Any) -> bool:
     """q, k and v of one input as one matrix product."""
-    linears = tuple(getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj"))
+    linears: tuple[Any, ...] = tuple(getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj"))
     if not _plain(*linears):
         return False
     x = _sample(1, 3, linears[0].in_features, like=linears[0].weight)
@@ -163,8 +165,8 @@ def lean_gate(module: Any) -> bool:
     """down(act(gate x) * up x): gate and up as one matrix product, the rest as one launch."""
     from spectral import lean_kernels as kernels
 
-    linears = tuple(getattr(module, name, None) for name in ("gate_proj", "up_proj"))
-    down = getattr(module, "down_proj", None)
+    linears: tuple[Any, ...] = tuple(getattr(module, name, None) for name in ("gate_proj", "up_proj"))
+    down: Any = getattr(module, "down_proj", None)
     if not _plain(*linears) or not _plain(down) or not callable(getattr(module, "act_fn", None)):
         return False
     if linears[0].out_features != linears[1].out_features:

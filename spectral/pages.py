@@ -57,6 +57,7 @@ class PageStore:
         device: where pages live.
         max_bytes: limit on allocated bytes (pages and windows), None for no limit.
         window_dtype: dtype of exact windows; bf16 unless a test wants bit-equality with a float32 cache.
+        devices: where each layer's pages and windows live; None: all on `device`.
         elsewhere: bytes that count towards max_bytes and are not in this store (other stores of the same model).
     """
 
@@ -69,11 +70,13 @@ class PageStore:
         max_bytes: int | None = None,
         window_dtype: torch.dtype = torch.bfloat16,
         elsewhere: Callable[[], int] = lambda: 0,
+        devices: Sequence[torch.device] | None = None,
     ) -> None:
         self.shape = shape
         self._elsewhere = elsewhere
         self.codebook = codebook if codebook is not None else exact_codebook(shape, window_dtype)
         self.device = torch.device(device)
+        self.devices = [self.device] * len(shape.layers) if devices is None else list(devices)
         self.max_bytes = max_bytes
         book = self.codebook
         if len(book.layers) != len(shape.layers):
@@ -83,17 +86,15 @@ class PageStore:
         self.ring = book.window + book.page_tokens
         self.windows: list[ExactWindow] = []
         self.pools: list[torch.Tensor | None] = []
-        alike: dict[tuple[LayerShape, bool], list[int]] = {}
-        for index, (layer, codec) in enumerate(zip(shape.layers, book.layers, strict=True)):
-            alike.setdefault((layer, codec is None), []).append(index)
+        alike: dict[tuple[LayerShape, bool, torch.device], list[int]] = {}
+        for index, (layer, codec, home) in enumerate(zip(shape.layers, book.layers, self.devices, strict=True)):
+            alike.setdefault((layer, codec is None, home), []).append(index)
             if codec is None:
-                self.windows.append(make_window(layer, 0, layer.sliding or 1, window_dtype, self.device))
+                self.windows.append(make_window(layer, 0, layer.sliding or 1, window_dtype, home))
                 self.pools.append(None)
             else:
-                self.windows.append(
-                    make_window(layer, book.sinks, self.ring, window_dtype, self.device, book.window_bits)
-                )
-                self.pools.append(torch.zeros((0, codec.page_nbytes), dtype=torch.uint8, device=self.device))
+                self.windows.append(make_window(layer, book.sinks, self.ring, window_dtype, home, book.window_bits))
+                self.pools.append(torch.zeros((0, codec.page_nbytes), dtype=torch.uint8, device=home))
         self.groups = [WindowGroup([self.windows[i] for i in layers]) for layers in alike.values()]
         self.group_of = {i: (g, at) for g, layers in enumerate(alike.values()) for at, i in enumerate(layers)}
         """Layer -> its window's group, and its place there."""
@@ -182,11 +183,13 @@ class PageStore:
 
     def read_pages(self, layer: int, row: Row) -> torch.Tensor:
         """A copy of a row's pages in a layer that has any: uint8 [pages, page_nbytes], oldest first."""
-        return self._pool(layer)[torch.tensor(row.pages, dtype=torch.long, device=self.device)]
+        pool = self._pool(layer)
+        return pool[torch.tensor(row.pages, dtype=torch.long, device=pool.device)]
 
     def write_pages(self, layer: int, row: Row, pages: torch.Tensor) -> None:
         """Fill a new row's pages in a layer with uint8 [pages, page_nbytes]: for a row that was saved elsewhere."""
-        self._pool(layer)[torch.tensor(row.pages, dtype=torch.long, device=self.device)] = pages.to(self.device)
+        pool = self._pool(layer)
+        pool[torch.tensor(row.pages, dtype=torch.long, device=pool.device)] = pages.to(pool.device)
 
     def _pool(self, layer: int) -> torch.Tensor:
         pool = self.pools[layer]
@@ -231,7 +234,7 @@ class PageStore:
         grown: list[torch.Tensor | None] = []
         try:
             for pool in self.pools:
-                grown.append(pool if pool is None else empty_pool(capacity, pool.shape[1], self.device))
+                grown.append(pool if pool is None else empty_pool(capacity, pool.shape[1], pool.device))
         except torch.OutOfMemoryError as error:  # others took the device's memory: room is made as for a limit
             raise OutOfPages(step * self._page_nbytes, 0) from error
         self._ids.grow(capacity)
@@ -265,13 +268,13 @@ class PageStore:
             kept = self._ids.compact()
             place = {old: new for new, old in enumerate(kept)}
             index = torch.tensor(kept, dtype=torch.long, device=self.device)
-            self.pools = [pool if pool is None else pool.index_select(0, index) for pool in self.pools]
+            self.pools = [None if pool is None else pool.index_select(0, index.to(pool.device)) for pool in self.pools]
             for owner in self._owners():
                 owner.pages[:] = [place[page] for page in owner.pages]
         if self._free_slots:
             slots = sorted(self._rows)
             for group in self.groups:
-                group.keep(torch.tensor(slots, dtype=torch.long, device=self.device))
+                group.keep(torch.tensor(slots, dtype=torch.long, device=group.windows[0].store.device))
             self._rows = {new: self._rows[old] for new, old in enumerate(slots)}
             for slot, row in self._rows.items():
                 row.slot = slot
@@ -314,10 +317,11 @@ class PageStore:
             if any(book.layers[layer] is None for layer, (found, _) in self.group_of.items() if found == number):
                 out.append(group)
                 continue
-            kind = window.shape, window.sinks, window.ring, window.store.dtype, self.device, book.window_bits
+            home = window.store.device
+            kind = window.shape, window.sinks, window.ring, window.store.dtype, home, book.window_bits
             coarse = WindowGroup([make_window(*kind) for _ in range(count)])
             coarse.resize(self.slot_capacity)
-            place = torch.arange(window.sinks + window.ring, device=self.device)
+            place = torch.arange(window.sinks + window.ring, device=home)
             for slot in self._rows:
                 slots = torch.full_like(place, slot)
                 tokens = group.read(0, count, slots[:1])[:, 0]  # [layers, H, places, d + dv]

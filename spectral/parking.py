@@ -59,7 +59,7 @@ def put_windows(store: PageStore, row: Row, windows: Snapshot) -> None:
 def park(store: PageStore, row: Row) -> Parked:
     """Copy a row to host memory. The row stays open: the caller closes it."""
     index = torch.tensor(row.pages, dtype=torch.long, device=store.device)
-    pages = [None if pool is None else _to_host(pool.index_select(0, index)) for pool in store.pools]
+    pages = [None if pool is None else _to_host(pool.index_select(0, index.to(pool.device))) for pool in store.pools]
     return Parked(store.codebook, row.length, len(row.pages), pages, take_windows(store, row))
 
 
@@ -78,8 +78,8 @@ def unpark(store: PageStore, parked: Parked, shared: Sequence[int] = ()) -> Row:
             store.pools, parked.pages, old_book.layers, new_book.layers, strict=True
         ):
             if pool is not None and source is not None and old is not None and new is not None:
-                pages = source[first:].to(store.device)
-                pool[place] = pages if same else squeezed(pages, old, new)
+                pages = source[first:].to(pool.device)
+                pool[place.to(pool.device)] = pages if same else squeezed(pages, old, new)
         put_windows(store, row, _coarser(store, parked))
     except BaseException:
         store.close(row)
@@ -100,18 +100,16 @@ def _coarser(store: PageStore, parked: Parked) -> Snapshot:
         if any(new.layers[layer] is None for layer, (found, _) in store.group_of.items() if found == number):
             out.append(tensors)
             continue
-        shape, places = window.shape, (window.sinks, window.ring)
+        shape, places, home = window.shape, (window.sinks, window.ring), window.store.device
         kinds = [
-            WindowGroup(
-                [make_window(shape, *places, window.store.dtype, store.device, bits) for _ in range(len(group.windows))]
-            )
+            WindowGroup([make_window(shape, *places, window.store.dtype, home, bits) for _ in group.windows])
             for bits in (old.window_bits, new.window_bits)
         ]
         for kind in kinds:
             kind.resize(1)
         for target, source in zip(kinds[0].slot_tensors(0, parked.length), tensors, strict=True):
             target.copy_(source)
-        place = torch.arange(sum(places), device=store.device)
+        place = torch.arange(sum(places), device=home)
         tokens = kinds[0].read(0, len(group.windows), place[:1])[:, 0]  # [layers, H, places, d + dv]
         kinds[1].write(0, torch.zeros_like(place), place, tokens.transpose(1, 2))
         out.append(kinds[1].slot_tensors(0, parked.length))
@@ -127,5 +125,6 @@ def _to_host(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _finish(store: PageStore) -> None:
-    if store.device.type == "cuda":
-        torch.cuda.synchronize(store.device)
+    for device in {*store.devices}:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)

@@ -15,6 +15,8 @@ from spectral.bits import Table, frequency_classes
 from spectral.errors import ProfileError, SettingError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
     from spectral.codec import Codebook
@@ -143,14 +145,17 @@ class SpectralProfile:
         name = self.resolve(setting)
         return next(row for row in self.ladder if row.name == name)
 
-    def codebook(self, setting: str = "auto", *, device: torch.device | str = "cpu") -> Codebook:
-        """The setting's codecs on a device."""
+    def codebook(
+        self, setting: str = "auto", *, device: torch.device | str | Sequence[torch.device] = "cpu"
+    ) -> Codebook:
+        """The setting's codecs on a device, or each layer's on its own."""
         from spectral.codec import Codebook, LayerCodec, PageCodec
         from spectral.frames import BlockFrame
 
         row = self.row(setting)
         codecs: list[PageCodec | None] = []
-        for layer, widths in zip(self.layers, self.bits[row.name], strict=True):
+        homes = device if isinstance(device, (list, tuple)) else [device] * len(self.layers)
+        for layer, widths, home in zip(self.layers, self.bits[row.name], homes, strict=True):
             if layer is None or widths is None:
                 codecs.append(None)
                 continue
@@ -159,7 +164,7 @@ class SpectralProfile:
                 block_tokens=self.block_tokens,
                 page_tokens=row.page_tokens,
                 sinks=row.sinks,
-                device=device,
+                device=home,
             )
             codecs.append(
                 LayerCodec(
@@ -169,7 +174,7 @@ class SpectralProfile:
                     key_dim=layer.key_dim,
                     value_dim=layer.value_dim,
                     page_tokens=row.page_tokens,
-                    device=device,
+                    device=home,
                 )
             )
         return Codebook(

@@ -178,7 +178,7 @@ def codebooks_of(
     for name in settings:
         if name != "exact" and profile is None:
             raise ModelError(f"setting {name!r} needs a profile; this model has none: build one or use exact")
-        out[name] = profile.codebook(name, device=loaded.device) if profile and name != "exact" else None
+        out[name] = profile.codebook(name, device=loaded.layer_devices) if profile and name != "exact" else None
     return out
 
 
@@ -187,7 +187,7 @@ def score_store(
 ) -> tuple[dict[str, torch.Tensor], float]:
     """One of our settings on one window: its figures per position, and its all-in bytes per token."""
     loaded = exact.loaded
-    store = PageStore(loaded.shape, codebook, device=loaded.device)
+    store = PageStore(loaded.shape, codebook, device=loaded.device, devices=loaded.layer_devices)
     tally = Tally(exact)
     for begin, logits in store_blocks(loaded, store, exact.ids, chunk=chunk):
         tally.add(begin, logits)

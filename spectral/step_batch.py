@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from copy import copy
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -11,6 +12,16 @@ from spectral.errors import CacheError
 
 if TYPE_CHECKING:
     from spectral.pages import PageStore, Row
+
+
+class _Elsewhere:
+    """A store as layers on another than its first device see it."""
+
+    def __init__(self, store: PageStore, device: torch.device) -> None:
+        self._store, self.device = store, device
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
 
 
 class StepBatch:
@@ -32,6 +43,16 @@ class StepBatch:
         """New tokens [B, H, d + dv] of decode rows by group and place in it: written when the step is committed."""
         self.spots: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         """Where they go: slot [B] and place [B] by group."""
+        self._others: dict[torch.device, StepBatch] = {}
+
+    def on(self, device: torch.device) -> StepBatch:
+        """This batch for layers on a device: the same work, with index tensors of its own there."""
+        if device == self.store.device or device not in self.store.devices:
+            return self
+        if device not in self._others:
+            other = self._others[device] = copy(self)
+            other.store, other.plans = cast("PageStore", _Elsewhere(self.store, device)), {}
+        return self._others[device]
 
     def commit(self) -> None:
         """The forward succeeded: lengths advance."""

@@ -32,6 +32,7 @@ def load(spec: wire.Load, tell: Callable[[wire.ToParent], None]) -> tuple[Built,
         dtype=spec.dtype,
         device=spec.device,
         trust_remote_code=spec.trust_remote_code,
+        max_memory=spec.max_memory if len(spec.max_memory) > 1 else None,
     )
     tell(wire.Loading("loading profile", 0.8))
     profile, setting = find_profile(loaded, spec.profile), spec.setting

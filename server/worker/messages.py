@@ -133,6 +133,8 @@ class Load(msgspec.Struct, tag="load", frozen=True):
     limits: Limits = Limits()
     threads: int = 1
     trust_remote_code: bool = False
+    max_memory: dict[str, int] = {}
+    """Bytes by device for weights and cache, where the model is spread over several; {}: all on `device`."""
 
 
 class Submit(msgspec.Struct, tag="submit", frozen=True):

@@ -75,7 +75,7 @@ def build_engine(
             f"build one with `spectral profile build {loaded.name} --output FILE`, or set setting to exact"
         )
     row = profile.row(setting)
-    codebook = profile.codebook(row.name, device=loaded.device)
+    codebook = profile.codebook(row.name, device=loaded.layer_devices)
     return Built(
         Engine(loaded, codebook=codebook, setting=row.name, limits=limits, profile=profile), profile, row
     )

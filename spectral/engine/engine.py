@@ -85,7 +85,7 @@ class Engine:
         self._longest_token = longest_token(loaded.tokenizer)
         self._decode = make_decoder(loaded.tokenizer)
         self._grammars = GrammarCompiler(loaded.tokenizer, self.vocab_size, loaded.eos_token_ids)
-        mode = decode_choice(loaded.device, decode)
+        mode = decode_choice(loaded.device, decode, split=loaded.split)
         self.runner = Runner(loaded, None if mode == "eager" else DecodeGraphs(loaded, self.lanes.stores, mode))
         self.scheduler = Scheduler(self.lanes, self.limits, decode_apart=mode != "eager")
         self.faults = Faults(self.lanes)

@@ -45,13 +45,17 @@ Key = tuple[Any, ...]
 Chosen = tuple["list[Sequence]", list[int], "list[Logprob | None]"]
 
 
-def decode_choice(device: torch.device, name: str | None = None) -> str:
-    """ "eager", "static" or "graph". Raises SettingError for what the environment cannot mean."""
+def decode_choice(device: torch.device, name: str | None = None, *, split: bool = False) -> str:
+    """ "eager", "static" or "graph"; always eager for a model that is `split` over devices. Raises SettingError for
+    what the environment cannot mean."""
     choice = name or os.environ.get(VARIABLE, "") or "auto"
     if choice not in ("auto", "eager", "static", "graph"):
         raise SettingError(f"{VARIABLE} must be eager, static or graph (or unset), got {choice!r}")
     if choice == "graph" and device.type != "cuda":
         raise SettingError(f"{VARIABLE}=graph needs an NVIDIA GPU, and this model is on {device}; use static or eager")
+    if split:
+        log.info("decode steps of a model on several devices are not captured")
+        return "eager"
     if choice == "auto":
         return "graph" if device.type == "cuda" else "eager"
     return choice

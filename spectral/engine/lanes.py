@@ -108,6 +108,7 @@ class Lanes:
         limits = self._limits
         store = PageStore(
             self._loaded.shape, codebook, device=self._loaded.device, max_bytes=limits.max_kv_bytes, window_dtype=dtype,
+            devices=self._loaded.layer_devices,
             elsewhere=lambda: self.nbytes - store.nbytes if lane in self.all else self.nbytes,
         )  # fmt: skip
         most = limits.prefix_bytes
@@ -183,7 +184,7 @@ class Lanes:
             return None
         if self._profile is None:
             raise ProfileError(f"setting {setting!r} needs a spectral profile, and this engine was made without one")
-        return self._profile.codebook(setting, device=self._loaded.device)
+        return self._profile.codebook(setting, device=self._loaded.layer_devices)
 
     def prepare(self, setting: str) -> None:
         """Make what a setting needs, so that `set_setting` is quick. Another thread may call it.

@@ -22,6 +22,8 @@ class Runner:
         """A decode step broke off after it may have written into windows."""
         self._model = loaded.model
         self._device = loaded.device
+        # The last hidden states of a model on several devices are somewhere else; an index on the CPU serves anywhere.
+        self._index_device = torch.device("cpu") if loaded.split else loaded.device
         # Spectral's attention needs no mask. transformers takes a four-dimensional one as it is, without building its
         # own in every step; the attention function ignores it.
         self._no_mask = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=loaded.device)
@@ -74,7 +76,7 @@ class Runner:
         flat = torch.tensor((ids, positions), device=self._device)[:, None]  # [2, 1, N]
         # 0 is transformers' word for "all"; an index would copy the hidden states.
         all_kept = len(keep) == len(ids) and not extra
-        kept: Any = 0 if all_kept else torch.tensor(keep + extra, dtype=torch.long, device=self._device)
+        kept: Any = 0 if all_kept else torch.tensor(keep + extra, dtype=torch.long, device=self._index_device)
         with attending(self._model, part.batch):
             out = self._model(
                 input_ids=flat[0],

@@ -1,0 +1,106 @@
+"""Layers on several devices: pages and windows lie where their layer is, and every index tensor with them.
+
+Torch's "meta" device stands in for a second GPU: it holds no numbers, but operations that mix it with the CPU fail.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import dispatch_model
+
+from spectral.attention import attend
+from spectral.engine.engine import Engine
+from spectral.engine.graphs import decode_choice
+from spectral.errors import ModelError
+from spectral.hf import _placement, load_model, wrap_model
+from spectral.pages import LayerShape, ModelShape, PageStore, exact_codebook
+from tests.spectral.engine.engine_helpers import ask, request, tiny_engine
+from tests.spectral.helpers import random_codebook, random_model
+
+CPU, OTHER = torch.device("cpu"), torch.device("meta")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def split_store() -> PageStore:
+    shape = ModelShape((LayerShape(2, 16, 16), LayerShape(2, 16, 16), LayerShape(2, 16, 16, sliding=12)), 4, 32)
+    book = random_codebook(shape, [4, 2], sinks=4, window=16, page=8, block=0)
+    assert book.layers[1] is not None
+    for unit in book.layers[1].units:  # type: ignore[union-attr]
+        for name, value in vars(unit).items():
+            if isinstance(value, torch.Tensor):
+                setattr(unit, name, value.to(OTHER))
+            elif isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
+                setattr(unit, name, [x.to(OTHER) for x in value])
+    return PageStore(shape, book, devices=[CPU, OTHER, OTHER])
+
+
+def layer_step(store: PageStore, row: object, count: int) -> None:
+    batch = store.begin([(row, count)])  # type: ignore[list-item]
+    for layer, device in enumerate(store.devices):
+        q, k, v = (torch.randn(1, heads, count, 16, device=device) for heads in (4, 2, 2))
+        out = attend(batch.on(device), layer, q, k, v, scaling=0.25)
+        assert out.device.type == device.type and out.shape == (1, count, 4, 16)
+    batch.commit()
+
+
+def test_each_layers_numbers_lie_on_its_device() -> None:
+    store = split_store()
+    row = store.open()
+    for count in (21, 9, *[1] * 12):  # chunks with and without a past, and steps that seal a page
+        layer_step(store, row, count)
+    assert len(row.pages) == 2
+    assert [pool.device.type for pool in store.pools if pool is not None] == ["cpu", "meta"]
+    assert [window.store.device.type for window in store.windows] == ["cpu", "meta", "meta"]
+    store.trim()
+    store.check()
+    layer_step(store, row, 1)
+    assert store.pools[1] is not None and store.pools[1].device == OTHER
+
+
+def test_a_batch_elsewhere_shares_all_but_its_index_tensors() -> None:
+    store = split_store()
+    batch = store.begin([(store.open(), 1)])
+    other = batch.on(OTHER)
+    assert other is batch.on(OTHER) and other.store.device == OTHER
+    assert other.kept is batch.kept and other.plans is not batch.plans
+    assert batch.on(CPU) is batch
+    assert exact_codebook(store.shape).setting == "exact"
+
+
+def test_a_model_with_accelerates_hooks_gives_the_same_tokens() -> None:
+    wanted = ask(tiny_engine(), request("a", list(range(3, 60)), 20))["a"]
+    loaded = random_model("qwen3")
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{i}": "cpu" for i in range(3)}
+    model = dispatch_model(loaded.model, places, main_device="cpu", force_hooks=True)
+    assert hasattr(model.model.layers[1], "_hf_hook")
+    hooked = wrap_model("hooked", model, loaded.tokenizer)
+    plain = tiny_engine()
+    hooked.eos_token_ids, hooked.tokenizer = set(), plain.loaded.tokenizer
+    engine = Engine(hooked, codebook=plain.store.codebook, setting="test", limits=plain.limits, checked=True)
+    assert ask(engine, request("a", list(range(3, 60)), 20))["a"] == wanted
+
+
+def test_limits_become_accelerates() -> None:
+    assert _placement(CPU, None) == {"device_map": None}
+    assert _placement(torch.device("cuda:1"), None) == {"device_map": {"": torch.device("cuda:1")}}
+    limits = {"cuda:0": 5, "cuda:2": 7}
+    assert _placement(torch.device("cuda:0"), limits) == {"device_map": "auto", "max_memory": {0: 5, 2: 7}}
+    with pytest.raises(ModelError, match="cuda"):
+        load_model("demo-7m", max_memory={"cuda:0": 1 << 30, "cuda:1": 1 << 30})
+    assert decode_choice(torch.device("cuda"), split=True) == "eager"
+
+
+def test_the_script_that_compares_one_gpu_with_two_runs(tmp_path: Path) -> None:
+    file = tmp_path / "split.json"
+    command = [sys.executable, str(ROOT / "bench" / "split_gpus.py"), "--check", "--tokens", "24", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["setting"], row["equal"]) for row in rows] == [("exact", True), ("8x", True)]
