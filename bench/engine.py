@@ -27,11 +27,12 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+# Not this folder: transformers would take its kernels.py for the package of that name.
+sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path or ".").resolve() != ROOT / "bench")]
 
-import engine_gpu  # noqa: E402
 import torch  # noqa: E402
 
+from bench import engine_gpu  # noqa: E402
 from spectral.engine.build import build_engine, find_profile  # noqa: E402
 from spectral.engine.engine import Engine  # noqa: E402
 from spectral.engine.types import Delta, EngineLimits, Failed, GenerateRequest, SamplingParams  # noqa: E402

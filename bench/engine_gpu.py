@@ -26,7 +26,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from engine_scene import (
+
+from bench.engine_scene import (
     SETTING,
     Scene,
     counts,
@@ -40,7 +41,6 @@ from engine_scene import (
     replayed,
     step,
 )  # fmt: skip
-
 from spectral.engine.types import GenerateRequest
 from spectral.errors import OutOfPages
 from spectral.hf import NAME

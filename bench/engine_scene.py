@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from kernels import BITS, BLOCK, PAGE, RECENT, SINKS, synthetic_unit
 
+from bench.kernels import BITS, BLOCK, PAGE, RECENT, SINKS, synthetic_unit
 from spectral.bits import gaussian_tables
 from spectral.codec import Codebook, LayerCodec
 from spectral.engine.engine import Engine
