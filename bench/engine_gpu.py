@@ -40,10 +40,10 @@ from bench.engine_scene import (
     read_nbytes,
     replayed,
     step,
+    stock,
 )  # fmt: skip
 from spectral.engine.types import GenerateRequest
 from spectral.errors import OutOfPages
-from spectral.hf import NAME
 from spectral.pages import PageStore
 
 Row = dict[str, Any]
@@ -69,13 +69,12 @@ def eager(scene: Scene) -> Row:
     """transformers' own decode step, DynamicCache and SDPA, against ours in the same run."""
     from transformers import DynamicCache
 
-    sizes, model = scene.sizes, scene.loaded.model
+    sizes = scene.sizes
     engine = scene.engine()
     hold(engine, 1, sizes.short, 10 * sizes.steps)
     ours, _ = decode_times(engine, min(40, sizes.steps), sizes.steps)
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    model.set_attn_implementation("sdpa")
-    try:
+    with stock(scene) as model:
+        name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
         cache, times = DynamicCache(config=model.config), []
         ids = torch.tensor([scene.tokens(sizes.short, 1)], device=scene.device)
         with torch.inference_mode():
@@ -86,8 +85,6 @@ def eager(scene: Scene) -> Row:
                 out = model(input_ids=ids[:, -1:], use_cache=True, **{name: cache})
                 int(out.logits[0, -1].argmax())
                 times.append(time.perf_counter() - began)
-    finally:
-        model.set_attn_implementation(NAME)
     theirs = statistics.median(times)
     return row(
         "eager", "the same step by transformers, seconds, against ours", ">= 10x", theirs, ours,
@@ -110,22 +107,20 @@ def step8x32k(scene: Scene) -> Row:
 
 
 def prefill(scene: Scene) -> Row:
-    sizes, model = scene.sizes, scene.loaded.model
+    sizes = scene.sizes
     engine = scene.engine(prefill_chunk=sizes.prompt)
     ours, theirs = [], []
-    for number in range(4):
-        engine.submit(GenerateRequest(f"p{number}", "", greedy(1)), scene.tokens(sizes.prompt, number))
-        ours.append(finish(engine))
-        model.set_attn_implementation("sdpa")
-        try:
-            ids = torch.tensor([scene.tokens(sizes.prompt, number)], device=scene.device)
+    with stock(scene) as model:
+        for number in range(4):
+            prompt = scene.tokens(sizes.prompt, number)
+            engine.submit(GenerateRequest(f"p{number}", "", greedy(1)), prompt)
+            ours.append(finish(engine))
+            ids = torch.tensor([prompt], device=scene.device)
             scene.wait()
             began = time.perf_counter()
             with torch.inference_mode():
                 int(model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].argmax())
             theirs.append(time.perf_counter() - began)
-        finally:
-            model.set_attn_implementation(NAME)
     return row(
         "prefill", f"prefill of {sizes.prompt} tokens, seconds, against SDPA without a cache", "<= 1.1x",
         min(ours[1:]), min(theirs[1:]), lambda ratio: ratio <= 1.1, first=ours[0],
@@ -179,8 +174,7 @@ def batch(scene: Scene) -> Row:
     from transformers import GenerationConfig
 
     count, length, answer = scene.sizes.batch
-    model = scene.loaded.model
-    engine = scene.engine(prefill_chunk=length)
+    engine = scene.engine(prefill_chunk=length, token_budget=8 * length + 64)
     times: dict[str, list[float]] = {"ours": [], "theirs": []}
     for number in range(2):
         prompts = [scene.tokens(length, 1000 * number + i) for i in range(count)]
@@ -189,26 +183,23 @@ def batch(scene: Scene) -> Row:
         began = time.perf_counter()
         finish(engine)
         times["ours"].append(time.perf_counter() - began)
+    engine.trim(prefixes=True)
     config = GenerationConfig(max_new_tokens=answer, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    model.set_attn_implementation("sdpa")
     error, more = "", {}
     if scene.device.type == "cpu":  # by itself it takes most of the machine's memory
         from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
         more["continuous_batching_config"] = ContinuousBatchingConfig(page_size=16, num_blocks=64, max_batch_tokens=64)
-    try:
+    with stock(scene) as model, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         for number in range(2):
             prompts = [scene.tokens(length, 1000 * number + i) for i in range(count)]
             began = time.perf_counter()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                answers = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False, **more)
+            answers = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False, **more)
             times["theirs"].append(time.perf_counter() - began)
             made = sum(len(found.generated_tokens) for found in answers.values())
             if made != count * answer:
                 error = f"generate_batch made {made} of {count * answer} tokens"
-    finally:
-        model.set_attn_implementation(NAME)
     ours, theirs = (count * answer / times[who][-1] for who in ("ours", "theirs"))
     return row(
         "batch", f"tokens/s of {count} requests of {length} + {answer} tokens, against generate_batch", ">= 3x",

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,6 +140,26 @@ def make_scene(check: bool, seed: int) -> Scene:
     return scene
 
 
+@contextmanager
+def stock(scene: Scene) -> Iterator[Any]:
+    """A model of the same shape as transformers has it, with nothing of ours."""
+    from transformers import AutoModelForCausalLM
+
+    ours = scene.loaded.model
+    home = sys.modules[type(ours).__module__]
+    changed = home.apply_rotary_pos_emb
+    home.apply_rotary_pos_emb = getattr(changed, "original", changed)
+    try:
+        with torch.device(scene.device):
+            dtype = next(ours.parameters()).dtype
+            model = AutoModelForCausalLM.from_config(ours.config, attn_implementation="sdpa", dtype=dtype).eval()
+        yield model.requires_grad_(False)
+    finally:
+        home.apply_rotary_pos_emb = changed
+        del model
+        scene.free()
+
+
 def copy_bandwidth(scene: Scene) -> float:
     """Bytes read and written per second by a copy on the device, best of ten."""
     size = 1 << (30 if scene.device.type == "cuda" else 22)
@@ -217,7 +240,9 @@ def read_nbytes(scene: Scene) -> int:
 def replayed(scene: Scene, engine: Engine) -> float:
     """Device milliseconds of the last captured decode step by itself; 0 where nothing was captured."""
     graphs = engine.runner.graphs
-    found = [] if graphs is None else [g for (what, _), g in graphs.replayer.graphs.items() if what == "decode step"]
+    kept = {} if graphs is None else graphs.replayer.graphs
+    now = engine.store.generation  # others point to memory that is gone
+    found = [graph for (what, key), graph in kept.items() if what == "decode step" and key[0] == now]
     if not found:
         return 0.0
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

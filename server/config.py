@@ -76,7 +76,9 @@ class LimitSettings(Section):
     max_concurrency: int = Field(8, ge=1, le=1024, description="Sequences that run at once.")
     max_queue: int = Field(64, ge=0, le=100_000, description="Requests that may wait; more get 429.")
     max_kv_bytes: Bytes | None = Field(None, description='Most bytes of KV cache, for example "512MiB".')
-    prefill_chunk: int = Field(256, ge=1, le=65536, description="Prompt tokens of one sequence per step.")
+    prefill_chunk: int | None = Field(
+        None, ge=1, le=65536, description="Prompt tokens of one sequence per step; null: 256 on a CPU, 1024 on a GPU."
+    )
 
 
 Quantization = Literal["none", "nf4", "int8"]

@@ -203,7 +203,7 @@ def lean_rotary(model: Any) -> bool:
 
     home = sys.modules.get(type(model).__module__)
     original = getattr(home, "apply_rotary_pos_emb", None)
-    if home is None or original is None or getattr(original, "lean", False):
+    if home is None or original is None or hasattr(original, "original"):
         return original is not None
     weight = next(model.parameters())
     q, k, angle = (_sample(1, h, 3, 64, like=weight) for h in (4, 2, 1))
@@ -223,6 +223,6 @@ def lean_rotary(model: Any) -> bool:
             return kernels.rotary(q, k, cos, sin)
         return original(q, k, cos, sin, *more, **other)  # type: ignore[no-any-return]
 
-    apply_rotary_pos_emb.lean = True  # type: ignore[attr-defined]
+    apply_rotary_pos_emb.original = original  # type: ignore[attr-defined]
     home.apply_rotary_pos_emb = apply_rotary_pos_emb  # type: ignore[attr-defined]
     return True

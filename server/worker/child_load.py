@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("spectral.worker")
 
 REFERENCE_CONTEXT = 2048
-STEP_TOKENS = 512
-"""Tokens of one step where the limits ask for no more."""
+CHUNK_TOKENS = {"cpu": (256, 512), "gpu": (1024, 4096)}
+"""Tokens of a prompt's chunks, and of a step, where the limits do not ask for others. On a GPU a forward of a large
+model costs tens of milliseconds in launches alone."""
 
 
 def load(spec: wire.Load, tell: Callable[[wire.ToParent], None]) -> tuple[Built, wire.Ready]:
@@ -43,13 +44,15 @@ def load(spec: wire.Load, tell: Callable[[wire.ToParent], None]) -> tuple[Built,
             spec.path or spec.name,
         )
         setting = "exact"
+    chunk, step = CHUNK_TOKENS["cpu" if loaded.device.type == "cpu" else "gpu"]
+    chunk = spec.limits.prefill_chunk or chunk
     limits = EngineLimits(
         max_concurrency=spec.limits.max_concurrency,
         max_queue=spec.limits.max_queue,
         context_length=spec.limits.context_length,
         max_kv_bytes=spec.limits.max_kv_bytes,
-        prefill_chunk=spec.limits.prefill_chunk,
-        token_budget=max(STEP_TOKENS, spec.limits.prefill_chunk + spec.limits.max_concurrency),
+        prefill_chunk=chunk,
+        token_budget=max(step, chunk + spec.limits.max_concurrency),
     )
     built = build_engine(loaded, profile, setting=setting, limits=limits)
     tell(wire.Loading("warming up", 0.9))

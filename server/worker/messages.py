@@ -32,7 +32,7 @@ class Limits(msgspec.Struct, frozen=True):
     max_concurrency: int = 8
     max_queue: int = 64
     max_kv_bytes: int | None = None
-    prefill_chunk: int = 256
+    prefill_chunk: int | None = None
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):

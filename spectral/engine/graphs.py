@@ -19,7 +19,7 @@ import torch
 
 from spectral.engine.device_sampler import Memory, choose, kind_of, numbers_of
 from spectral.engine.sampler import sample
-from spectral.engine.static_step import BLOCK_PAGES, Numbers, SealStep, StaticStep, seals_of
+from spectral.engine.static_step import Numbers, SealStep, StaticStep, bucket, seals_of, table_width
 from spectral.errors import SettingError
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ class DecodeGraphs:
         return sequences, tokens, [None] * len(states)
 
     def _step(self, store: PageStore, rows: int, pages: int) -> StaticStep:
-        rows, width = bucket(rows), BLOCK_PAGES * bucket(-(-pages // BLOCK_PAGES)) if pages else 0
+        rows, width = bucket(rows), table_width(pages)
         found = self._steps.get((store.generation, rows, width))
         if found is None:
             self.prune()
@@ -235,8 +235,3 @@ class DecodeGraphs:
         for kept in (self._steps, self._seals, self._numbers, self._chosen, self._memory):
             kept.clear()
         self.replayer.clear()
-
-
-def bucket(count: int) -> int:
-    """The next power of two up to 16, then the next multiple of 16."""
-    return 1 << (count - 1).bit_length() if count <= 16 else -(-count // 16) * 16

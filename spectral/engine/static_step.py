@@ -27,7 +27,17 @@ if TYPE_CHECKING:
 INTEGERS = ("token", "position", "slot", "pages", "source", "top_k", "choice")
 FLOATS = ("temperature", "top_p", "min_p", "uniform", "repetition", "frequency", "presence")
 BLOCK_PAGES = 32
-"""A page table's width is this times a power of two."""
+"""A page table's width is this times a bucket."""
+
+
+def bucket(count: int) -> int:
+    """The next power of two up to 16, then the next multiple of 16."""
+    return 1 << (count - 1).bit_length() if count <= 16 else -(-count // 16) * 16
+
+
+def table_width(pages: int) -> int:
+    """The width of a page table for rows of up to so many pages."""
+    return BLOCK_PAGES * bucket(-(-pages // BLOCK_PAGES)) if pages else 0
 
 
 class Numbers:
@@ -81,7 +91,7 @@ class StaticStep:
         for layer, (window, codec) in enumerate(zip(self.store.windows, book.layers, strict=True)):
             if isinstance(codec, LayerCodec):
                 # Rows may grow up to the model's context; tables that grew later would lie elsewhere.
-                codec.frame.reserve(max(self.width, loaded.context_length // codec.page_tokens + 1))
+                codec.frame.reserve(max(self.width, table_width(loaded.context_length // codec.page_tokens + 1)))
             group = loaded.shape.query_heads // window.shape.kv_heads
             kernels = kernels_for(codec, book.window, group, dtype) is not None
             name = f"decode:{window.sinks}:{window.ring}:{codec is None}"

@@ -11,9 +11,9 @@ import torch
 from spectral.engine import sampler
 from spectral.engine.device_sampler import Memory, choose, kind_of, numbers_of
 from spectral.engine.engine import Engine
-from spectral.engine.graphs import DecodeGraphs, Replayer, bucket, decode_choice
+from spectral.engine.graphs import DecodeGraphs, Replayer, decode_choice
 from spectral.engine.sampler import SamplerState, sample
-from spectral.engine.static_step import Numbers
+from spectral.engine.static_step import Numbers, bucket, table_width
 from spectral.engine.types import SamplingParams
 from spectral.errors import SettingError
 from tests.spectral.engine.engine_helpers import answer, ask, drive, request, tiny_engine
@@ -167,6 +167,7 @@ def test_what_the_devices_sampler_leaves_to_the_other() -> None:
 
 def test_buckets_and_modes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [bucket(n) for n in (1, 2, 3, 5, 16, 17, 33)] == [1, 2, 4, 8, 16, 32, 48]
+    assert [table_width(n) for n in (0, 1, 32, 33, 65, 513)] == [0, 32, 32, 64, 128, 1024]
     cpu = torch.device("cpu")
     assert decode_choice(cpu) == "eager" and decode_choice(torch.device("cuda")) == "graph"
     monkeypatch.setenv("SPECTRAL_DECODE", "static")
