@@ -167,6 +167,14 @@ class LoadedModel:
         """Whether the layers lie on several devices."""
         return len({*self.layer_devices, self.device}) > 1
 
+    def weight_shares(self) -> dict[str, float]:
+        """Each device's part of the parameters' bytes."""
+        sizes: dict[str, int] = {}
+        for parameter in self.model.parameters():
+            name = str(parameter.device)
+            sizes[name] = sizes.get(name, 0) + parameter.numel() * parameter.element_size()
+        return {name: size / sum(sizes.values()) for name, size in sorted(sizes.items())}
+
     @property
     def weights_nbytes(self) -> int:
         """Bytes of parameters and buffers, tied ones counted once."""

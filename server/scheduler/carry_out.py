@@ -107,14 +107,15 @@ class Moves:
             slot.commands.pop(ident, None)
         return slot.footprint
 
-    def loaded(self, slot: Slot, device: str) -> None:
+    def loaded(self, slot: Slot) -> None:
         """A load ended: tell the steward, and the worker its lease."""
         ward = self._memory.steward.wards[slot.name]
         lease, ready = ward.lease, slot.ready
         assert ready is not None
         if ward.moving is not None and slot.granted is not None:
             lease = slot.granted.lease
-        self._memory.steward.moved(slot.name, Placement(HOT, (device,), ready.setting), lease, time.monotonic())
+        place = Placement(HOT, tuple(sorted(self._memory.shares_of(slot))), ready.setting)
+        self._memory.steward.moved(slot.name, place, lease, time.monotonic())
         reason = slot.granted.reason if slot.granted is not None else f"hot at {ready.setting}"
         self._scheduler.note("load", reason, slot, setting=ready.setting, lease_bytes=lease)
         slot.granted = None
@@ -161,17 +162,19 @@ class Moves:
                 self._scheduler.set_state(slot, "hot", "could not sleep")
             raise
         if print_ is not None and before.devices:
-            self._memory.ledger.hold(slot.name, before.devices[0], self._rest(print_))
+            for device, share in self._memory.shares_of(slot).items():
+                self._memory.ledger.hold(slot.name, device, self._rest(print_, share))
         return Placement(ASLEEP, before.devices, before.setting), 0
 
     @staticmethod
-    def _rest(print_: messages.Footprint) -> Holding:
-        """What a sleeping worker still holds on its device."""
-        return Holding(0, max(0, print_.reserved_bytes - print_.kv_bytes), 0, print_.kv_bytes)
+    def _rest(print_: messages.Footprint, share: float) -> Holding:
+        """What a sleeping worker still holds on a device that has this share of it."""
+        rest = max(0, print_.reserved_bytes - print_.kv_bytes)
+        return Holding(0, round(rest * share), 0, round(print_.kv_bytes * share))
 
     async def _wake(self, slot: Slot, action: Action, before: Placement, lease: int) -> tuple[Placement, int]:
-        device = action.target.devices[0]
-        self._memory.ledger.hold(slot.name, device, Holding(expected=action.needs[device] - action.lease))
+        for device, size in action.expected().items():
+            self._memory.ledger.hold(slot.name, device, Holding(expected=size))
         began = time.monotonic()
         await self.send(slot, messages.Wake, MOVE_S)
         self._memory.ledger.drop(slot.name, HOST)
@@ -181,7 +184,7 @@ class Moves:
             await self.send(slot, partial(messages.SetSetting, setting=action.target.setting))
         await self.send(slot, self.lease_message(slot, action.lease))
         self._scheduler.set_state(slot, "hot", action.reason)
-        return Placement(HOT, (device,), action.target.setting), action.lease
+        return Placement(HOT, action.target.devices, action.target.setting), action.lease
 
     async def _evict(self, slot: Slot, action: Action, before: Placement, lease: int) -> tuple[Placement, int]:
         if slot.streams or slot.waiting:

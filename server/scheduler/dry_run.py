@@ -45,7 +45,7 @@ def wishes_for(model: ModelSettings, devices: Iterable[str], pinned: bool = Fals
         max_concurrency=model.limits.max_concurrency,
         max_bytes=model.max_vram,
         devices=(gpus or (HOST,)) if anywhere else (model.device,),
-        splittable=False,  # a worker's cache lies on one device
+        splittable=anywhere and len(gpus) > 1,
     )
 
 

@@ -133,10 +133,10 @@ class MemoryManager:
         running = max(len(slot.streams) - slot.stats.queued, slot.stats.running)
         now = time.monotonic()
         self.steward.report(slot.name, now, running=running, waiting=waiting, kv_tokens=slot.stats.kv_tokens)
-        held = self.ledger.of(slot.name)
+        held, shares = self.ledger.of(slot.name), self.shares_of(slot)
         for device, holding in held.items():
             if not holding.expected:
-                kv = slot.stats.kv_bytes_allocated
+                kv = round(slot.stats.kv_bytes_allocated * shares.get(device, 1.0))
                 self.ledger.hold(slot.name, device, Holding(holding.weights, holding.workspace, 0, kv))
         if self._pending or self.steward.due(now):  # most requests change nothing: the loop is not even woken
             self.look()
@@ -150,9 +150,12 @@ class MemoryManager:
         device = self.device_of(slot)
         if device != HOST:
             workspace = max(0, message.reserved_bytes - message.weights_bytes - message.kv_bytes)
-            holding = Holding(message.weights_bytes, workspace, 0, message.kv_bytes)
-            self.ledger.hold(slot.name, device, holding, slot.worker.pid if slot.worker is not None else 0)
-            self._measure_overhead(slot, device, message)
+            sizes, shares = (message.weights_bytes, workspace, 0, message.kv_bytes), self.shares_of(slot)
+            for name, share in shares.items():
+                holding = Holding(*(round(size * share) for size in sizes))
+                self.ledger.hold(slot.name, name, holding, slot.worker.pid if slot.worker is not None else 0)
+            if len(shares) == 1:
+                self._measure_overhead(slot, device, message)
         if message.host_bytes:
             self.ledger.hold(slot.name, HOST, Holding(weights=message.host_bytes))
         if slot.ready is not None and slot.ready.context_length != message.context_length:
@@ -177,14 +180,16 @@ class MemoryManager:
         ready, device = slot.ready, self.device_of(slot)
         assert ready is not None
         settle = GPU_OVERHEAD if device != HOST else 0
-        holding = Holding(ready.weights_bytes, kv=slot.stats.kv_bytes_allocated, settle=settle)
-        self.ledger.hold(slot.name, device, holding, slot.worker.pid if slot.worker is not None else 0)
+        for name, share in self.shares_of(slot).items():
+            kv = round(slot.stats.kv_bytes_allocated * share)
+            holding = Holding(round(ready.weights_bytes * share), kv=kv, settle=settle)
+            self.ledger.hold(slot.name, name, holding, slot.worker.pid if slot.worker is not None else 0)
         account = self.ledger.accounts[device]
         key = Measured.key(slot.settings, account.reading.name)
         self.measured.put(key, weights=ready.weights_bytes, load_s=round(seconds, 2))
         self.spawn(asyncio.to_thread(self.measured.save))
         self.adopt(slot)
-        self.moves.loaded(slot, device)
+        self.moves.loaded(slot)
 
     def described(self, slot: Slot) -> None:
         """A model that is hot said that its setting is another one now."""
@@ -217,6 +222,12 @@ class MemoryManager:
             return "cuda:0" if slot.ready.device == "cuda" else slot.ready.device
         return HOST
 
+    def shares_of(self, slot: Slot) -> dict[str, float]:
+        """The devices that a model lies on, and each one's part of its bytes."""
+        if slot.ready is not None and len(slot.ready.shares) > 1:
+            return slot.ready.shares
+        return {self.device_of(slot): 1.0}
+
     # ------------------------------------------------------------------------------------------ loads
 
     async def room(self, slot: Slot) -> Action:
@@ -234,14 +245,16 @@ class MemoryManager:
     def _check_possible(self, slot: Slot) -> None:
         ward = self.steward.wards[slot.name]
         there = [self.ledger.accounts[name] for name in ward.wishes.devices if name in self.ledger.accounts]
-        largest = max((account.reading.total for account in there), default=None)
+        totals = [account.reading.total for account in there]
+        largest = None if not totals else sum(totals) if ward.wishes.splittable else max(totals)
         if largest is None:
             missing = ", ".join(ward.wishes.devices)
             raise NoRoom(f"the device {missing} does not exist here; set models.device to one of {self._names()}")
         if ward.facts.weights > largest:
             have, need = largest / 2**30, ward.facts.weights / 2**30
             raise NoRoom(
-                f"its weights take {need:.1f} GiB and the largest device has {have:.1f} GiB; "
+                f"its weights take {need:.1f} GiB and "
+                f"{'the GPUs together have' if ward.wishes.splittable else 'the largest device has'} {have:.1f} GiB; "
                 "quantize it (models.quantization: nf4) or choose a smaller model"
             )
 
@@ -332,8 +345,8 @@ class MemoryManager:
             return
         self.steward.begin(action)
         if action.kind == "load":
-            for device, size in action.needs.items():
-                self.ledger.hold(action.model, device, Holding(expected=size - action.lease))
+            for device, size in action.expected().items():
+                self.ledger.hold(action.model, device, Holding(expected=size))
             self._grants[action.model].set_result(action)
         else:
             self.spawn(self.moves.carry_out(slot, action))

@@ -111,6 +111,11 @@ class Action:
     reason: str
     needs: dict[str, int] = field(default_factory=dict)
 
+    def expected(self) -> dict[str, int]:
+        """Bytes by device beside the cache."""
+        total = max(1, sum(self.needs.values()))
+        return {name: size - round(self.lease * size / total) for name, size in self.needs.items()}
+
 
 FREEING = ("squeeze", "lease", "sleep", "evict")
 

@@ -81,6 +81,7 @@ def describe(built: Built) -> wire.Ready:
         weights_bytes=loaded.weights_nbytes,
         parameters=sum(p.numel() for p in loaded.model.parameters()),
         device=str(loaded.device),
+        shares=loaded.weight_shares() if loaded.split else {},
         dtype=str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
         quantization=loaded.quantization,
         chat_template=has_template(loaded.tokenizer),

@@ -64,13 +64,14 @@ class MemoryControl:
         from spectral.residency import peak_nbytes, reserved_nbytes
 
         loaded = self._engines.current.loaded
+        devices = {loaded.device, *loaded.layer_devices}
         host = self._sleeper.host_nbytes if self._sleeper is not None else 0
         return wire.Footprint(
             lease=self._lease,
             context_length=self._engines.current.context_length,
             weights_bytes=0 if self.asleep else loaded.weights_nbytes,
-            reserved_bytes=reserved_nbytes(loaded.device),
-            peak_bytes=peak_nbytes(loaded.device),
+            reserved_bytes=sum(map(reserved_nbytes, devices)),
+            peak_bytes=sum(map(peak_nbytes, devices)),
             host_bytes=host,
             kv_bytes=self._engines.stats().kv_bytes_allocated,
             freed_bytes=freed,

@@ -215,6 +215,8 @@ class Ready(msgspec.Struct, tag="ready", frozen=True):
     weights_bytes: int = 0
     parameters: int = 0
     device: str = "cpu"
+    shares: dict[str, float] = {}
+    """Each device's part of the weights, where the model is spread over several; {}: all on `device`."""
     dtype: str = "float32"
     quantization: str = "none"
     chat_template: bool = True

@@ -17,7 +17,7 @@ KL = {"4x": 0.001, "8x": 0.004, "16x": 0.012}
 EXACT = 131_072
 
 
-def ready(gib: float, setting: str, device: str) -> m.Ready:
+def ready(gib: float, setting: str, load: m.Load) -> m.Ready:
     """The figures of a model."""
     ladder = [m.LadderFigure(name, 16 / float(name[:-1]), kl, float(name[:-1])) for name, kl in KL.items()]
     name = "4x" if setting == "auto" else setting
@@ -29,7 +29,8 @@ def ready(gib: float, setting: str, device: str) -> m.Ready:
         bytes_per_token=token,
         bytes_per_token_exact=EXACT,
         weights_bytes=int(gib * GIB),
-        device=device,
+        device=load.device,
+        shares={name: size / sum(load.max_memory.values()) for name, size in load.max_memory.items()},
         ladder=ladder,
     )
 
@@ -44,7 +45,7 @@ def main() -> None:
     parts = load.path.split("-")
     gib, kind = float(parts[1]), parts[-1]
     asleep, held = False, []
-    channel.send(ready(gib, load.setting, load.device))
+    channel.send(ready(gib, load.setting, load))
     while (message := channel.receive()) is not None and not isinstance(message, m.Shutdown):
         if isinstance(message, m.Ping):
             channel.send(m.Pong(message.seq))
@@ -63,7 +64,7 @@ def main() -> None:
         elif kind == "breaks" and isinstance(message, m.Wake):
             return
         elif isinstance(message, (m.SetProfile, m.SetSetting)):
-            channel.send(ready(gib, message.setting, load.device))
+            channel.send(ready(gib, message.setting, load))
         elif isinstance(message, (m.Sleep, m.Wake)):
             asleep = isinstance(message, m.Sleep)
         weights = 0 if asleep else int(gib * GIB)

@@ -231,10 +231,29 @@ async def test_a_pinned_model_is_not_put_away(monkeypatch: pytest.MonkeyPatch, t
 async def test_a_model_larger_than_any_device_says_so_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     models = (model("huge", 40), model("nowhere", 1, device="cuda:7"))
     async with serving(monkeypatch, tmp_path, Scripted(12, 16), *models) as server:
-        for name, words in (("huge", "40.0 GiB and the largest device has 16.0 GiB"), ("nowhere", "cuda:7")):
+        for name, words in (("huge", "40.0 GiB and the GPUs together have 28.0 GiB"), ("nowhere", "cuda:7")):
             with pytest.raises(errors.ApiError) as caught:
                 await server.ask(name)
             assert caught.value.status == 503 and words in caught.value.message
+
+
+async def test_a_model_too_large_for_one_gpu_is_spread_over_two_and_sleeps_and_wakes_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    one = model("large", 20, keep_alive="0.3s")
+    async with serving(monkeypatch, tmp_path, Scripted(12, 16), one) as server:
+        await server.ask("large")
+        manager = server.scheduler.memory
+        ward = manager.steward.wards["large"]
+        assert ward.now.devices == ("cuda:0", "cuda:1")
+        held = manager.ledger.of("large")
+        assert {name: holding.expected for name, holding in held.items()} == {"cuda:0": 0, "cuda:1": 0}
+        assert sum(holding.weights for holding in held.values()) == pytest.approx(20 * GIB, abs=2)
+        assert held["cuda:0"].weights < held["cuda:1"].weights
+        await server.until(lambda: server.state("large") == "asleep")
+        await server.ask("large")
+        assert (server.state("large"), ward.now.devices) == ("hot", ("cuda:0", "cuda:1"))
+        assert not server.events.of("refused") and not server.events.of("worker_lost")
 
 
 async def test_a_squeeze_that_is_refused_is_told_and_the_model_goes_on(
