@@ -81,9 +81,7 @@ def lean_norm(module: Any, fast: bool) -> bool:
     wanted = module(x)
     candidates: list[Callable[..., torch.Tensor]]
     if fast:
-        from spectral.lean_kernels import rms_norm
-
-        candidates = [partial(rms_norm, weight=module.weight, eps=float(epsilon), plus_one=p) for p in (False, True)]
+        candidates = [_kernel_norm(module, float(epsilon), plus_one) for plus_one in (False, True)]
     else:
         gains = (weight.detach(), 1.0 + weight.detach())
         candidates = [
@@ -95,6 +93,24 @@ def lean_norm(module: Any, fast: bool) -> bool:
             module.forward = candidate
             return True
     return False
+
+
+def _kernel_norm(module: Any, epsilon: float, plus_one: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    from spectral import lean_kernels as kernels
+
+    original = module.forward
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != module.weight.dtype or _learns(x):
+            return original(x)  # type: ignore[no-any-return]
+        return kernels.rms_norm(x, module.weight, epsilon, plus_one)
+
+    return forward
+
+
+def _learns(*tensors: torch.Tensor) -> bool:
+    """Whether gradients have to flow through these (a profiler asks for them): kernels have none."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _plain(*linears: Any) -> bool:
@@ -180,7 +196,11 @@ def lean_gate(module: Any) -> bool:
         return False
     whole, bias = merge(*linears)
 
+    original = module.forward
+
     def forward(x: torch.Tensor) -> torch.Tensor:
+        if _learns(x):
+            return original(x)  # type: ignore[no-any-return]
         return down(kernels.gated(F.linear(x, whole, bias), kind))  # type: ignore[no-any-return]
 
     if not _same(wanted, forward(x)):
@@ -219,7 +239,7 @@ def lean_rotary(model: Any) -> bool:
         q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *more: Any, **other: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ours = _here(q) and not more and not other and q.ndim == 4 and q.shape[0] == 1 and cos.ndim == 3
-        if ours and q.shape[-1] == cos.shape[-1] and not (torch.is_grad_enabled() and q.requires_grad):
+        if ours and q.shape[-1] == cos.shape[-1] and not _learns(q, k):
             return kernels.rotary(q, k, cos, sin)
         return original(q, k, cos, sin, *more, **other)  # type: ignore[no-any-return]
 

@@ -62,6 +62,25 @@ def test_whole_models_answer_as_before(family: str, restored: None, monkeypatch:
     assert calls.count("rms_norm") > 2 * layers
 
 
+def test_gradients_flow_through_what_was_there_before(restored: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES["qwen3"], attn_implementation="eager").float().eval().to(DEVICE)
+    model.requires_grad_(False)
+    monkeypatch.setattr(lean, "_here", lambda q: True)
+
+    def gradient() -> torch.Tensor:
+        x = sample(1, 3, 32).requires_grad_()
+        model(inputs_embeds=x).logits.square().sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    wanted = gradient()
+    with torch.no_grad():
+        assert all(lean.lean_norm(m, fast=True) for m in model.modules() if "RMSNorm" in type(m).__name__)
+        lean._lean_gpu(model, [*model.modules()])
+    assert torch.allclose(gradient(), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_merged_weights_stay_the_modules_own_and_move_once() -> None:
     """A weight that is set, or put to sleep, is set or asleep for the merged product too."""
     q, k, v = (torch.nn.Linear(8, n, bias=True) for n in (8, 4, 4))
