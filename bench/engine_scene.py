@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -69,11 +69,15 @@ class Scene:
     device: torch.device
     sizes: Sizes
     bandwidth: float = 0.0
+    books: dict[str, Codebook] = field(default_factory=dict)
 
     def book(self, setting: str) -> Codebook | None:
-        """A synthetic setting; None for exact."""
-        if setting == "exact":
-            return None
+        """A synthetic setting; None for exact. Made once: its kernels' tables take seconds."""
+        if setting != "exact" and setting not in self.books:
+            self.books[setting] = self._make_book(setting)
+        return self.books.get(setting)
+
+    def _make_book(self, setting: str) -> Codebook:
         shape = self.loaded.shape.layers[0]
         run = max(1, min(shape.kv_heads, 1024 // shape.head_numbers))
         spans = [(a, min(a + run, shape.kv_heads)) for a in range(0, shape.kv_heads, run)]

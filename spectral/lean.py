@@ -3,7 +3,7 @@
 A decoding step of a large model on a GPU reads the weights once, and beside that costs about 2 µs for every launch; a
 layer as transformers writes it has some fifty. Here norms, rotary embeddings and gated activations become one launch
 each (spectral.lean_kernels), and projections of the same input one matrix product. On CPUs, where a step of a small
-model costs as many microseconds as it has operations, RMS norms become torch's own.
+model costs as many microseconds as it has operations, RMS norms take as few as possible.
 
 Every replacement is asked first: only where it answers as the module does, is the module's forward replaced. Modules
 that are quantized, or that something else has put its hooks on, stay as they are.
@@ -68,8 +68,8 @@ def _sample(*shape: int, like: torch.Tensor) -> torch.Tensor:
 
 
 def lean_norm(module: Any, fast: bool) -> bool:
-    """An RMS norm as one operation: torch's own in float32 on a CPU, a kernel on a GPU (`fast`). Gains are the weight,
-    or one plus it (Gemma)."""
+    """An RMS norm in few operations: in float32 on a CPU, or as a kernel on a GPU (`fast`). Gains are the weight, or
+    one plus it (Gemma)."""
     weight = getattr(module, "weight", None)
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if "RMSNorm" not in type(module).__name__ or not isinstance(weight, torch.Tensor) or epsilon is None:
@@ -83,16 +83,28 @@ def lean_norm(module: Any, fast: bool) -> bool:
     if fast:
         candidates = [_kernel_norm(module, float(epsilon), plus_one) for plus_one in (False, True)]
     else:
-        gains = (weight.detach(), 1.0 + weight.detach())
-        candidates = [
-            partial(torch.rms_norm, normalized_shape=list(weight.shape), weight=gain, eps=float(epsilon))
-            for gain in gains
-        ]
+        candidates = [_cpu_norm(gain, float(epsilon)) for gain in (weight.detach(), 1.0 + weight.detach())]
     for candidate in candidates:
-        if all(_same(row, found) for row, found in zip(wanted, candidate(x), strict=True)):
+        with torch.inference_mode():
+            found = candidate(x)
+        if all(_same(*rows) for rows in (*zip(wanted, candidate(x), strict=True), *zip(wanted, found, strict=True))):
             module.forward = candidate
             return True
     return False
+
+
+def _cpu_norm(gain: torch.Tensor, epsilon: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """torch's RMS norm; in inference mode, where half of its time goes into seven operations, in four."""
+    size = gain.shape[0]
+    scaled, least = gain * size**0.5, torch.tensor(epsilon * size)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if not torch.is_inference_mode_enabled():
+            return torch.rms_norm(x, [size], gain, epsilon)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return torch.addcmul(least, length, length).rsqrt_().mul(x).mul_(scaled)
+
+    return forward
 
 
 def _kernel_norm(module: Any, epsilon: float, plus_one: bool) -> Callable[[torch.Tensor], torch.Tensor]:
