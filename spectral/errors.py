@@ -46,6 +46,10 @@ class OutOfPages(CacheError):
         )
 
 
+class DamagedPages(CacheError):
+    """A row that was kept in host memory is not what was put there: its checksum does not match."""
+
+
 class ModelError(SpectralError):
     """A model that cannot be loaded or that Spectral does not support."""
 

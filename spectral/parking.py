@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+from spectral.checks import checksum
 from spectral.codec import Codebook
-from spectral.errors import CacheError
+from spectral.errors import CacheError, DamagedPages
 from spectral.pages import PageStore, Row
 from spectral.pools import squeezed
 from spectral.windows import WindowGroup, make_window
@@ -23,23 +24,42 @@ Snapshot = list[list[torch.Tensor]]
 @dataclass(frozen=True)
 class Parked:
     """A row in host memory. `codebook`: the setting of its pages; `length`: tokens; `page_count`: of every layer that
-    has any; `pages`: uint8 [page_count, bytes] for each of them; `windows`: its exact windows."""
+    has any; `pages`: uint8 [page_count, bytes] for each of them; `windows`: its exact windows; `check`: of all that, as
+    it is when this is made."""
 
     codebook: Codebook
     length: int
     page_count: int
     pages: list[torch.Tensor | None]
     windows: Snapshot
+    check: bytes = b""
+
+    def __post_init__(self) -> None:
+        if not self.check:
+            object.__setattr__(self, "check", self._sums())
 
     @property
     def nbytes(self) -> int:
         """Bytes of host memory."""
         return sum(p.numel() for p in self.pages if p is not None) + snapshot_nbytes(self.windows)
 
+    def verify(self) -> None:
+        """Raises DamagedPages where the bytes are not those that were put here."""
+        if self._sums() != self.check:
+            raise DamagedPages(f"a row of {self.length} tokens was damaged in host memory")
+
+    def _sums(self) -> bytes:
+        return checksum([*self.pages, *snapshot_tensors(self.windows)])
+
 
 def snapshot_nbytes(windows: Snapshot) -> int:
     """Bytes of a snapshot."""
     return sum(tensor.numel() * tensor.element_size() for group in windows for tensor in group)
+
+
+def snapshot_tensors(windows: Snapshot) -> list[torch.Tensor]:
+    """The tensors of a snapshot, in order."""
+    return [tensor for group in windows for tensor in group]
 
 
 def take_windows(store: PageStore, row: Row) -> Snapshot:
@@ -66,8 +86,10 @@ def park(store: PageStore, row: Row) -> Parked:
 def unpark(store: PageStore, parked: Parked, shared: Sequence[int] = ()) -> Row:
     """A parked row in the store again, bit for bit; re-encoded where the store has been squeezed meanwhile.
 
-    `shared`: pages of the store with the same content as the row's first ones. Raises OutOfPages, with nothing changed.
+    `shared`: pages of the store with the same content as the row's first ones. Raises OutOfPages or DamagedPages, with
+    nothing changed.
     """
+    parked.verify()
     first = len(shared)
     old_book, new_book = parked.codebook, store.codebook
     same = (old_book.profile_hash, old_book.setting) == (new_book.profile_hash, new_book.setting)

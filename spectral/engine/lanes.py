@@ -17,7 +17,7 @@ import torch
 from spectral.engine.prefix import PrefixCache, block_length
 from spectral.engine.sequence import Sequence
 from spectral.engine.types import EngineLimits
-from spectral.errors import OutOfPages, ProfileError, RequestError
+from spectral.errors import DamagedPages, OutOfPages, ProfileError, RequestError
 from spectral.pages import PageStore
 from spectral.parking import park, unpark
 from spectral.rows import cut_row
@@ -65,7 +65,13 @@ class Lane:
         if sequence.parked is None:
             sequence.row = self.prefix.open(sequence)
             return
-        row = unpark(self.store, sequence.parked)
+        try:
+            row = unpark(self.store, sequence.parked)
+        except DamagedPages as error:
+            log.error("%s; its tokens are computed again", error)
+            sequence.row = self.prefix.open(sequence)
+            sequence.parked = sequence.keep = None
+            return
         if sequence.keep is not None and sequence.keep < row.length:
             cut_row(self.store, row, sequence.keep)
         sequence.row, sequence.parked, sequence.keep = row, None, None

@@ -10,14 +10,18 @@ decoded token by token, which at a compressed setting sees slightly different nu
 from __future__ import annotations
 
 import hashlib
+import logging
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
+from spectral.checks import checksum
 from spectral.engine.sequence import Sequence
 from spectral.pages import Hold, PageStore, Row
-from spectral.parking import Snapshot, put_windows, snapshot_nbytes, take_windows
+from spectral.parking import Snapshot, put_windows, snapshot_nbytes, snapshot_tensors, take_windows
+
+log = logging.getLogger("spectral.engine")
 
 MIN_BLOCK = 32
 """Tokens below which a block is not worth an entry."""
@@ -48,7 +52,13 @@ class Entry:
     hold: Hold
     windows: Snapshot
     nbytes: int
+    check: bytes
     children: int = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether the snapshot is what was put here."""
+        return checksum(snapshot_tensors(self.windows)) == self.check
 
 
 class PrefixCache:
@@ -89,6 +99,10 @@ class PrefixCache:
         """A new row that begins with all blocks that are here. Raises OutOfPages, with nothing changed."""
         sequence.resumed = False
         blocks = self.matched(sequence)
+        if blocks and not self._entries[self.keys(sequence)[blocks - 1]].whole:
+            log.error("a prefix was damaged in host memory; all of them are given up and computed again")
+            self.clear()
+            blocks = 0
         if blocks:
             row = self.store.admit(blocks * self.block, 0, self.pages(sequence, blocks))
             put_windows(self.store, row, self._entries[self.keys(sequence)[blocks - 1]].windows)
@@ -133,7 +147,8 @@ class PrefixCache:
         pages = sequence.row.pages[first : self.store.pages_at(length)]
         windows = take_windows(self.store, sequence.row)
         size = self.store.nbytes_of(len(pages), 0) + snapshot_nbytes(windows)
-        self._entries[key] = Entry(key, parent, self.store.hold(pages), windows, size)
+        check = checksum(snapshot_tensors(windows))
+        self._entries[key] = Entry(key, parent, self.store.hold(pages), windows, size, check)
         self.nbytes += size
         if parent is not None:
             parent.children += 1

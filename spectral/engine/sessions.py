@@ -9,7 +9,7 @@ from pathlib import Path
 
 from spectral.engine.lanes import Lane, Lanes, coarser
 from spectral.engine.sequence import Sequence
-from spectral.errors import SessionError
+from spectral.errors import DamagedPages, SessionError
 from spectral.parking import Parked, park, unpark
 from spectral.sessions import load_row, save_row, session_setting
 
@@ -90,7 +90,11 @@ class Sessions:
             raise SessionError(f"there is no paused session {name[1]!r}; a session is kept when its answer has ended")
         lane = self._lane(shelved)
         try:
-            row = unpark(lane.store, shelved.parked)
+            try:
+                row = unpark(lane.store, shelved.parked)
+            except DamagedPages as error:
+                self.forget(name)
+                raise SessionError(f"the session {name[1]!r} cannot be saved and is given up: {error}") from error
             try:
                 return save_row(lane.store, row, shelved.tokens, path, model=self._model)
             finally:
