@@ -7,10 +7,13 @@ A model on the CPU has nothing to move.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -163,9 +166,24 @@ def synchronize(kind: str) -> None:
 
 
 def give_back(kind: str) -> None:
-    """Hand freed memory of torch's allocator back to the driver, where other processes can take it."""
+    """Hand freed memory of torch's allocator back to the driver, or of the C library's to the kernel, where other
+    processes can take it."""
     if kind == "cuda":
         torch.cuda.empty_cache()
+    elif kind == "cpu" and (trim := _malloc_trim()) is not None:
+        trim(0)
+
+
+@lru_cache(maxsize=1)
+def _malloc_trim() -> Callable[[int], int] | None:
+    """glibc's; other C libraries have none."""
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except AttributeError:
+        return None
+    return found
 
 
 def reserved_nbytes(device: torch.device) -> int:
