@@ -20,6 +20,7 @@ from server.scheduler.loop import Scheduler
 from server.scheduler.slots import Slot
 from server.scheduler.steward import Action
 from server.state import State
+from server.state_schema import StateUnusable
 from server.worker import messages
 
 log = logging.getLogger("spectral.admin")
@@ -83,7 +84,10 @@ class Admin:
             outcome, message = "failed", f"{type(error).__name__}: {error}".rstrip(": ")
             raise
         finally:
-            await asyncio.shield(self.state.run(lambda db: state_tables.end_action(db, ident, outcome, message)))
+            try:
+                await asyncio.shield(self.state.run(lambda db: state_tables.end_action(db, ident, outcome, message)))
+            except StateUnusable as error:  # what was done stays done; its row says "begun", then "interrupted"
+                log.error("the end of %s %s cannot be recorded: %s", action, target, error)
 
     # -- models ---------------------------------------------------------------------------------------------------
 
@@ -141,19 +145,27 @@ class Admin:
         """
         wanted = None if setting == "auto" else setting
         async with self._lock(slot):
+            target = wanted or slot.settings.setting
             if slot.state == "hot":
-                target = wanted or slot.settings.setting
                 known = [row.name for row in slot.ready.ladder] if slot.ready is not None else []
                 if target not in ("exact", "auto", *known):
                     choices = ", ".join(("auto", "exact", *known))
                     message = f"setting: {setting!r} is not in the ladder of {slot.name!r}; choose one of {choices}"
                     raise errors.bad_request(message, "setting")
+            earlier = slot.setting
+            await self.state.run(lambda db: state_tables.choose(db, slot.name, "setting", wanted))
+            if slot.state == "hot":
                 before = slot.ready.setting if slot.ready is not None else ""
-                await self._set_setting(slot, target, live)
+                try:
+                    await self._set_setting(slot, target, live)
+                except BaseException:  # also a cancellation: what is kept must be what the worker has
+                    await asyncio.shield(
+                        self.state.run(lambda db: state_tables.choose(db, slot.name, "setting", earlier))
+                    )
+                    raise
                 after = slot.ready.setting if slot.ready is not None else target
                 self.scheduler.note("setting", f"{before} -> {after}, by hand", slot, before=before, after=after)
             slot.setting = wanted
-            await self.state.run(lambda db: state_tables.choose(db, slot.name, "setting", wanted))
             self.scheduler.memory.adopt(slot)
 
     async def _set_setting(self, slot: Slot, target: str, live: bool) -> None:
@@ -195,7 +207,14 @@ class Admin:
                 given, wanted = path or slot.settings.profile, slot.load_message().setting
                 command = partial(messages.SetProfile, profile=given, setting=wanted)
                 await self.scheduler.command(slot, command, SWITCH_SECONDS)
-            await self.store.record_activation(slot.name, sha256, reason)
+            try:
+                await self.store.record_activation(slot.name, sha256, reason)
+            except BaseException:  # what was not recorded is not in force
+                if slot.state == "hot":
+                    given = slot.profile or slot.settings.profile
+                    back = partial(messages.SetProfile, profile=given, setting=slot.load_message().setting)
+                    await self.scheduler.command(slot, back, SWITCH_SECONDS)
+                raise
             slot.profile = path
 
     async def roll_back(self, slot: Slot) -> str | None:

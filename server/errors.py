@@ -10,6 +10,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from server.state_schema import StateUnusable
+
 log = logging.getLogger("spectral.errors")
 
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error"}
@@ -121,9 +123,18 @@ def no_embeddings() -> ApiError:
     return ApiError(400, message, code="unsupported_endpoint")
 
 
-def queue_full(why: str) -> ApiError:
+def queue_full(why: str, retry_after: int = 2) -> ApiError:
     """429 from the gateway itself."""
-    return ApiError(429, f"{why}; try again later", code="queue_full", retry_after=2)
+    return ApiError(429, f"{why}; try again in {retry_after} s", code="queue_full", retry_after=retry_after)
+
+
+_FAILURES = {"queue_timeout": 503, "shutting_down": 503, "deadline_exceeded": 504}
+
+
+def failed(message: str, code: str, retry_after: int) -> ApiError:
+    """A request that failed in its worker after it was accepted: 500, or what fits its reason better."""
+    status = _FAILURES.get(code, 500)
+    return ApiError(status, message, code=code, retry_after=retry_after if status == 503 else None)
 
 
 def unsupported_media_type(given: str) -> ApiError:
@@ -166,6 +177,17 @@ def worker_lost(name: str) -> ApiError:
     return ApiError(503, message, code="worker_lost", retry_after=2)
 
 
+def storage_failed(error: Exception) -> ApiError:
+    """507: a disk that is full, read-only or broken; nothing was changed."""
+    why = getattr(error, "strerror", None) or str(error)
+    return ApiError(507, f"the server cannot write to its disk: {why}; make room, then try again", code="storage")
+
+
+def state_unusable(error: Exception) -> ApiError:
+    """503: the state's file cannot be read or written now."""
+    return ApiError(503, str(error), code="state_unusable", retry_after=10)
+
+
 def shutting_down() -> ApiError:
     """503: the server ends."""
     message = "the server is shutting down; send the request again when it is back"
@@ -204,7 +226,12 @@ def install(app: FastAPI) -> None:
     async def client_gone(_: Request, error: Exception) -> JSONResponse:
         return ApiError(499, "the client closed the connection", code="client_gone").response()
 
+    async def no_state(request: Request, error: Exception) -> JSONResponse:
+        log.error("%s %s: %s", request.method, request.url.path, error)
+        return await api_error(request, state_unusable(error))
+
     app.add_exception_handler(ApiError, api_error)
+    app.add_exception_handler(StateUnusable, no_state)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(RequestValidationError, invalid_query)
     app.add_exception_handler(ClientGone, client_gone)

@@ -12,11 +12,14 @@ from typing import Any
 
 from server import state_tables
 from server.state import State
+from server.state_schema import StateUnusable
 
 log = logging.getLogger("spectral.events")
 RING = 1000
 WATCHER_QUEUE = 1000
 FLUSH_S = 0.2
+UNSAVED_KEPT = 5000
+"""Events that wait for a disk which takes none; beyond it the oldest are lost."""
 
 
 class EventLog:
@@ -31,6 +34,7 @@ class EventLog:
         self._wake = asyncio.Event()
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
         self._task: asyncio.Task[None] | None = None
+        self._refused = False  # the disk took nothing the last time: it is said once
 
     def add(
         self, kind: str, reason: str, *, model: str | None = None, device: str | None = None, **detail: Any
@@ -82,8 +86,15 @@ class EventLog:
             return
         try:
             await self._state.run(lambda db: state_tables.add_events(db, events))
-        except Exception:  # a full disk must not end the server, whose first task is to answer
+        except StateUnusable as error:  # a full disk must not end the server, whose first task is to answer
+            self._unsaved = [*events, *self._unsaved][-UNSAVED_KEPT:]  # written when the disk takes them again
+            if not self._refused:
+                log.error("%d events cannot be written: %s", len(events), error)
+            self._refused = True
+        except Exception:
             log.exception("%d events could not be written", len(events))
+        else:
+            self._refused = False
 
     async def _write(self) -> None:
         while True:

@@ -22,6 +22,7 @@ from server.config import ModelSettings
 from server.events import EventLog
 from server.profiles import ProfileStore
 from server.state import State
+from server.state_schema import StateUnusable
 
 log = logging.getLogger("spectral.jobs")
 MAX_WAITING = 8
@@ -89,8 +90,7 @@ class Jobs:
             await asyncio.gather(self._task, return_exceptions=True)
         for job in self._live.values():
             if job.state not in OVER:
-                job.update(state="interrupted", finished=time.time(), message="the server ended")
-                await self._save(job)
+                await self._over(job, "interrupted", "the server ended")
 
     async def submit(self, settings: ModelSettings, options: dict[str, Any]) -> Job:
         """Queue a build. Raises ApiError 429 where too many wait."""
@@ -151,7 +151,10 @@ class Jobs:
     async def _over(self, job: Job, state: str, message: str = "", sha256: str | None = None) -> None:
         if job.state not in OVER:
             job.update(state=state, finished=time.time(), message=message, sha256=sha256)
-            await self._save(job)
+            try:
+                await self._save(job)
+            except StateUnusable as error:  # the next job must not suffer from a full disk
+                log.error("job %s is %s, which cannot be kept: %s", job.id, state, error)
         self._events.add("profile_build", f"{job.state}: {job.message}".rstrip(": "), model=job.model, job=job.id)
 
     def _output(self, job: Job) -> Path:

@@ -93,12 +93,15 @@ class ProfileStore:
 
     async def receive(self, model: str, chunks: AsyncIterable[bytes], fingerprint: str = "") -> dict[str, Any]:
         """Take in an upload. `fingerprint`: the model's own, where it is known. Raises ApiError 409, 413 or 422."""
-        descriptor, name = tempfile.mkstemp(prefix="incoming-", suffix=".safetensors", dir=self._folder)
+        name = ""
         try:
+            descriptor, name = tempfile.mkstemp(prefix="incoming-", suffix=".safetensors", dir=self._folder)
             await self._write(descriptor, chunks)
             return await self.publish(model, Path(name), "upload", fingerprint)
+        except OSError as error:  # a client that is gone raises another kind
+            raise errors.storage_failed(error) from error
         finally:
-            with suppress(FileNotFoundError):
+            with suppress(OSError):  # what is left over is removed at the next start
                 os.unlink(name)
 
     async def _write(self, descriptor: int, chunks: AsyncIterable[bytes]) -> None:

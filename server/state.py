@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, TypeVar
 
-from server.state_schema import StateError, migrate
+from server.state_schema import StateError, StateUnusable, migrate
 
 log = logging.getLogger("spectral.state")
 T = TypeVar("T")
@@ -44,7 +44,7 @@ class State:
         """
         try:
             return cls._open(Path(folder or DEFAULT_FOLDER))
-        except (OSError, sqlite3.OperationalError, _InUse) as error:
+        except (OSError, sqlite3.OperationalError, InUse) as error:
             if folder is not None:
                 raise StateError(f"server.state_dir {folder!r} cannot be used: {error}") from error
             log.warning("%s; profiles, pins and the audit trail will not outlive this process", error)
@@ -53,7 +53,7 @@ class State:
     @classmethod
     def _open(cls, folder: Path, *, durable: bool = True) -> State:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = _lock(folder)
+        lock = lock_folder(folder)
         connection = sqlite3.connect(folder / FILE, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
         try:
             connection.row_factory = sqlite3.Row
@@ -83,13 +83,22 @@ class State:
         return self._thread.submit(self._transaction, work).result()
 
     def _transaction(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        self._connection.execute("BEGIN IMMEDIATE")
         try:
-            result = work(self._connection)
-            self._connection.execute("COMMIT")
-        except BaseException:
-            self._connection.execute("ROLLBACK")
-            raise
+            self._connection.execute("BEGIN")  # not IMMEDIATE: reading goes on where nothing can be written
+            try:
+                result = work(self._connection)
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:  # on a full disk SQLite has rolled back by itself
+                    self._connection.execute("ROLLBACK")
+                raise
+        except (sqlite3.OperationalError, sqlite3.DatabaseError) as error:
+            if isinstance(error, (sqlite3.IntegrityError, sqlite3.ProgrammingError)):
+                raise  # a mistake of ours, not of the disk
+            raise StateUnusable(
+                f"the server's state in {self.folder} cannot be read or written now ({error}); nothing was changed. "
+                "Look at the disk's space, its mount and the file's permissions, then try again"
+            ) from error
         return result
 
     def close(self) -> None:
@@ -103,16 +112,16 @@ class State:
             self._lock.close()
 
 
-class _InUse(Exception):
+class InUse(Exception):
     """Another server has this folder."""
 
 
-def _lock(folder: Path) -> IO[str]:
-    """Hold the folder for this process; the lock ends with the process, however that ends. Raises _InUse."""
+def lock_folder(folder: Path) -> IO[str]:
+    """Hold the folder for this process; the lock ends with the process, however that ends. Raises InUse."""
     file = (folder / "lock").open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.close()
-        raise _InUse(f"another server uses the state in {folder}; give this one its own server.state_dir") from error
+        raise InUse(f"another server uses the state in {folder}; give this one its own server.state_dir") from error
     return file

@@ -37,6 +37,10 @@ class StateError(Exception):
     """The server's state cannot be used; the message says what to do."""
 
 
+class StateUnusable(StateError):
+    """A transaction could not be carried out: the disk is full, read-only or broken. Nothing was changed."""
+
+
 def migrate(connection: sqlite3.Connection, migrations: tuple[tuple[str, ...], ...] = MIGRATIONS) -> int:
     """Bring the tables up to date, each step whole or not at all. Returns the version found before.
 
