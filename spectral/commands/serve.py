@@ -9,6 +9,10 @@ from pathlib import Path
 
 import typer
 
+from spectral.commands.backup import backup, restore
+
+__all__ = ["backup", "check", "restore", "serve"]  # the commands that become processes of the server
+
 
 class LogLevel(str, Enum):
     """How much the server logs."""
