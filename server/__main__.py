@@ -30,6 +30,9 @@ from server.state_schema import StateError
 from server.tracing import TracingUnavailable
 
 SCHEMA_FILE = "config.schema.json"
+KEEP_ALIVE_S = 120
+"""Idle connections are closed after so long: later than clients and proxies give them up (5 to 90 s), or now and then
+a request would be sent into a connection that is being closed, and have no answer."""
 DEFAULT_URL = "http://127.0.0.1:8000"  # where `spectral chat` looks by itself
 
 
@@ -155,6 +158,7 @@ async def _serve(app: FastAPI, settings: Settings, listener: socket.socket) -> i
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=round(settings.server.drain_seconds) + 3,
     )
     server = GracefulServer(config, scheduler)

@@ -75,6 +75,9 @@ class LimitSettings(Section):
     context_length: int | None = Field(None, ge=2, description="Longest prompt plus answer, in tokens.")
     max_concurrency: int = Field(8, ge=1, le=1024, description="Sequences that run at once.")
     max_queue: int = Field(64, ge=0, le=100_000, description="Requests that may wait; more get 429.")
+    longest_wait_seconds: float | None = Field(
+        None, gt=0, description="Longest wait in the queue; null: 10 s, or the time of two answers where that is more."
+    )
     max_kv_bytes: Bytes | None = Field(None, description='Most bytes of KV cache, for example "512MiB".')
     prefill_chunk: int | None = Field(
         None, ge=1, le=65536, description="Prompt tokens of one sequence per step; null: 256 on a CPU, 1024 on a GPU."
@@ -143,7 +146,7 @@ class ModelSettings(ModelMemory):
             device=self.device,
             setting=self.setting,
             profile=self.profile,
-            limits=messages.Limits(**self.limits.model_dump()),
+            limits=messages.Limits(**self.limits.model_dump(exclude={"longest_wait_seconds"})),
             threads=self.threads,
             trust_remote_code=self.trust_remote_code,
         )

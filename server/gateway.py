@@ -93,10 +93,10 @@ class Generation:
             raise self._failed(self._scheduler.worker_lost(self._slot))
         if isinstance(item, messages.Rejected):
             self._over = True
-            raise self._failed(_refusal(item, self._field_names))
+            raise self._failed(_refusal(item, self._field_names, self._slot))
         if isinstance(item, messages.Failed):
             self._over = True
-            raise self._failed(errors.ApiError(500, item.message, code=item.code))
+            raise self._failed(errors.failed(item.message, item.code, self._slot.admission.retry_after()))
         if not isinstance(item, messages.Accepted):
             raise self._failed(errors.ApiError(500, "the worker broke its protocol", code="internal_error"))
         self.prompt_tokens, self.accepted_at = item.prompt_tokens, time.monotonic()
@@ -143,7 +143,7 @@ class Generation:
         """The end of a choice, noted. Raises ApiError where it is another end."""
         if isinstance(item, messages.Failed):
             self._over = True
-            raise self._failed(errors.ApiError(500, item.message, code=item.code))
+            raise self._failed(errors.failed(item.message, item.code, self._slot.admission.retry_after()))
         if not isinstance(item, messages.Finished):
             self._over = True
             raise self._failed(self._scheduler.worker_lost(self._slot))
@@ -225,11 +225,11 @@ class Generation:
         return {**setting_info(self._ready, self._setting), "cache_bytes": self.kv_bytes}
 
 
-def _refusal(item: messages.Rejected, field_names: dict[str, str]) -> errors.ApiError:
+def _refusal(item: messages.Rejected, field_names: dict[str, str], slot: Slot) -> errors.ApiError:
     """A worker's Rejected in the words of the interface that the client speaks."""
     param = field_names.get(item.param or "", item.param)
     message = item.message if param is None or param in item.message else f"{param}: {item.message}"
-    wait = 1 if item.status in (429, 503) else None
+    wait = slot.admission.retry_after() if item.status in (429, 503) else None
     return errors.ApiError(item.status, message, code=item.code, param=param, retry_after=wait)
 
 
@@ -340,7 +340,7 @@ class Gateway:
         finally:
             self.scheduler.release(slot, stream, cancel=False)
         if isinstance(item, messages.Rejected):
-            raise _refusal(item, field_names)
+            raise _refusal(item, field_names, slot)
         if not isinstance(item, messages.Tokenized):
             raise self.scheduler.worker_lost(slot)
         return item

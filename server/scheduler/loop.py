@@ -14,12 +14,16 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
+
 from server import errors
 from server.aio import within
 from server.config import ModelSettings, Settings
 from server.events import EventLog
 from server.metrics import Metrics
 from server.scheduler import policy
+from server.scheduler.admission import Refusal
+from server.scheduler.liveness import watch
 from server.scheduler.memory import WAITS, MemoryManager, NoRoom
 from server.scheduler.slots import Slot
 from server.scheduler.stream import RequestStream, StreamItem
@@ -27,8 +31,6 @@ from server.worker import messages
 from server.worker.process import DEFAULT_COMMAND, WorkerProcess
 
 log = logging.getLogger("spectral.scheduler")
-
-PINGS_PER_SILENCE = 6
 
 
 class Scheduler:
@@ -83,7 +85,8 @@ class Scheduler:
         if slot.state == "hot" and slot.worker is not None:
             return slot.worker
         if slot.waiting >= slot.settings.limits.max_queue + slot.settings.limits.max_concurrency:
-            raise errors.queue_full("too many requests wait for this model to load")
+            wait = policy.retry_after(slot.state, slot.next_start - time.monotonic())
+            raise errors.queue_full("too many requests wait for this model to load", wait)
         slot.waiting += 1
         self.metrics.waiting.labels(slot.name).set(slot.waiting)
         self.memory.report(slot)
@@ -105,7 +108,7 @@ class Scheduler:
             idle = slot.task is None or slot.task.done()
             if idle and (slot.state == "cold" or time.monotonic() >= slot.next_start):
                 self._launch(slot)
-            elif slot.state == "failed":
+            elif slot.state == "failed" and not slot.killed:  # one that was killed is back within seconds
                 raise self._unavailable(slot)
             await self._next_change(slot)
 
@@ -131,10 +134,17 @@ class Scheduler:
         """
         limits = slot.settings.limits
         if len(slot.streams) >= 2 * (limits.max_queue + limits.max_concurrency):
-            raise errors.queue_full("this model has too many open requests")
+            raise errors.queue_full("this model has too many open requests", slot.admission.retry_after())
         choices = message.sampling.n if isinstance(message, messages.Submit) else 1
+        if isinstance(message, messages.Submit):
+            try:
+                longest = slot.admission.enter(slot.room, message.request_id, message.tenant, choices)
+            except Refusal as refusal:
+                raise errors.queue_full(str(refusal), refusal.retry_after) from None
+            message = msgspec.structs.replace(message, queue_s=longest)
         stream = RequestStream(message.request_id, seconds_left, choices)
         if slot.worker is not worker:
+            slot.admission.leave(slot.room, message.request_id, answered=False)
             stream.put(None)
             return stream
         slot.streams[message.request_id] = stream
@@ -145,6 +155,8 @@ class Scheduler:
     def release(self, slot: Slot, stream: RequestStream, *, cancel: bool) -> None:
         """Nobody reads this stream any more; with `cancel` the worker drops the request before its next step."""
         stream.close()
+        answered = stream.begun and not cancel and slot.worker is not None
+        slot.admission.leave(slot.room, stream.request_id, answered=answered)
         if slot.streams.pop(stream.request_id, None) is not None and cancel and slot.worker is not None:
             slot.worker.send(messages.Cancel(stream.request_id))
         self.memory.report(slot)
@@ -242,7 +254,7 @@ class Scheduler:
 
     async def _supervise(self, slot: Slot) -> None:
         while not self._closing and not slot.unloading:
-            slot.permanent = False
+            slot.permanent = slot.killed = False
             self._set(slot, "loading")
             try:
                 slot.granted = await self.memory.room(slot)
@@ -261,9 +273,11 @@ class Scheduler:
             if self._closing or slot.unloading:
                 break
             hot_for = None if slot.hot_since is None else time.monotonic() - slot.hot_since
+            load_s = 0.0 if slot.hot_since is None else slot.hot_since - slot.load_began
             slot.hot_since = None
-            slot.failures = policy.failures_after(slot.failures, hot_for)
-            delay = policy.RETRY_PERMANENT_S if slot.permanent else policy.restart_delay(slot.failures)
+            slot.failures = policy.failures_after(slot.failures, hot_for, load_s)
+            delay = policy.restart_delay(slot.failures, killed=slot.killed)
+            delay = policy.RETRY_PERMANENT_S if slot.permanent else delay
             slot.next_start = time.monotonic() + delay
             log.error("model %s: %s", slot.name, slot.error)
             if slot.permanent:
@@ -290,7 +304,7 @@ class Scheduler:
         slot.error, slot.load_began = "", time.monotonic()
         worker = await WorkerProcess.start(slot.name, slot.settings.threads, self._command)
         slot.worker, slot.last_pong = worker, time.monotonic()
-        pings = asyncio.create_task(self._ping(slot, worker))
+        pings = asyncio.create_task(watch(slot, worker, self.settings.server.worker_silence_seconds))
         try:
             worker.send(slot.load_message())
             while received := await worker.receive():
@@ -304,6 +318,7 @@ class Scheduler:
                 self._forget_worker(slot)
             finally:
                 how = await worker.stop(grace_s=1.0)
+        slot.killed = not slot.error and how in policy.KILLED
         slot.error = slot.error or f"its worker (pid {worker.pid}) ended with {how}"
 
     def _forget_worker(self, slot: Slot) -> None:
@@ -319,20 +334,6 @@ class Scheduler:
                 answer.set_exception(self.worker_lost(slot))
         self._take_stats(slot, messages.Stats())
         self.metrics.weights.labels(slot.name).set(0)
-
-    async def _ping(self, slot: Slot, worker: WorkerProcess) -> None:
-        silence, seq = self.settings.server.worker_silence_seconds, 0
-        while True:
-            await asyncio.sleep(silence / PINGS_PER_SILENCE)
-            if slot.state not in ("hot", "stopping"):  # a load may hold the interpreter for long
-                slot.last_pong = time.monotonic()
-                continue
-            if time.monotonic() - slot.last_pong > silence:
-                slot.error = f"its worker (pid {worker.pid}) gave no sign of life for {silence:g} s and was killed"
-                worker.kill()  # the end of its socket then ends its life in _run_worker
-                return
-            seq += 1
-            worker.send(messages.Ping(seq))
 
     def _take(self, slot: Slot, message: messages.ToParent) -> None:
         slot.last_pong = time.monotonic()

@@ -28,6 +28,7 @@ from server.scheduler.dry_run import ledger_for, wishes_for
 from server.scheduler.facts import GPU_OVERHEAD, Measured, facts_for, with_ladder
 from server.scheduler.ledger import Holding
 from server.scheduler.nvml import Devices, Reading
+from server.scheduler.patient import PatientReader
 from server.scheduler.planner import PATIENT_S, plan
 from server.scheduler.slots import Slot
 from server.scheduler.steward import FREEING, Action, Steward
@@ -63,6 +64,7 @@ class MemoryManager:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._wake = asyncio.Event()
         self._read_at = -1e9
+        self._reader = PatientReader()
 
     # ------------------------------------------------------------------------------------------ life
 
@@ -271,14 +273,16 @@ class MemoryManager:
             self._wake.clear()
             try:
                 if time.monotonic() - self._read_at >= tick:
-                    self._observe(await asyncio.to_thread(self.devices.read))
+                    self._observe(await self._reader.read(self.devices.read))
                 self._decide()
             except Exception:  # whatever it is, models go on as they are and the next tick tries again
                 log.exception("the memory loop failed once")
                 await asyncio.sleep(tick)
 
-    def _observe(self, readings: list[Reading]) -> None:
+    def _observe(self, readings: list[Reading] | None) -> None:
         self._read_at = time.monotonic()
+        if readings is None:  # the driver hangs: decisions rest on the last figures
+            return
         for slot in self._scheduler.slots.values():
             self._resident(slot)
         for device, change in self.ledger.observe(readings, per_process=self.devices.trusts_processes).items():

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from server.config import ModelSettings
+from server.scheduler.admission import Admission, Room
 from server.scheduler.steward import Action
 from server.scheduler.stream import RequestStream
 from server.worker import messages
@@ -25,6 +26,7 @@ class Slot:
     fraction: float = 0.0
     error: str = ""
     permanent: bool = False
+    killed: bool = False  # its last worker was killed by somebody else
     failures: int = 0
     restarts: int = 0
     next_start: float = 0.0
@@ -43,8 +45,15 @@ class Slot:
     footprint: messages.Footprint | None = None  # the last that its worker sent
     load_began: float = 0.0
     commands: dict[str, asyncio.Future[None]] = field(default_factory=dict)
+    admission: Admission = field(default_factory=Admission)
     task: asyncio.Task[None] | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def room(self) -> Room:
+        """How many requests may run and wait, and how long."""
+        limits = self.settings.limits
+        return Room(limits.max_concurrency, limits.max_queue, limits.longest_wait_seconds)
 
     @property
     def name(self) -> str:

@@ -25,6 +25,7 @@ class RequestStream:
         self.request_id = request_id
         self.seconds = seconds  # what the reader is told when they are over
         self.overflowed = False
+        self._told = 0
         self._limit = STREAM_EVENTS * choices
         self._items: deque[StreamItem | None] = deque()
         self._expired = False
@@ -33,6 +34,7 @@ class RequestStream:
 
     def put(self, item: StreamItem | None) -> None:
         """Add an item; None means that the worker is gone."""
+        self._told += 1
         if item is not None and len(self._items) >= self._limit:
             self.overflowed = True
             self._items.clear()
@@ -65,6 +67,11 @@ class RequestStream:
         if self._expired:
             raise asyncio.TimeoutError
         return bool(self._items)
+
+    @property
+    def begun(self) -> bool:
+        """Whether more came than that the request was accepted, or refused."""
+        return self._told > 1
 
     def close(self) -> None:
         """Nobody reads any more."""

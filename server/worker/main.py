@@ -30,6 +30,7 @@ from server.worker.channel import SocketChannel
 from server.worker.child_engines import Change, Engines
 from server.worker.child_load import load
 from server.worker.child_memory import COMMANDS, MemoryControl
+from server.worker.child_queue import QueueDeadlines
 from spectral.engine import types
 from spectral.engine.templates import RENDERER
 from spectral.errors import ModelError, ProfileError, RequestError, SettingError
@@ -165,6 +166,7 @@ class Worker:
         self._translate = child_wire.EventTranslator(engines.current.loaded.tokenizer)
         self._encoder = Encoder(engines, inbox, writer)
         self._memory = MemoryControl(engines, engines.current.limits.max_kv_bytes, writer.send)
+        self._queue = QueueDeadlines(engines, writer.send)
         self._encoding: dict[str, bool] = {}  # requests at the encoder, and whether they were cancelled meanwhile
         self._stop_at: float | None = None
         self._trim_at: float | None = None  # when the cache's unused memory is given back
@@ -223,6 +225,7 @@ class Worker:
 
     def _handle(self, message: wire.ToWorker | Encoded | Change) -> None:
         if isinstance(message, wire.Submit):
+            self._queue.add(message)
             self._submit(message)
         elif isinstance(message, wire.Tokenize):
             self._encoder.put(message)
@@ -297,6 +300,7 @@ class Worker:
             self._writer.send(wire.Rejected(ident, 503, "shutting_down", reason))
 
     def _report(self) -> None:
+        self._queue.look()
         self._stats_at = time.monotonic() + STATS_EVERY_S
         self._writer.send(child_wire.stats(self._engines.stats()))
 

@@ -143,6 +143,7 @@ class Submit(msgspec.Struct, tag="submit", frozen=True):
     `timeout_s`: it fails with deadline_exceeded if it has not ended by then. `max_kl`: how far the cache's setting may
     be from the exact cache (mean KL, nats); `setting`: which it is. `tenant`: on whose behalf; `cache_salt`: who shares
     prefixes and sessions with it. `priority`: higher ones run first. `session`: keep the cache under this name.
+    `queue_s`: it fails with queue_timeout if it has not begun by then.
     """
 
     request_id: str
@@ -158,6 +159,7 @@ class Submit(msgspec.Struct, tag="submit", frozen=True):
     priority: int = 0
     setting: str | None = None
     session: str | None = None
+    queue_s: float | None = None
 
 
 class Tokenize(msgspec.Struct, tag="tokenize", frozen=True):

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from server.aio import within
 from server.child_env import without_configuration
@@ -41,6 +42,7 @@ class WorkerProcess:
         """Spawn `command --fd N`. In a session of its own: Ctrl-C in the terminal reaches the gateway only."""
         ours, theirs = socket.socketpair()
         env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+        env.setdefault("MALLOC_ARENA_MAX", "2")  # an arena for each thread keeps what the others could use
         env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # so that cuda:N is the device that NVML calls N
         try:
             process = await asyncio.create_subprocess_exec(
@@ -66,6 +68,14 @@ class WorkerProcess:
     def pid(self) -> int:
         """The child's process id."""
         return self._process.pid
+
+    def cpu_seconds(self) -> float:
+        """Processor time that the child has used; 0 where it has ended, or where that cannot be known."""
+        try:
+            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        except (OSError, ValueError, IndexError):
+            return 0.0
 
     def send(self, message: messages.ToWorker) -> None:
         """Queue a message. A worker that has ended ignores it; the reader reports the end."""
