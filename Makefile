@@ -6,7 +6,7 @@ ARGS ?=
 # Worker threads that spin while they wait starve each other on small machines.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help serve test lint types check docs bench clean venv venv-dev
+.PHONY: help serve test lint types check docs bench chaos soak overload clean venv venv-dev
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
@@ -36,6 +36,15 @@ docs: venv-dev  ## build the documentation site into site/
 
 bench: venv-dev  ## measure the server's speed beside plain generation (bench/README.md lists all figures)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python bench/server_speed.py $(ARGS)
+
+chaos: venv-dev  ## kill workers under load and check every promise: ARGS="--minutes 30 --json FILE" (--help lists all)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tools.faults.chaos $(ARGS)
+
+soak: venv-dev  ## mixed load with churn for ARGS="--minutes 120", leaks as figures
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tools.faults.soak $(ARGS)
+
+overload: venv-dev  ## goodput at up to four times the sustainable rate, and a light key beside a heavy one
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tools.faults.overload $(ARGS)
 
 check: lint types test  ## lint, types and tests
 
