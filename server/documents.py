@@ -74,14 +74,23 @@ def answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"description": _FINE[status]} for status in statuses}
 
 
+def _refusal(status: int) -> dict[str, Any]:
+    schema = {"$ref": "#/components/schemas/ErrorEnvelope"}
+    return {"description": _MEANING[status], "content": {"application/json": {"schema": schema}}}
+
+
 def describe(app: FastAPI) -> None:
-    """Take out of the document what FastAPI supposes of every route with parameters: here a wrong one is a 400."""
+    """Say how every administrator's route fails, and take out of the document what FastAPI supposes of every route with
+    parameters: here a wrong one is a 400."""
     made = app.openapi
 
     def openapi() -> dict[str, Any]:
         document = made()
-        for path in document["paths"].values():
+        for name, path in document["paths"].items():
             for operation in path.values():
+                if name.startswith("/admin"):  # those of every administrator's route, its own words first
+                    for status in ADMIN:
+                        operation["responses"].setdefault(str(status), _refusal(int(status)))
                 supposed = operation["responses"].get("422", {})
                 if "HTTPValidationError" in str(supposed):
                     del operation["responses"]["422"]
