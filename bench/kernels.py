@@ -1,6 +1,6 @@
 """Decode attention on codes beside bf16 attention on a GPU: time, bytes read, and error against float64.
 
-    python bench/kernels.py [--settings 8x,16x] [--cases 8x32768,32x32768,1x131072,32x4096] [--json FILE]
+    python bench/kernels.py [--settings 8x,16x] [--cases 8x32768,32x32768,1x131072,32x4096] [--json FILE] [--plot FILE]
 
 One layer of 32 query and 8 KV heads of 128 (--shape changes it), with a synthetic spectrum and the bits that a setting
 of that name spends. SDPA is the faster of flash and cuDNN on the same sizes; the FP8 floor is half the bf16 bytes at
@@ -111,10 +111,11 @@ def sdpa(rows: int, context: int, kv_heads: int, group: int, dim: int) -> float:
 
 
 def copy_bandwidth() -> float:
-    """Bytes read and written by a device copy, in bytes per microsecond."""
-    a = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    """Bytes read and written by a device copy, in bytes per microsecond: the faster of a memory copy and a kernel."""
+    a = torch.zeros(1 << 27, dtype=torch.int64, device="cuda")
     b = torch.empty_like(a)
-    return 2 * a.numel() / microseconds(lambda: b.copy_(a))
+    spent = min(microseconds(lambda: b.copy_(a)), microseconds(lambda: torch.bitwise_not(a, out=b)))
+    return 2 * a.nbytes / spent
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -149,6 +150,24 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return {"copy_bytes_per_us": bandwidth, "rows": rows_out}
 
 
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Time against bytes for every setting, with bf16 attention and the copy bandwidth as the roof."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.add_subplot(xscale="log", yscale="log", xlabel="bytes read", ylabel="microseconds a layer and step")
+    rows = result["rows"]
+    for setting in dict.fromkeys(row["setting"] for row in rows):
+        found = sorted((r["codes_and_window_bytes"], r["us"]) for r in rows if r["setting"] == setting)
+        axes.plot(*zip(*found, strict=True), "o-", label=f"codes and window, {setting}")
+    found = sorted({(r["bf16_bytes"], r["sdpa_bf16_us"]) for r in rows})
+    axes.plot(*zip(*found, strict=True), "s-", label="bf16, the faster SDPA")
+    ends = [min(r["codes_and_window_bytes"] for r in rows), max(r["bf16_bytes"] for r in rows)]
+    axes.plot(ends, [x / result["copy_bytes_per_us"] for x in ends], "k--", label="copy bandwidth")
+    axes.legend()
+    figure.savefig(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", default="8x,16x")
@@ -156,6 +175,7 @@ def main() -> None:
     parser.add_argument("--shape", default="32x8x128", help="query heads x KV heads x head dimension")
     parser.add_argument("--check", action="store_true", help="only the error of a small layer; runs without a GPU")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="SVG or PNG: time against bytes")
     args = parser.parse_args()
     if args.check:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -166,8 +186,10 @@ def main() -> None:
         result = measure(args)
     else:
         parser.error("an NVIDIA GPU is needed (--check runs without one)")
-    document = {"argv": vars(args) | {"json": str(args.json)}, "provenance": provenance(), **result}
+    document = {"argv": vars(args) | {"json": str(args.json), "plot": str(args.plot)}, "provenance": provenance(), **result}
     print(json.dumps({k: v for k, v in result.items() if k != "rows"}))
+    if args.plot and "rows" in result:
+        plot(result, args.plot)
     if args.json:
         args.json.write_text(json.dumps(document, indent=1, default=str) + "\n")
 

@@ -46,52 +46,47 @@ def query_kernel(
 
 
 @triton.jit
-def _window_tile(
-    sink_ptr, high_ptr, low_ptr, scale_ptr, k_ptr, v_ptr, at, d, e, slot, kv, heads, new, sinks, ring,
-    DIM: tl.constexpr, VDIM: tl.constexpr, BITS: tl.constexpr, SCALE: tl.constexpr,
-):  # fmt: skip
-    """Keys [T, D] and values [T, E] of places `at` of a slot, fp32: sinks, then the ring, then the new token."""
-    W: tl.constexpr = DIM + VDIM
-    is_sink = at < sinks
-    in_ring = (at >= sinks) & (at < sinks + ring)
-    is_new = at == sinks + ring
-    own = (slot * heads + kv).to(tl.int64)
-    kd = (d < DIM)[None, :]
-    ve = (e < VDIM)[None, :]
-    if BITS == 16:
-        held = (at < sinks + ring)[:, None]
-        row = sink_ptr + (own * (sinks + ring) + at)[:, None] * W
-        k = tl.load(row + d[None, :], mask=held & kd, other=0.0).to(tl.float32)
-        v = tl.load(row + DIM + e[None, :], mask=held & ve, other=0.0).to(tl.float32)
+def _scaled_side(high_ptr, low_ptr, scale_ptr, place, held, first, N: tl.constexpr, SIZE: tl.constexpr,
+                 W: tl.constexpr, BITS: tl.constexpr, SCALE: tl.constexpr):  # fmt: skip
+    """Numbers first .. first + SIZE of ring places [T] as fp32 [T, N]: integers times the scale of their group."""
+    T: tl.constexpr = place.shape[0]
+    n = tl.arange(0, N)
+    mask = held[:, None] & (n < SIZE)[None, :]
+    at = place[:, None] * W + (first + n)[None, :]
+    x = tl.load(high_ptr + at, mask=mask, other=0).to(tl.float32)
+    if BITS == 10:
+        low = tl.load(low_ptr + at // 4, mask=mask, other=0).to(tl.int32)
+        x = x * 4 + ((low >> (2 * (at % 4).to(tl.int32))) & 3).to(tl.float32)
+    if N % SCALE == 0 and SIZE % SCALE == 0 and (SCALE & (SCALE - 1)) == 0:  # a scale once, not for every number
+        m = tl.arange(0, N // SCALE)
+        scale = scale_ptr + place[:, None] * (W // SCALE) + (first // SCALE + m)[None, :]
+        scale = tl.load(scale, mask=held[:, None] & (m < SIZE // SCALE)[None, :], other=0.0).to(tl.float32)
+        return tl.reshape(tl.reshape(x, [T, N // SCALE, SCALE]) * scale[:, :, None], [T, N])
     else:
-        row = sink_ptr + (own * sinks + at)[:, None] * W
-        k = tl.load(row + d[None, :], mask=is_sink[:, None] & kd, other=0.0).to(tl.float32)
-        v = tl.load(row + DIM + e[None, :], mask=is_sink[:, None] & ve, other=0.0).to(tl.float32)
-        place = own * ring + at - sinks
-        row = high_ptr + place[:, None] * W
-        ik = tl.load(row + d[None, :], mask=in_ring[:, None] & kd, other=0).to(tl.float32)
-        iv = tl.load(row + DIM + e[None, :], mask=in_ring[:, None] & ve, other=0).to(tl.float32)
-        if BITS == 10:
-            row = low_ptr + place[:, None] * (W // 4)
-            dk = d[None, :]
-            dv = DIM + e[None, :]
-            lk = (tl.load(row + dk // 4, mask=in_ring[:, None] & kd, other=0).to(tl.int32) >> (2 * (dk % 4))) & 3
-            lv = (tl.load(row + dv // 4, mask=in_ring[:, None] & ve, other=0).to(tl.int32) >> (2 * (dv % 4))) & 3
-            ik = ik * 4 + lk.to(tl.float32)
-            iv = iv * 4 + lv.to(tl.float32)
-        row = scale_ptr + place[:, None] * (W // SCALE)
-        k += ik * tl.load(row + d[None, :] // SCALE, mask=in_ring[:, None] & kd, other=0.0).to(tl.float32)
-        v += iv * tl.load(row + (DIM + e[None, :]) // SCALE, mask=in_ring[:, None] & ve, other=0.0).to(tl.float32)
-    k += tl.load(k_ptr + new * DIM + d[None, :] + at[:, None] * 0, mask=is_new[:, None] & kd, other=0.0).to(tl.float32)
-    v += tl.load(v_ptr + new * VDIM + e[None, :] + at[:, None] * 0, mask=is_new[:, None] & ve, other=0.0).to(tl.float32)
-    return k, v
+        scale = scale_ptr + place[:, None] * (W // SCALE) + ((first + n) // SCALE)[None, :]
+        return x * tl.load(scale, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["heads", "kv_heads", "sinks", "ring", "tiles"])
+@triton.jit
+def _attend(q, k, v, held, top, total, mixed, SOFTCAP: tl.constexpr):
+    """Online softmax over one tile: k [T, D], v [T, E] fp32."""
+    s = tl.dot(q, tl.trans(k), input_precision="tf32x3")
+    if SOFTCAP > 0:
+        z = tl.exp2(tl.abs(s) * (-2.8853900817779268 / SOFTCAP))
+        s = tl.where(s < 0, -SOFTCAP, SOFTCAP) * (1 - z) / (1 + z)
+    s = tl.where(held[None, :], s, float("-inf"))
+    higher = tl.maximum(top, tl.max(s, 1))
+    safe = tl.where(higher == float("-inf"), 0.0, higher)
+    w = tl.exp2(s - safe[:, None])
+    fac = tl.exp2(top - safe)
+    return higher, total * fac + tl.sum(w, 1), mixed * fac[:, None] + tl.dot(w, v, input_precision="tf32x3")
+
+
+@triton.jit(do_not_specialize=["heads", "kv_heads", "sinks", "ring"])
 def window_kernel(
     q_ptr, k_ptr, v_ptr, sink_ptr, high_ptr, low_ptr, scale_ptr, slot_ptr, length_ptr, first_ptr,
     top_ptr, sum_ptr, out_ptr,
-    q_row, heads, kv_heads, sinks, ring, scale, tiles,
+    q_row, heads, kv_heads, sinks, ring, scale,
     GROUP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, E: tl.constexpr, DIM: tl.constexpr, VDIM: tl.constexpr,
     BITS: tl.constexpr, SCALE: tl.constexpr, T: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
@@ -99,8 +94,10 @@ def window_kernel(
 
     length_ptr: int32 [sequences]: tokens before the new one; first_ptr: the oldest that the ring must answer for.
     k_ptr, v_ptr: the new tokens [sequences, KV heads, DIM or VDIM]. sum_ptr, top_ptr: fp32 [sequences, query heads];
-    out_ptr: fp32 [sequences, query heads, VDIM]: sums of weight times value, not divided.
+    out_ptr: fp32 [sequences, query heads, VDIM]: sums of weight times value, not divided. First the places that are
+    held as numbers (sinks, the new token, and the ring of 16 bits), 16 at a time; then a ring of integers, T at a time.
     """
+    W: tl.constexpr = DIM + VDIM
     kv = tl.program_id(0)
     seq = tl.program_id(1)
     g = tl.arange(0, G)
@@ -117,28 +114,33 @@ def window_kernel(
     top = tl.full([G], float("-inf"), tl.float32)
     total = tl.zeros([G], tl.float32)
     mixed = tl.zeros([G, E], tl.float32)
+    kd = (d < DIM)[None, :]
+    ve = (e < VDIM)[None, :]
     new = (seq * kv_heads + kv).to(tl.int64)
-    for tile in range(tiles):
-        at = tile * T + tl.arange(0, T)
-        k, v = _window_tile(
-            sink_ptr, high_ptr, low_ptr, scale_ptr, k_ptr, v_ptr, at, d, e, slot, kv, kv_heads, new, sinks, ring,
-            DIM, VDIM, BITS, SCALE,
-        )  # fmt: skip
-        age = (at - first + ring * (1 + first // ring)) % ring  # of a ring place's token after the first that counts
-        held = (at < tl.minimum(sinks, length)) | (at == sinks + ring)
-        held = held | ((at >= sinks) & (at < sinks + ring) & (age < length - first))
-        s = tl.dot(q, tl.trans(k), input_precision="tf32x3")
-        if SOFTCAP > 0:
-            z = tl.exp2(tl.abs(s) * (-2.8853900817779268 / SOFTCAP))
-            s = tl.where(s < 0, -SOFTCAP, SOFTCAP) * (1 - z) / (1 + z)
-        s = tl.where(held[None, :], s, float("-inf"))
-        higher = tl.maximum(top, tl.max(s, 1))
-        safe = tl.where(higher == float("-inf"), 0.0, higher)
-        w = tl.exp2(s - safe[:, None])
-        fac = tl.exp2(top - safe)
-        total = total * fac + tl.sum(w, 1)
-        mixed = mixed * fac[:, None] + tl.dot(w, v, input_precision="tf32x3")
-        top = higher
+    own = (slot * kv_heads + kv).to(tl.int64)
+    behind = ring * (1 + first // ring) - first
+    stored = sinks + ring if BITS == 16 else sinks
+    for tile in range((stored + 16) // 16):
+        at = tile * 16 + tl.arange(0, 16)
+        held = (at < tl.minimum(sinks, length)) | (at == stored)
+        if BITS == 16:  # age: of a ring place's token after the first that counts
+            held = held | ((at >= sinks) & (at < stored) & ((at + behind) % ring < length - first))
+        row = sink_ptr + (own * stored + at)[:, None] * W
+        kept = (at < stored)[:, None]
+        k = tl.load(row + d[None, :], mask=kept & kd, other=0.0).to(tl.float32)
+        v = tl.load(row + DIM + e[None, :], mask=kept & ve, other=0.0).to(tl.float32)
+        this = (at == stored)[:, None]
+        k += tl.load(k_ptr + new * DIM + d[None, :] + at[:, None] * 0, mask=this & kd, other=0.0).to(tl.float32)
+        v += tl.load(v_ptr + new * VDIM + e[None, :] + at[:, None] * 0, mask=this & ve, other=0.0).to(tl.float32)
+        top, total, mixed = _attend(q, k, v, held, top, total, mixed, SOFTCAP)
+    if BITS < 16:
+        for tile in range((ring + T - 1) // T):
+            at = tile * T + tl.arange(0, T)
+            held = (at < ring) & ((at + sinks + behind) % ring < length - first)
+            place = own * ring + tl.minimum(at, ring - 1)
+            k = _scaled_side(high_ptr, low_ptr, scale_ptr, place, held, 0, D, DIM, W, BITS, SCALE)
+            v = _scaled_side(high_ptr, low_ptr, scale_ptr, place, held, DIM, E, VDIM, W, BITS, SCALE)
+            top, total, mixed = _attend(q, k, v, held, top, total, mixed, SOFTCAP)
     tl.store(top_ptr + head, top, mask=real)
     tl.store(sum_ptr + head, total, mask=real)
     tl.store(out_ptr + head.to(tl.int64)[:, None] * VDIM + e[None, :], mixed, mask=real[:, None] & (e < VDIM)[None, :])
@@ -164,8 +166,8 @@ def combine_kernel(
     seq = tl.program_id(2)
     lane = tl.arange(0, 16)
     own = part * 16 + lane
-    real = own < tl.load(unit_ptr + unit * 4 + 1)
-    head = tl.load(unit_ptr + unit * 4) + own
+    real = own < tl.load(unit_ptr + unit * 5 + 1)
+    head = tl.load(unit_ptr + unit * 5) + own
     inside = r < rank
     row = seq * heads + head
     blocks = (tl.load(count_ptr + seq) + PB - 1) // PB
@@ -183,7 +185,7 @@ def combine_kernel(
         sums = sum_ptr + at * (CLASSES * 16) + lane
         total += fac * tl.load(sums)
         source = out_ptr + (((seq * splits + s) * GROUPS + part) * 16 + lane).to(tl.int64) * outputs
-        for c in range(CLASSES):
+        for c in tl.static_range(CLASSES):
             k = unit * CLASSES + c
             below = tl.load(offset_ptr + k * rank + r, mask=inside, other=0.0)
             weight = fac * tl.load(sums + c * 16, mask=lane >= 16 * (tl.max(below, 0) <= 0), other=0.0)

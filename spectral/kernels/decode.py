@@ -19,16 +19,16 @@ from spectral.codec import LayerCodec
 from spectral.errors import SettingError
 from spectral.kernels.combine import combine_kernel, finish_kernel, query_kernel, window_kernel
 from spectral.kernels.mix import factor_kernel, mix_kernel
-from spectral.kernels.score import score_kernel
+from spectral.kernels.score import held_runs, score_kernel
 from spectral.kernels.tables import LayerTables, layer_tables
 from spectral.windows import ExactWindow, QuantizedWindow
 
 LOG2E = math.log2(math.e)
 MIX_WARPS = 4
-MIX_PROGRAMS = 2048
+MIX_PROGRAMS = 1024
 """Programs of a mix launch that fill a large GPU: with fewer, sequences are split."""
 
-LATENT_TILE = 64
+LATENT_TILE = 32
 
 
 @cache
@@ -85,10 +85,11 @@ class LayerKernels:
         tables: LayerTables = layer_tables(parts, units[0].steps)
         self.tables = tables.to(device)
         self.outputs, self.classes = tables.outputs, len(classes)
-        kinds = tables.item[:, 1]
-        self.items = [(c, int(np.flatnonzero(kinds == c)[0]), int((kinds == c).sum())) for c in np.unique(kinds)[::-1]]
+        self.items = len(tables.item)
+        self.eight = bool((tables.item[:, 2] == 0).any())  # planes of eight bits, the first of PLANE_ORDER
         self.rank = rank = tables.offset.shape[2]
         self.starts = np.cumsum([0, *(unit.layout.nbytes for unit in units)])
+        self.first_runs = tables.first_run
 
         def wide(x: torch.Tensor) -> torch.Tensor:
             return torch.nn.functional.pad(x, (0, rank - x.shape[-1]))
@@ -108,12 +109,13 @@ class LayerKernels:
         self._units: dict[int, torch.Tensor] = {}
 
     def units(self, group: int) -> torch.Tensor:
-        """int32 [units, 4]: first query head, query heads, offset of the unit's bytes, how many; `group` heads a KV
-        head."""
+        """int32 [units, 5]: first query head, query heads, offset of the unit's bytes, how many, its first run; `group`
+        heads a KV head."""
         if group not in self._units:
+            spans = zip(self.unit_heads, self.starts, self.starts[1:], self.first_runs, strict=False)
             rows = [
-                [a * group, (b - a) * group, int(start), int(stop - start)]
-                for (a, b), start, stop in zip(self.unit_heads, self.starts, self.starts[1:], strict=False)
+                [a * group, (b - a) * group, int(start), int(stop - start), int(run)]
+                for (a, b), start, stop, run in spans
             ]
             self._units[group] = torch.tensor(rows, dtype=torch.int32, device=self.key_basis.device)
         return self._units[group]
@@ -216,10 +218,9 @@ def _window(
     if isinstance(window, QuantizedWindow):
         high, low, scales, bits, group = window.high, window.low, window.scale, window.bits, window.groups
     tile = 32 if max(dim, value_dim) <= 128 else 16  # what fits a consumer card's shared memory
-    places = window.sinks + window.ring + 1
     window_kernel[(kv_heads, rows)](
         query, key, value, window.store, high, low, scales, step.slot, step.length, step.first, top, total, mixed,
-        dim, heads, kv_heads, window.sinks, window.ring, scale, triton.cdiv(places, tile),
+        dim, heads, kv_heads, window.sinks, window.ring, scale,
         GROUP=heads // kv_heads, G=max(16, triton.next_power_of_2(heads // kv_heads)),
         D=max(16, triton.next_power_of_2(dim)), E=max(16, triton.next_power_of_2(value_dim)), DIM=dim, VDIM=value_dim,
         BITS=bits, SCALE=group, T=tile, SOFTCAP=cap,
@@ -255,17 +256,16 @@ def _pages(
         HALF=cos.shape[1] if codec.frame.turns else 0, CLASSES=layer.classes, num_warps=1,
     )  # fmt: skip
     projected = torch.bmm(framed, layer.key_basis)  # [H, B * blocks * G, R]
-    pages_max = blocks * page_blocks
-    weight = torch.empty((rows, units, parts, pages_max, 16, tokens), dtype=torch.float16, device=device)
+    pages_max, warps, runs = blocks * page_blocks, page_blocks // 8, layer.rank // 16
+    weight = torch.empty((rows, units, parts, pages_max * tokens * 16), dtype=torch.float16, device=device)
     largest = torch.empty((rows, units, parts, blocks, 16), device=device)
     score_kernel[(units * parts, blocks, rows)](
-        projected, const, pool, step.pages, step.count, unit, tables["strip"], tables["run"], tables["factor"], weight,
-        largest, step.pages.stride(0), codec.page_nbytes, projected.stride(0), layer.rank, blocks, pages_max, units,
-        heads,
-        GROUPS=parts, GROUP=group, CLASSES=layer.classes, P=tokens, SOFTCAP=cap, WARPS=page_blocks // 8, FAST=fast,
-        num_warps=page_blocks // 8, num_stages=1, **({"maxnreg": 128} if fast else {}),
+        projected, const, pool, step.pages, step.count, unit, tables["strip"], tables["entry"], weight, largest,
+        step.pages.stride(0), codec.page_nbytes, projected.stride(0), runs, blocks, pages_max, units, heads,
+        GROUPS=parts, GROUP=group, CLASSES=layer.classes, EIGHT=layer.eight, P=tokens, HOLD=held_runs(runs, warps),
+        SOFTCAP=cap, WARPS=warps, FAST=fast, num_warps=warps, num_stages=1, **({"maxnreg": 128} if fast else {}),
     )  # fmt: skip
-    splits = min(blocks, max(1, triton.cdiv(MIX_PROGRAMS, rows * sum(n for _, _, n in layer.items))))
+    splits = min(blocks, max(1, triton.cdiv(MIX_PROGRAMS, rows * layer.items)))
     each = triton.cdiv(blocks, splits)
     factor = torch.empty((rows, units, parts, blocks, 16), dtype=torch.int32, device=device)
     tops = torch.empty((rows, splits, units, parts, 16), device=device)
@@ -275,13 +275,12 @@ def _pages(
     )  # fmt: skip
     sums = torch.empty((rows, splits, units, parts, layer.classes, 16), device=device)
     outs = torch.empty((rows, splits, parts, 16, layer.outputs), device=device)
-    for number, first, count in layer.items:
-        mix_kernel[(count * parts, splits, rows)](
-            pool, step.pages, step.count, tables["item"], weight, factor, outs, sums,
-            first, step.pages.stride(0), codec.page_nbytes, blocks, pages_max, units, splits, layer.outputs, each,
-            GROUPS=parts, CLASS=int(number), CLASSES=layer.classes, P=tokens, PB=page_blocks, WARPS=MIX_WARPS,
-            FAST=fast, num_warps=MIX_WARPS, num_stages=1, **({"maxnreg": 128} if fast else {}),
-        )  # fmt: skip
+    mix_kernel[(rows, splits, layer.items * parts)](
+        pool, step.pages, step.count, tables["item"], weight, factor, outs, sums, step.pages.stride(0),
+        codec.page_nbytes, blocks, pages_max, units, splits, layer.outputs, each,
+        GROUPS=parts, CLASSES=layer.classes, EIGHT=layer.eight, P=tokens, PB=page_blocks, WARPS=MIX_WARPS, FAST=fast,
+        num_warps=MIX_WARPS, num_stages=1, **({"maxnreg": 128} if fast else {}),
+    )  # fmt: skip
     latent = torch.empty((codec.kv_heads, rows, group, layer.rank), dtype=torch.float16, device=device)
     share = torch.empty((rows, heads, 2), device=device)
     combine_kernel[(units * parts, triton.cdiv(layer.rank, LATENT_TILE), rows)](

@@ -24,7 +24,7 @@ def _mma(accumulator: list[str], a: list[str], b: list[str]) -> str:
 
 @triton.constexpr_function
 def _score_rows(bits: int, rows: int) -> str:
-    """Operands: out C [4 rows]; in C [4 rows], words, a [4 per run], scale [2 per run]."""
+    """Operands: out C [4 rows]; in C [4 rows], words, a [4 per run]."""
     words, runs = max(1, rows * max(1, bits // 2) // 4), 2 if bits == 1 else 1
     # What leaves two neighbouring latents of a byte that was copied to all four.
     masks = {1: (0x00020001, 0x00080004, 0x00200010, 0x00800040), 2: (0x000C0003, 0x00C00030)}
@@ -32,12 +32,8 @@ def _score_rows(bits: int, rows: int) -> str:
     base = 8 * rows
     x = [f"${base + i}" for i in range(words)]
     a = [f"${base + words + i}" for i in range(4 * runs)]
-    s = [f"${base + words + 4 * runs + i}" for i in range(2 * runs)]
-    lines = ["{", ".reg .b32 y, z, b<4>, q<8>;"]
+    lines = ["{", ".reg .b32 y, b<4>;"]
     lines += [f"mov.b32 ${i}, ${4 * rows + i};" for i in range(4 * rows)]
-    for run in range(runs):
-        for i in range(4):  # a0, a1: latents 4 t, 4 t + 1; a2, a3: the next two
-            lines.append(f"mul.rn.f16x2 q{4 * run + i}, {a[4 * run + i]}, {s[2 * run + i // 2]};")
     for row in range(rows):
         if bits == 8:
             lines += [f"prmt.b32 b0, {x[row]}, 0, 0x4140;", f"prmt.b32 b1, {x[row]}, 0, 0x4342;"]
@@ -51,7 +47,7 @@ def _score_rows(bits: int, rows: int) -> str:
             lines += [f"and.b32 b{i}, y, 0x{mask:08X};" for i, mask in enumerate(masks[bits])]
         for run in range(runs):
             operand = [f"b{2 * run}", f"b{2 * run + 1}"]
-            lines.append(_mma(out[4 * row : 4 * row + 4], [f"q{4 * run + i}" for i in range(4)], operand))
+            lines.append(_mma(out[4 * row : 4 * row + 4], a[4 * run : 4 * run + 4], operand))
     return "\n".join([*lines, "}"])
 
 
@@ -141,6 +137,22 @@ def two_words(p, FAST: tl.constexpr):
 
 
 @triton.jit
+def four_words(p, FAST: tl.constexpr):
+    """Sixteen aligned bytes as four words, of a table that shall stay in the first cache; p: pointer to int32."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.L1::evict_last.v4.b32 {$0, $1, $2, $3}, [$4];",
+            "=r,=r,=r,=r,l",
+            [p.to(tl.int64)],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.load(p), tl.load(p + 1), tl.load(p + 2), tl.load(p + 3)
+
+
+@triton.jit
 def word(p, NBYTES: tl.constexpr, FAST: tl.constexpr):
     """One, two or four aligned bytes as a word."""
     if FAST:
@@ -184,15 +196,6 @@ def store_two(p, x, y, keep, FAST: tl.constexpr):
     else:
         tl.store(p, x, mask=keep != 0)
         tl.store(p + 1, y, mask=keep != 0)
-
-
-@triton.jit
-def prefetch(p, FAST: tl.constexpr):
-    """Ask for the line of a lane's address in the second-level cache."""
-    if FAST:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [p.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-        )
 
 
 @triton.jit
@@ -266,27 +269,25 @@ def twice(x):
 
 
 @triton.jit
-def score_rows(c, x, a, s, BITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr):
+def score_rows(c, x, a, BITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr):
     """Add one cell's part to the scores of its rows.
 
     Args:
         c: fp32 sums, 4 a row; x: words of the lane's quarter; a: 4 words a run: the query's latents 4 t .. of heads g
-            and g + 8;
-        s: 2 words a run: the factors of those latents.
+            and g + 8, times what their fields stand for.
     """
     if FAST:
         RUNS: tl.constexpr = 2 if BITS == 1 else 1
         WORDS: tl.constexpr = max(1, ROWS * max(1, BITS // 2) // 4)
         c = tl.inline_asm_elementwise(
             score_text(BITS, ROWS),
-            constraints(4 * ROWS, 4 * ROWS, WORDS + 6 * RUNS),
-            c + x + a + s,
+            constraints(4 * ROWS, 4 * ROWS, WORDS + 4 * RUNS),
+            c + x + a,
             dtype=floats(4 * ROWS),
             is_pure=True,
             pack=1,
         )
     else:
-        q0, q1, q2, q3 = times(a[0], s[0]), times(a[1], s[0]), times(a[2], s[1]), times(a[3], s[1])
         for row in tl.static_range(ROWS):
             if BITS == 8:
                 b0 = byte(x[row], 0) | (byte(x[row], 1) << 16)
@@ -305,10 +306,9 @@ def score_rows(c, x, a, s, BITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.con
                 else:
                     b0 = y & 0x00020001
                     b1 = y & 0x00080004
-            r = mma(c[4 * row], c[4 * row + 1], c[4 * row + 2], c[4 * row + 3], q0, q1, q2, q3, b0, b1, WARPS)
+            r = mma(c[4 * row], c[4 * row + 1], c[4 * row + 2], c[4 * row + 3], a[0], a[1], a[2], a[3], b0, b1, WARPS)
             if BITS == 1:
-                p0, p1, p2, p3 = times(a[4], s[2]), times(a[5], s[2]), times(a[6], s[3]), times(a[7], s[3])
-                r = mma(r[0], r[1], r[2], r[3], p0, p1, p2, p3, y & 0x00200010, y & 0x00800040, WARPS)
+                r = mma(r[0], r[1], r[2], r[3], a[4], a[5], a[6], a[7], y & 0x00200010, y & 0x00800040, WARPS)
             c = replace(c, r, 4 * row, 4 * ROWS)
     return c
 

@@ -1,127 +1,18 @@
-"""Sums of packed values with weights, over tokens: one warp for up to eight cells of a class, over a split of a
-sequence."""
+"""Sums of packed values with weights, over tokens: one item of a class over a split of a sequence.
+
+The warps of a program take turns with blocks; what a step needs is asked for three steps ahead
+(spectral.kernels.items), the weights in the order in which the score kernel left them.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from spectral.kernels.lanes import mix_cell, product, store_two, take, twice, two_words, word
-
-
-@triton.jit
-def _pair(p, q, FAST: tl.constexpr):
-    """Two halves that lie apart, as a word."""
-    return word(p, 2, FAST) | (word(q, 2, FAST) << 16)
-
-
-@triton.jit
-def _mix_weights(w, number, g, t, CLASS: tl.constexpr, P: tl.constexpr, FAST: tl.constexpr):
-    """Weights of four rows of this lane for heads g and g + 8: four words; `w`: of page 0; number: first page of 16
-    rows."""
-    F: tl.constexpr = 0 if CLASS == 0 else 2 ** (CLASS - 1)
-    N: tl.constexpr = 16 * P
-    w = w + (g * P + F)
-    if CLASS >= 3:
-        QUADS: tl.constexpr = 2 ** (CLASS - 3)
-        p = w + (number + t // QUADS) * N + 4 * (t % QUADS)
-        a0, a2 = two_words(p, FAST)
-        a1, a3 = two_words(p + 8 * P, FAST)
-        return a0, a1, a2, a3
-    elif CLASS == 2:
-        p = w + (number + 2 * t) * N
-        q = p + 8 * P
-        return word(p, 4, FAST), word(q, 4, FAST), word(p + N, 4, FAST), word(q + N, 4, FAST)
-    else:
-        p = w + (number + 4 * t) * N
-        q = p + 8 * P
-        return (
-            _pair(p, p + N, FAST),
-            _pair(q, q + N, FAST),
-            _pair(p + 2 * N, p + 3 * N, FAST),
-            _pair(q + 2 * N, q + 3 * N, FAST),
-        )
-
-
-@triton.jit
-def _four_rows(bases, BITS: tl.constexpr, CLASS: tl.constexpr, FAST: tl.constexpr):
-    """Words of the lane's four rows of a cell; bases: pointers to the lane's quarter, of one, two or four pages."""
-    U: tl.constexpr = max(1, BITS // 2)
-    if CLASS >= 3:  # four rows one after another
-        if U == 1:
-            return (word(bases[0], 4, FAST),)
-        elif U == 2:
-            return two_words(bases[0], FAST)
-        else:
-            return two_words(bases[0], FAST) + two_words(bases[0] + 8, FAST)
-    elif CLASS == 2:  # two and two
-        if U == 1:
-            return (word(bases[0], 2, FAST) | (word(bases[1], 2, FAST) << 16),)
-        elif U == 2:
-            return word(bases[0], 4, FAST), word(bases[1], 4, FAST)
-        else:
-            return two_words(bases[0], FAST) + two_words(bases[1], FAST)
-    else:
-        r0, r1 = word(bases[0], U, FAST), word(bases[1], U, FAST)
-        r2, r3 = word(bases[2], U, FAST), word(bases[3], U, FAST)
-        if U == 1:
-            return (r0 | (r1 << 8) | (r2 << 16) | (r3 << 24),)
-        elif U == 2:
-            return r0 | (r1 << 16), r2 | (r3 << 16)
-        else:
-            return r0, r1, r2, r3
-
-
-@triton.jit
-def _pages(ids, number, last, t, CLASS: tl.constexpr, FAST: tl.constexpr):
-    """Ids of the pages of the lane's four rows: one, two or four."""
-    if CLASS >= 3:
-        return (word(ids + tl.minimum(number + t // (2 ** (CLASS - 3)), last), 4, FAST),)
-    elif CLASS == 2:
-        n = number + 2 * t
-        return word(ids + tl.minimum(n, last), 4, FAST), word(ids + tl.minimum(n + 1, last), 4, FAST)
-    else:
-        n = number + 4 * t
-        return (
-            word(ids + tl.minimum(n, last), 4, FAST),
-            word(ids + tl.minimum(n + 1, last), 4, FAST),
-            word(ids + tl.minimum(n + 2, last), 4, FAST),
-            word(ids + tl.minimum(n + 3, last), 4, FAST),
-        )
-
-
-@triton.jit
-def _quarters(base, id, page_nbytes, tt, t, BITS: tl.constexpr, CLASS: tl.constexpr):
-    """Pointers to the lane's quarter (of the first cell) in the pages of its four rows."""
-    U: tl.constexpr = max(1, BITS // 2)
-    if CLASS >= 3:
-        QUADS: tl.constexpr = 2 ** (CLASS - 3)
-        p = base + (tt * QUADS + t % QUADS) * (4 * U)
-    elif CLASS == 2:
-        p = base + tt * (2 * U)
-    else:
-        p = base + tt * U
-    out = ()
-    for i in tl.static_range(len(id)):
-        out = out + (p + id[i].to(tl.int64) * page_nbytes,)
-    return out
-
-
-@triton.jit
-def _item_rows(bases, cells, BITS: tl.constexpr, CLASS: tl.constexpr, CELLS: tl.constexpr, FAST: tl.constexpr):
-    """Words of the lane's four rows of all cells of an item, cell after cell (and of what lies behind a short item)."""
-    ROWS: tl.constexpr = 1 if CLASS == 0 else 2 ** (CLASS - 1)
-    SIZE: tl.constexpr = 4 * ROWS * max(1, BITS // 2)
-    x = ()
-    for cell in tl.static_range(CELLS):
-        moved = ()
-        for i in tl.static_range(len(bases)):
-            if FAST:
-                moved = moved + (bases[i] + cell * SIZE,)
-            else:
-                moved = moved + (bases[i] + tl.maximum(tl.minimum(cell, cells - 1), 0) * SIZE,)
-        x = x + _four_rows(moved, BITS, CLASS, FAST)
-    return x
+from spectral.kernels.classes import class_rows, first_row, log2
+from spectral.kernels.items import STAGE, STAGES, copied_pages, copy_step, item_step
+from spectral.kernels.lanes import mix_cell, product, store_two, take, twice, word
+from spectral.kernels.staging import held_float, hold_float, stage, wait_stages
 
 
 @triton.jit
@@ -138,33 +29,69 @@ def _masks(parity, BITS: tl.constexpr):
 
 
 @triton.jit
-def _place(n, b0, b1, warp, PER: tl.constexpr, STEP: tl.constexpr, PB: tl.constexpr, WARPS: tl.constexpr):
-    """Block and first page of step n of a warp; the block is b1 where the warp has none left."""
-    blk = tl.minimum(b0 + (n // PER) * WARPS + warp, b1)
-    return blk, blk * PB + (n % PER) * STEP
+def _steps_pages(n, PER: tl.constexpr, STEP: tl.constexpr, PB: tl.constexpr, WARPS: tl.constexpr):
+    """How far the first page of step n of a warp lies behind its first block's. (Shifts: signed division is long.)"""
+    return (n >> log2(PER)) * (WARPS * PB) + (n & (PER - 1)) * STEP
 
 
 @triton.jit
-def _weighted(w, factor, blk, b1, number, g, t, CLASS: tl.constexpr, P: tl.constexpr, FAST: tl.constexpr):
-    """Weights of the lane's rows and their block's factors, as they lie: six words. Nothing weighs beyond the split."""
+def _factors(factor, blk, b1, g, FAST: tl.constexpr):
+    """A block's factors for heads g and g + 8: two words. Nothing weighs beyond the split."""
     some = blk < b1
     f = factor + tl.minimum(blk, b1 - 1) * 16 + g
-    f0 = tl.where(some, word(f, 4, FAST), 0)
-    f1 = tl.where(some, word(f + 8, 4, FAST), 0)
-    return _mix_weights(w, tl.where(some, number, 0), g, t, CLASS, P, FAST) + (f0, f1)
+    return tl.where(some, word(f, 4, FAST), 0), tl.where(some, word(f + 8, 4, FAST), 0)
+
+
+@triton.jit
+def _store_sums(
+    c, out, cells, outputs, shared, warp, lane,
+    CELLS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Sums over warps, stored: c holds 4 numbers of a lane for every tile of 8 latents of every cell."""
+    if FAST:
+        EACH: tl.constexpr = 32 // WARPS  # of 32 numbers a lane, summed by one warp
+        wait_stages(lane, 0)
+        for half in tl.static_range(CELLS * TILES // 8):
+            tl.debug_barrier()
+            for k in tl.static_range(32):
+                hold_float(shared + (warp * 128 + lane * 4 + k * (WARPS * 128)), c[32 * half + k])
+            tl.debug_barrier()
+            x = ()
+            for k in tl.static_range(EACH):
+                at = shared + (warp * (EACH * WARPS * 128) + lane * 4 + k * (WARPS * 128))
+                y = held_float(at)
+                for w in tl.static_range(1, WARPS):
+                    y += held_float(at + w * 128)
+                x = x + (y,)
+            for k in tl.static_range(EACH // 4):
+                n = 8 * half + warp * (EACH // 4) + k  # tile
+                tile = n % TILES
+                p = out + (lane // 4 * outputs + 4 * (lane % 4) + 8 * TILES * (n // TILES))
+                p += 16 * (tile // 2) + 2 * (tile % 2)
+                keep = (n // TILES < cells).to(tl.int32)
+                store_two(p, x[4 * k], x[4 * k + 1], keep, FAST)
+                store_two(p + 8 * outputs, x[4 * k + 2], x[4 * k + 3], keep, FAST)
+    else:
+        i = tl.arange(0, 32)
+        p0 = out + (i // 4) * outputs + 4 * (i % 4)
+        for cell in tl.static_range(CELLS):
+            keep = tl.full([32], 1, tl.int32) * (cells > cell)
+            for tile in tl.static_range(TILES):
+                p = p0 + 8 * TILES * cell + 16 * (tile // 2) + 2 * (tile % 2)
+                k = 4 * (TILES * cell + tile)
+                store_two(p, _all_warps(c[k], WARPS), _all_warps(c[k + 1], WARPS), keep, FAST)
+                p += 8 * outputs
+                store_two(p, _all_warps(c[k + 2], WARPS), _all_warps(c[k + 3], WARPS), keep, FAST)
 
 
 @triton.jit
 def _mix(
-    base, ids, b0, b1, last, page_nbytes, w, factor, warp, g, t, out, cells, outputs, sums, wanted,
+    base, ids, b0, b1, last, page_nbytes, w, factor, held, warp, g, t, out, cells, outputs, sums, wanted,
     BITS: tl.constexpr, CLASS: tl.constexpr, CELLS: tl.constexpr, PB: tl.constexpr, P: tl.constexpr,
     WARPS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """One item of one plane and class over blocks b0 .. b1 - 1 of a sequence: warps take turns with blocks.
-
-    What a step needs is loaded a step ahead, page ids two.
-    """
-    ROWS: tl.constexpr = 1 if CLASS == 0 else 2 ** (CLASS - 1)
+    """One item of one plane and class over blocks b0 .. b1 - 1 of a sequence: warps take turns with blocks."""
+    ROWS: tl.constexpr = class_rows(CLASS)
     STEP: tl.constexpr = 16 // ROWS  # pages that make 16 rows
     PER: tl.constexpr = PB // STEP
     TILES: tl.constexpr = 4 if BITS == 1 else 2
@@ -174,48 +101,49 @@ def _mix(
     c = (tl.zeros([N], tl.float32),) * (CELLS * TILES * 4)
     total = (tl.zeros([N], tl.float32),) * 8
     one = tl.full([N], 0x00010001, tl.int32)
-    steps = (b1 - b0 + WARPS - 1) // WARPS * PER
-    blk, number = _place(0, b0, b1, warp, PER, STEP, PB, WARPS)
-    id = _pages(ids, number, last, t, CLASS, FAST)
-    x = _item_rows(_quarters(base, id, page_nbytes, g // 2, t, BITS, CLASS), cells, BITS, CLASS, CELLS, FAST)
-    a = _weighted(w, factor, blk, b1, number, g, t, CLASS, P, FAST)
-    blk, number = _place(1, b0, b1, warp, PER, STEP, PB, WARPS)
-    id = _pages(ids, number, last, t, CLASS, FAST)
-    for n in range(steps):
-        x1 = _item_rows(_quarters(base, id, page_nbytes, g // 2, t, BITS, CLASS), cells, BITS, CLASS, CELLS, FAST)
-        a1 = _weighted(w, factor, blk, b1, number, g, t, CLASS, P, FAST)
-        blk, number = _place(n + 2, b0, b1, warp, PER, STEP, PB, WARPS)
-        id = _pages(ids, number, last, t, CLASS, FAST)
-        s = (product(a[0], a[4], FAST), product(a[1], a[5], FAST), product(a[2], a[4], FAST), product(a[3], a[5], FAST))
-        new = ()
-        for cell in tl.static_range(CELLS):
-            new = new + mix_cell(
-                take(c, 4 * TILES * cell, 4 * TILES),
-                take(x, WORDS * cell, WORDS),
-                s,
-                m,
-                cells > cell,
-                BITS,
-                WARPS,
-                FAST,
-            )
-        c = new
-        total = mix_cell(total, (one * 0x101,), s, (one, one), cells >= 0, 2, WARPS, FAST)
-        x = x1
-        a = a1
+    lane = g * 4 + t
+    turns = (b1 - b0 + WARPS - 1) // WARPS
+    end = b1 * PB - STEP  # a warp without a block takes the last one's bytes, and no weight of them
+    mine = (b0 + warp) * PB
+    id = ()
+    if FAST:
+        for ahead in tl.static_range(STAGES - 1):
+            number = tl.minimum(mine + _steps_pages(ahead, PER, STEP, PB, WARPS), end)
+            id = copied_pages(ids, number, last, lane, BITS, CELLS, CLASS)
+            copy_step(base, id, page_nbytes, held, w, number, ahead, lane, BITS, CELLS, CLASS)
+        number = tl.minimum(mine + _steps_pages(STAGES - 1, PER, STEP, PB, WARPS), end)
+        id = copied_pages(ids, number, last, lane, BITS, CELLS, CLASS)
+    f0, f1 = _factors(factor, b0 + warp, b1, g, FAST)
+    for turn in range(turns):
+        for k in range(PER):
+            n = turn * PER + k
+            if FAST:
+                wait_stages(lane, STAGES - 2)
+                number = tl.minimum(mine + _steps_pages(n + STAGES - 1, PER, STEP, PB, WARPS), end)
+                copy_step(base, id, page_nbytes, held, w, number, n + STAGES - 1, lane, BITS, CELLS, CLASS)
+                number = tl.minimum(mine + _steps_pages(n + STAGES, PER, STEP, PB, WARPS), end)
+                id = copied_pages(ids, number, last, lane, BITS, CELLS, CLASS)
+            number = tl.minimum(mine + _steps_pages(n, PER, STEP, PB, WARPS), end)
+            x, a = item_step(base, ids, number, last, page_nbytes, held, w, n, g, t, cells, BITS, CLASS, CELLS, FAST)
+            s = (product(a[0], f0, FAST), product(a[1], f1, FAST), product(a[2], f0, FAST), product(a[3], f1, FAST))
+            new = ()
+            for cell in tl.static_range(CELLS):
+                new = new + mix_cell(
+                    take(c, 4 * TILES * cell, 4 * TILES),
+                    take(x, WORDS * cell, WORDS),
+                    s,
+                    m,
+                    cells > cell,
+                    BITS,
+                    WARPS,
+                    FAST,
+                )
+            c = new
+            if wanted > 0:
+                total = mix_cell(total, (one * 0x101,), s, (one, one), cells >= 0, 2, WARPS, FAST)
+        f0, f1 = _factors(factor, b0 + (turn + 1) * WARPS + warp, b1, g, FAST)
+    _store_sums(c, out, cells, outputs, held - warp * (STAGES * STAGE), warp, lane, CELLS, TILES, WARPS, FAST)
     i = tl.arange(0, 32)
-    p0 = out + (i // 4) * outputs + 4 * (i % 4)
-    one = tl.full([32], 1, tl.int32)
-    for cell in tl.static_range(CELLS):
-        keep = one * (cells > cell)
-        for n in tl.static_range(TILES):
-            p = p0 + 8 * TILES * cell + 16 * (n // 2) + 2 * (n % 2)
-            s0 = _all_warps(c[4 * (TILES * cell + n)], WARPS)
-            s1 = _all_warps(c[4 * (TILES * cell + n) + 1], WARPS)
-            s2 = _all_warps(c[4 * (TILES * cell + n) + 2], WARPS)
-            s3 = _all_warps(c[4 * (TILES * cell + n) + 3], WARPS)
-            store_two(p, s0, s1, keep, FAST)
-            store_two(p + 8 * outputs, s2, s3, keep, FAST)
     if wanted > 0:
         p = sums + CLASS * 16 + i // 4
         tl.store(p, _all_warps(total[0], WARPS) * 16777216.0, mask=i % 4 == 0)
@@ -233,27 +161,29 @@ def _all_warps(x, WARPS: tl.constexpr):
 
 @triton.jit
 def _mix_class(
-    plane, base, ids, b0, b1, last, page_nbytes, w, factor, warp, g, t, out, cells, outputs, sums, wanted,
-    CLASS: tl.constexpr, PB: tl.constexpr, P: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr,
+    plane, base, ids, b0, b1, last, page_nbytes, w, factor, held, warp, g, t, out, cells, outputs, sums, wanted,
+    CLASS: tl.constexpr, EIGHT: tl.constexpr, PB: tl.constexpr, P: tl.constexpr, WARPS: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
-    if plane == 0:
-        _mix(
-            base, ids, b0, b1, last, page_nbytes, w, factor, warp, g, t, out, cells, outputs, sums, wanted,
-            8, CLASS, 4, PB, P, WARPS, FAST,
-        )  # fmt: skip
+    if EIGHT:  # noqa: SIM102 (a constant and a tensor)
+        if plane == 0:
+            _mix(
+                base, ids, b0, b1, last, page_nbytes, w, factor, held, warp, g, t, out, cells, outputs, sums, wanted,
+                8, CLASS, 4, PB, P, WARPS, FAST,
+            )  # fmt: skip
     if plane == 1:
         _mix(
-            base, ids, b0, b1, last, page_nbytes, w, factor, warp, g, t, out, cells, outputs, sums, wanted,
+            base, ids, b0, b1, last, page_nbytes, w, factor, held, warp, g, t, out, cells, outputs, sums, wanted,
             4, CLASS, 8, PB, P, WARPS, FAST,
         )  # fmt: skip
     if plane == 2:
         _mix(
-            base, ids, b0, b1, last, page_nbytes, w, factor, warp, g, t, out, cells, outputs, sums, wanted,
+            base, ids, b0, b1, last, page_nbytes, w, factor, held, warp, g, t, out, cells, outputs, sums, wanted,
             2, CLASS, 8, PB, P, WARPS, FAST,
         )  # fmt: skip
     if plane == 3:
         _mix(
-            base, ids, b0, b1, last, page_nbytes, w, factor, warp, g, t, out, cells, outputs, sums, wanted,
+            base, ids, b0, b1, last, page_nbytes, w, factor, held, warp, g, t, out, cells, outputs, sums, wanted,
             1, CLASS, 4, PB, P, WARPS, FAST,
         )  # fmt: skip
 
@@ -288,42 +218,48 @@ def factor_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "first_item", "table_stride", "page_nbytes", "blocks", "pages_max", "units", "splits", "split_blocks",
+        "table_stride", "page_nbytes", "blocks", "pages_max", "units", "splits", "outputs", "split_blocks",
     ]
 )  # fmt: skip
 def mix_kernel(
     pages_ptr, table_ptr, count_ptr, item_ptr, weight_ptr, factor_ptr, out_ptr, sum_ptr,
-    first_item, table_stride, page_nbytes, blocks, pages_max, units, splits, outputs, split_blocks,
-    GROUPS: tl.constexpr, CLASS: tl.constexpr, CLASSES: tl.constexpr, P: tl.constexpr, PB: tl.constexpr,
+    table_stride, page_nbytes, blocks, pages_max, units, splits, outputs, split_blocks,
+    GROUPS: tl.constexpr, CLASSES: tl.constexpr, EIGHT: tl.constexpr, P: tl.constexpr, PB: tl.constexpr,
     WARPS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """One item of a class over one split of a sequence's blocks, for 16 query heads.
+    """One item over one split of a sequence's blocks, for 16 query heads.
 
     out_ptr: fp32 [sequence, split, head groups, 16, outputs]: sums of weight times field; sum_ptr: fp32 [sequence,
     split, unit, head groups, CLASSES, 16]: of the weights of a class's rows.
     """
-    entry = item_ptr + (first_item + tl.program_id(0) // GROUPS) * 8
-    part = tl.program_id(0) % GROUPS
+    seq = tl.program_id(0)
     split = tl.program_id(1)
-    seq = tl.program_id(2)
+    entry = item_ptr + tl.program_id(2) // GROUPS * 8
+    part = tl.program_id(2) % GROUPS
     pages = tl.load(count_ptr + seq)
     b0 = split * split_blocks
     b1 = tl.minimum(b0 + split_blocks, (pages + PB - 1) // PB)
+    i = tl.arange(0, 32 * WARPS)
+    held = i
+    if FAST:
+        held = stage(i, WARPS * STAGES * STAGE) + i // 32 * (STAGES * STAGE)
     if b0 < b1:
         unit = tl.load(entry)
+        kind = tl.load(entry + 1)
         plane = tl.load(entry + 2)
         base = pages_ptr + tl.load(entry + 3)
         cells = tl.load(entry + 4)
-        column = tl.load(entry + 5)
         wanted = tl.load(entry + 6)
-        i = tl.arange(0, 32 * WARPS)
         where = (seq * units + unit) * GROUPS + part
-        w = weight_ptr + where.to(tl.int64) * pages_max * (16 * P)
         factor = factor_ptr + where * blocks * 16
         sums = sum_ptr + (((seq * splits + split) * units + unit) * GROUPS + part) * (CLASSES * 16)
-        out = out_ptr + (((seq * splits + split) * GROUPS + part) * 16).to(tl.int64) * outputs + column
+        out = out_ptr + (((seq * splits + split) * GROUPS + part) * 16).to(tl.int64) * outputs + tl.load(entry + 5)
         ids = table_ptr + seq * table_stride
-        _mix_class(
-            plane, base, ids, b0, b1, pages - 1, page_nbytes, w, factor, i // 32, (i % 32) // 4, i % 4, out, cells,
-            outputs, sums, wanted, CLASS, PB, P, WARPS, FAST,
-        )  # fmt: skip
+        for number in tl.static_range(CLASSES):
+            if kind == number:
+                # 16 rows of a class are 256 halves; the classes before it have first_row(number) rows a page
+                w = weight_ptr + (where.to(tl.int64) * P + first_row(number)) * pages_max * 16
+                _mix_class(
+                    plane, base, ids, b0, b1, pages - 1, page_nbytes, w.to(tl.pointer_type(tl.int32)), factor, held,
+                    i // 32, (i % 32) // 4, i % 4, out, cells, outputs, sums, wanted, number, EIGHT, PB, P, WARPS, FAST,
+                )  # fmt: skip

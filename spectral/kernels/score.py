@@ -1,7 +1,11 @@
 """Scores of packed pages, and weights from them: one program for a block of pages of one sequence and unit.
 
 Codes are read for all query heads of a unit. The scores of a page's frequencies become scores of its tokens, and
-those weights relative to the block's largest, as frequencies again: what spectral.kernels.mix sums the codes with.
+those weights relative to the block's largest, as frequencies again: what spectral.kernels.mix sums the codes with, in
+the order in which it takes them.
+
+A warp has eight pages. Their bytes pass through its ring of stages (spectral.kernels.staging), CHUNK bytes of every
+page at a time; a cell never crosses the end of a chunk.
 """
 
 from __future__ import annotations
@@ -9,233 +13,339 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from spectral.kernels.dct import dct
-from spectral.kernels.lanes import halves, prefetch, score_rows, store_two, two_words, word
+from spectral.kernels.classes import class_rows, first_row, size_log2, strip_bits, strip_class, strip_plane
+from spectral.kernels.lanes import four_words, product, score_rows, two_words, word
+from spectral.kernels.staging import close_stage, copy_pieces, held_four, held_two, held_word, stage, wait_stages
+from spectral.kernels.weights import block_weights, largest, over_lanes, store_weights, tokens
 
 FIELD_UNIT = tl.constexpr(2.0**20)
 """2^24, which fields lack, over SCORE_UNIT, which their factors have too much."""
 
+CHUNK = tl.constexpr(128)
+"""2^7: offsets are divided by shifts, which are shorter than division of signed numbers."""
+
+STAGES = tl.constexpr(3)
+PITCH = tl.constexpr(160)
+"""Bytes from page to page in a stage: eight pages' quarters then lie in different banks."""
+
+STAGE = tl.constexpr(8 * 160)
+SHARED = 47 * 1024
+"""Bytes of shared memory that a kernel may declare, of the 48 KiB; Triton needs some itself."""
+
+
+def held_runs(runs: int, warps: int) -> int:
+    """Room, in runs of 16 latents, that a program keeps in shared memory for a block's projected query beside its
+    stages; 0 where `runs` do not fit. Few sizes, because each is compiled."""
+    room = (SHARED - warps * int(STAGES) * int(STAGE)) // 512
+    return next((size for size in (16, 32, room) if runs <= size <= room), 0)
+
 
 @triton.jit
-def _quarter_rows(quarter, BITS: tl.constexpr, ROWS: tl.constexpr, FAST: tl.constexpr):
-    """All rows of the lane's quarter of a cell, as words."""
+def _quarter_rows(at, page, BITS: tl.constexpr, ROWS: tl.constexpr, FAST: tl.constexpr):
+    """All rows of the lane's quarter of a cell, as words; at: its address in shared memory; page: its pointer."""
     NBYTES: tl.constexpr = ROWS * max(1, BITS // 2)
-    if NBYTES <= 4:
-        return (word(quarter, NBYTES, FAST),)
+    if FAST:
+        if NBYTES <= 4:
+            return (held_word(at, NBYTES),)
+        elif NBYTES == 8:
+            return held_two(at)
+        elif NBYTES == 16:
+            return held_four(at)
+        else:
+            return held_four(at) + held_four(at + 16)
+    elif NBYTES <= 4:
+        return (word(page, NBYTES, FAST),)
     else:
         x = ()
         for i in tl.static_range(NBYTES // 8):
-            x = x + two_words(quarter + 8 * i, FAST)
+            x = x + two_words(page + 8 * i, FAST)
         return x
 
 
 @triton.jit
-def _operands(quarter, k0, k1, q0, q1, factor, BITS: tl.constexpr, ROWS: tl.constexpr, FAST: tl.constexpr):
-    """Words of a cell, the query's latents of its runs, and their factors."""
-    x = _quarter_rows(quarter, BITS, ROWS, FAST)
-    a0, a2 = two_words(q0 + k0, FAST)
-    a1, a3 = two_words(q1 + k0, FAST)
-    a = (a0, a1, a2, a3)
-    f = two_words(factor, FAST)
-    if BITS == 1:
-        b0, b2 = two_words(q0 + k1, FAST)
-        b1, b3 = two_words(q1 + k1, FAST)
-        a = a + (b0, b1, b2, b3)
-        f = f + two_words(factor + 16, FAST)
-    return x, a, f
+def _query(at, q0, q1, offset, HOLD: tl.constexpr, FAST: tl.constexpr):
+    """The query's latents 4 t .. of a run, heads g and g + 8: from shared memory, or by the lane's pointers.
+
+    offset: 32 times the run's first latent.
+    """
+    if FAST and HOLD > 0:
+        a0, a2 = held_two(at + offset)
+        a1, a3 = held_two(at + offset + 256)
+    else:
+        a0, a2 = two_words(q0 + offset // 32, FAST)
+        a1, a3 = two_words(q1 + offset // 32, FAST)
+    return a0, a1, a2, a3
 
 
 @triton.jit
-def _strip_scores(
-    c, page, q0, q1, t, strip_ptr, run_ptr, factor_ptr,
-    BITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr,
+def _scaled(a, entry, FAST: tl.constexpr):
+    """A run's operands times what its fields stand for."""
+    return (
+        product(a[0], entry[0], FAST),
+        product(a[1], entry[0], FAST),
+        product(a[2], entry[1], FAST),
+        product(a[3], entry[1], FAST),
+    )
+
+
+@triton.jit
+def _copy_chunk(to, from0, from1, chunk):
+    """Ask for one chunk of the warp's eight pages: a lane has eight of 64 bytes of every fourth page, twice."""
+    at = chunk * CHUNK
+    copy_pieces(to + (chunk % STAGES) * STAGE, (from0 + at, from1 + at), 2, 8, 64, 64, 4 * PITCH)
+
+
+@triton.jit
+def _next_chunk(to, from0, from1, chunk, chunks, lane):
+    """Wait for a chunk, and ask for the one that takes the place of the last."""
+    wait_stages(lane, STAGES - 2)
+    if chunk + STAGES - 1 < chunks:
+        _copy_chunk(to, from0, from1, chunk + STAGES - 1)
+    close_stage(lane)
+
+
+@triton.jit
+def _cells(
+    c, at, page, held_q, q0, q1, ops, e,
+    COUNT: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, HOLD: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
-    """Scores of a class's rows through one of its planes."""
-    U: tl.constexpr = max(1, BITS // 2)
+    """Add COUNT cells to the scores. All that they need is asked for before anything is multiplied.
+
+    ops: where the table's next entries lie, of which `e` are the first four.
+    """
+    SIZE: tl.constexpr = 4 * ROWS * max(1, BITS // 2)
     RUNS: tl.constexpr = 2 if BITS == 1 else 1
-    start = tl.load(strip_ptr)
-    cells = tl.load(strip_ptr + 1)
-    run = tl.load(strip_ptr + 2)
-    if cells > 0:
-        quarter = page + start + t * (ROWS * U)
-        runs = run_ptr + run
-        factor = factor_ptr + run * 16 + 4 * t
-        x, a, f = _operands(quarter, tl.load(runs), tl.load(runs + RUNS - 1), q0, q1, factor, BITS, ROWS, FAST)
-        for cell in range(1, cells):
-            k0 = tl.load(runs + cell * RUNS)
-            k1 = tl.load(runs + cell * RUNS + RUNS - 1)
-            x1, a1, f1 = _operands(
-                quarter + cell * (4 * ROWS * U), k0, k1, q0, q1, factor + cell * (16 * RUNS), BITS, ROWS, FAST
-            )
-            c = score_rows(c, x, a, f, BITS, ROWS, WARPS, FAST)
-            x = x1
-            a = a1
-            f = f1
-        c = score_rows(c, x, a, f, BITS, ROWS, WARPS, FAST)
+    x = ()
+    q = ()
+    for k in tl.static_range(COUNT):
+        x = x + (_quarter_rows(at + k * SIZE, page + k * SIZE, BITS, ROWS, FAST),)
+    for k in tl.static_range(COUNT * RUNS):
+        q = q + (_query(held_q, q0, q1, e[k][2], HOLD, FAST),)
+    ops += 16 * COUNT * RUNS
+    new = ()
+    a = ()
+    for k in tl.static_range(COUNT * RUNS):
+        a = a + (_scaled(q[k], e[k], FAST),)
+    for k in tl.static_range(4):
+        if k + COUNT * RUNS < 4:
+            new = new + (e[k + COUNT * RUNS],)
+        else:
+            new = new + (four_words(ops + 16 * k, FAST),)
+    for k in tl.static_range(COUNT):
+        if BITS == 1:
+            c = score_rows(c, x[k], a[2 * k] + a[2 * k + 1], BITS, ROWS, WARPS, FAST)
+        else:
+            c = score_rows(c, x[k], a[k], BITS, ROWS, WARPS, FAST)
+    return c, ops, new
+
+
+@triton.jit
+def _strip(
+    c, off, cells, held, page, to, from0, from1, chunks, held_q, q0, q1, ops, e, lane,
+    BITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, HOLD: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Add a class's plane to the scores of its rows, chunk after chunk.
+
+    off: of its first cell in the page.
+    """
+    U: tl.constexpr = max(1, BITS // 2)
+    SIZE: tl.constexpr = 4 * ROWS * U
+    MANY: tl.constexpr = 1 if BITS == 1 else 2  # cells at once
+    quarter = lane % 4 * (ROWS * U)
+    end = off + cells * SIZE
+    for _ in range(((off & (CHUNK - 1)) + cells * SIZE + CHUNK - 1 >> 7) * tl.minimum(cells, 1)):
+        if FAST:  # noqa: SIM102 (a constant and a tensor)
+            if off & (CHUNK - 1) == 0:
+                _next_chunk(to, from0, from1, off >> 7, chunks, lane)
+        here = tl.minimum(end, (off | (CHUNK - 1)) + 1) - off >> size_log2(BITS, ROWS)
+        at = held + quarter + ((off >> 7) % STAGES * STAGE + (off & (CHUNK - 1)))
+        p = page + (off + quarter)
+        for _ in range(here >> (MANY - 1)):
+            c, ops, e = _cells(c, at, p, held_q, q0, q1, ops, e, MANY, BITS, ROWS, WARPS, HOLD, FAST)
+            at += MANY * SIZE
+            p += MANY * SIZE
+        if MANY > 1:  # noqa: SIM102 (a constant and a tensor)
+            if here & 1 == 1:
+                c, ops, e = _cells(c, at, p, held_q, q0, q1, ops, e, 1, BITS, ROWS, WARPS, HOLD, FAST)
+        off += here * SIZE
+    return c, off, ops, e
+
+
+@triton.jit
+def _class_part(c, FIRST: tl.constexpr, ROWS: tl.constexpr):
+    out = ()
+    for i in tl.static_range(4 * ROWS):
+        out = out + (c[4 * FIRST + i],)
+    return out
+
+
+@triton.jit
+def _with_part(c, part, FIRST: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr):
+    out = ()
+    for i in tl.static_range(4 * P):
+        if i < 4 * FIRST or i >= 4 * (FIRST + ROWS):
+            out = out + (c[i],)
+        else:
+            out = out + (part[i - 4 * FIRST],)
+    return out
+
+
+@triton.jit
+def _all_strips(
+    strip_ptr, held, page, to, from0, from1, chunks, held_q, q0, q1, ops, lane,
+    CLASSES: tl.constexpr, EIGHT: tl.constexpr, P: tl.constexpr, WARPS: tl.constexpr, HOLD: tl.constexpr,
+    FAST: tl.constexpr,
+):  # fmt: skip
+    """Sums of fields and operands: 4 numbers a row of a page (heads g and g + 8, pages 2 t and 2 t + 1)."""
+    c = (tl.zeros([32 * WARPS], tl.float32),) * (4 * P)
+    off = 0
+    e = (four_words(ops, FAST), four_words(ops + 16, FAST), four_words(ops + 32, FAST), four_words(ops + 48, FAST))
+    for s in tl.static_range(4 * CLASSES):
+        if EIGHT or strip_bits(CLASSES, s) < 8:
+            cells = tl.load(strip_ptr + (strip_class(CLASSES, s) * 16 + strip_plane(CLASSES, s) * 4 + 1))
+            d, off, ops, e = _strip(
+                _class_part(c, first_row(strip_class(CLASSES, s)), class_rows(strip_class(CLASSES, s))),
+                off, cells, held, page, to, from0, from1, chunks, held_q, q0, q1, ops, e, lane,
+                strip_bits(CLASSES, s), class_rows(strip_class(CLASSES, s)), WARPS, HOLD, FAST,
+            )  # fmt: skip
+            c = _with_part(c, d, first_row(strip_class(CLASSES, s)), class_rows(strip_class(CLASSES, s)), P)
     return c
 
 
 @triton.jit
-def _class_scores(
-    page, q0, q1, t, const0, const1, strip_ptr, run_ptr, factor_ptr,
-    CLASS: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr,
+def _above_mean(c, const0, const1, CLASSES: tl.constexpr, P: tl.constexpr):
+    """Scores of all rows without the means' part: what all codes are too high by taken off."""
+    out = ()
+    for number in tl.static_range(CLASSES):
+        k0 = tl.load(const0 + number)
+        k1 = tl.load(const1 + number)
+        for r in tl.static_range(class_rows(number)):
+            out = out + (
+                c[4 * (first_row(number) + r)] * FIELD_UNIT - k0,
+                c[4 * (first_row(number) + r) + 1] * FIELD_UNIT - k0,
+                c[4 * (first_row(number) + r) + 2] * FIELD_UNIT - k1,
+                c[4 * (first_row(number) + r) + 3] * FIELD_UNIT - k1,
+            )
+    return out
+
+
+@triton.jit
+def _page(ids, number, count, page_nbytes):
+    """Where page `number` of a block begins in the pool; the last one for those behind it."""
+    return tl.load(ids + tl.minimum(number, count - 1)).to(tl.int64) * page_nbytes
+
+
+@triton.jit
+def _query_row(q_ptr, head, row, head_stride, runs, GROUP: tl.constexpr):
+    """A head's projected query for one block; row: of the first query head of its KV head."""
+    return q_ptr + (head // GROUP).to(tl.int64) * head_stride + (row + head % GROUP).to(tl.int64) * (16 * runs)
+
+
+@triton.jit
+def _hold_query(held_q, q_lane, i, runs, WARPS: tl.constexpr):
+    """Ask for a block's projected query: a lane has half a run of one head; warps take turns with runs."""
+    source = q_lane.to(tl.int64)
+    for k in range((runs + WARPS - 1) // WARPS):
+        run = tl.minimum(k * WARPS + i // 32, runs - 1)
+        copy_pieces(held_q + (run * 512 + i % 32 * 16), (source + run * 32,), 1, 16, 0, 0, 0)
+    close_stage(i)
+
+
+@triton.jit
+def _leave_weights(
+    c, const0, const1, number, count, first, pages_max, weights, tops, i,
+    CLASSES: tl.constexpr, P: tl.constexpr, SOFTCAP: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Scores of one class's rows: 4 numbers a row (heads g and g + 8, pages 2 t and 2 t + 1 of the octet)."""
-    ROWS: tl.constexpr = 1 if CLASS == 0 else 2 ** (CLASS - 1)
-    N: tl.constexpr = 4 * ROWS
-    c = (tl.zeros([32 * WARPS], tl.float32),) * N
-    s = strip_ptr + CLASS * 16
-    c = _strip_scores(c, page, q0, q1, t, s, run_ptr, factor_ptr, 8, ROWS, WARPS, FAST)
-    c = _strip_scores(c, page, q0, q1, t, s + 4, run_ptr, factor_ptr, 4, ROWS, WARPS, FAST)
-    c = _strip_scores(c, page, q0, q1, t, s + 8, run_ptr, factor_ptr, 2, ROWS, WARPS, FAST)
-    c = _strip_scores(c, page, q0, q1, t, s + 12, run_ptr, factor_ptr, 1, ROWS, WARPS, FAST)
-    k0 = tl.load(const0 + CLASS)
-    k1 = tl.load(const1 + CLASS)
-    out = ()
-    for row in tl.static_range(ROWS):
-        out = out + (
-            c[4 * row] * FIELD_UNIT - k0,
-            c[4 * row + 1] * FIELD_UNIT - k0,
-            c[4 * row + 2] * FIELD_UNIT - k1,
-            c[4 * row + 3] * FIELD_UNIT - k1,
-        )
-    return out
+    """A block's weights from the sums of its rows.
+
+    number: of the first of the two pages whose scores the lane holds; count: of the block's pages; first: the block's
+    first page; weights, tops: where the row's weights and the block's largest scores are left.
+    """
+    s = _above_mean(c, const0, const1, CLASSES, P)
+    mean0, mean1 = tl.load(const0 + 7), tl.load(const1 + 7)
+    here, next = number < count, number + 1 < count
+    x0, x1 = tokens(s, 0, mean0, here, P, SOFTCAP, FAST), tokens(s, 1, mean0, next, P, SOFTCAP, FAST)
+    x2, x3 = tokens(s, 2, mean1, here, P, SOFTCAP, FAST), tokens(s, 3, mean1, next, P, SOFTCAP, FAST)
+    top0 = over_lanes(tl.maximum(largest(x0, P), largest(x1, P)), WARPS)
+    top1 = over_lanes(tl.maximum(largest(x2, P), largest(x3, P)), WARPS)
+    g, t = i % 32 // 4, i % 4
+    u0, u1 = block_weights(x0, top0, P, FAST), block_weights(x1, top0, P, FAST)
+    v0, v1 = block_weights(x2, top1, P, FAST), block_weights(x3, top1, P, FAST)
+    place = weights.to(tl.pointer_type(tl.int32))
+    store_weights(place, pages_max, first + number, g, t, u0, u1, v0, v1, P, FAST)
+    tl.store(tops + g, top0, mask=t + i // 32 == 0)
+    tl.store(tops + g + 8, top1, mask=t + i // 32 == 0)
 
 
-@triton.jit
-def _column(s, i: tl.constexpr, P: tl.constexpr):
-    """Number i of every row."""
-    out = ()
-    for row in tl.static_range(P):
-        out = out + (s[4 * row + i],)
-    return out
-
-
-@triton.jit
-def _largest(x, P: tl.constexpr):
-    top = x[0]
-    for i in tl.static_range(1, P):
-        top = tl.maximum(top, x[i])
-    return top
-
-
-@triton.jit
-def _over_lanes(x, WARPS: tl.constexpr):
-    """The largest over the lanes t of a head and over warps, for every lane."""
-    x = tl.max(tl.max(tl.reshape(x, [WARPS, 8, 4]), 2), 0)
-    return tl.reshape(tl.broadcast_to(x[None, :, None], [WARPS, 8, 4]), [32 * WARPS])
-
-
-@triton.jit
-def _softcapped(x, P: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Gemma's c tanh(s / c), all in units of log2."""
-    out = ()
-    for i in tl.static_range(P):
-        z = tl.exp2(tl.abs(x[i]) * (-2.8853900817779268 / SOFTCAP))
-        out = out + (tl.where(x[i] < 0, -SOFTCAP, SOFTCAP) * (1 - z) / (1 + z),)
-    return out
-
-
-@triton.jit
-def _tokens(s, i: tl.constexpr, mean, valid, P: tl.constexpr, SOFTCAP: tl.constexpr, FAST: tl.constexpr):
-    """Scores of a page's tokens for one head, -inf where there is no page."""
-    x = dct(_column(s, i, P), P, True, FAST)
-    out = ()
-    for k in tl.static_range(P):
-        out = out + (x[k] + mean,)
-    if SOFTCAP > 0:
-        out = _softcapped(out, P, SOFTCAP)
-    masked = ()
-    for k in tl.static_range(P):
-        masked = masked + (tl.where(valid, out[k], float("-inf")),)
-    return masked
-
-
-@triton.jit
-def _store_weights(x, top, place, P: tl.constexpr, FAST: tl.constexpr):
-    """Weights relative to `top` as frequencies, fp16, one after another at `place`."""
-    e = ()
-    for k in tl.static_range(P):
-        e = e + (tl.exp2(x[k] - top),)
-    w = dct(e, P, False, FAST)
-    place = place.to(tl.pointer_type(tl.float32))
-    one = tl.full(top.shape, 1, tl.int32)
-    for k in tl.static_range(P // 4):
-        low, high = _two_halves(w[4 * k], w[4 * k + 1]), _two_halves(w[4 * k + 2], w[4 * k + 3])
-        store_two(place + 2 * k, low, high, one, FAST)
-
-
-@triton.jit
-def _two_halves(x, y):
-    """Two numbers as halves of one, to be stored."""
-    return halves(x, y).to(tl.float32, bitcast=True)
-
-
-@triton.jit(do_not_specialize=["table_stride", "page_nbytes", "blocks", "pages_max", "units", "heads"])
+@triton.jit(do_not_specialize=["table_stride", "page_nbytes", "runs", "blocks", "pages_max", "units", "heads"])
 def score_kernel(
-    q_ptr, const_ptr, pages_ptr, table_ptr, count_ptr, unit_ptr, strip_ptr, run_ptr, factor_ptr, weight_ptr, max_ptr,
-    table_stride, page_nbytes, q_head_stride, q_row, blocks, pages_max, units, heads,
-    GROUPS: tl.constexpr, GROUP: tl.constexpr, CLASSES: tl.constexpr, P: tl.constexpr,
-    SOFTCAP: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr,
+    q_ptr, const_ptr, pages_ptr, table_ptr, count_ptr, unit_ptr, strip_ptr, entry_ptr, weight_ptr, max_ptr,
+    table_stride, page_nbytes, q_head_stride, runs, blocks, pages_max, units, heads,
+    GROUPS: tl.constexpr, GROUP: tl.constexpr, CLASSES: tl.constexpr, EIGHT: tl.constexpr, P: tl.constexpr,
+    HOLD: tl.constexpr, SOFTCAP: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """One block (8 pages a warp) of one sequence, unit and 16 of its query heads.
 
-    q_ptr: fp16 [KV heads][sequence, block, query head of the group][row of R numbers]; const_ptr: fp32 [sequence,
+    q_ptr: fp16 [KV heads][sequence, block, query head of the group][16 runs latents]; const_ptr: fp32 [sequence,
     block, query heads, 8]: by class what all codes are too high by; at 7 the mean's score. unit_ptr: int32 [units,
-    4]: first query head of a unit, how many, offset of its bytes in the page, how many. GROUPS: of 16 query heads, in
-    the largest unit.
-    weight_ptr: fp16 [sequence, unit, head groups, pages_max, 16 heads, P]; max_ptr: fp32 [sequence, unit, head
-    groups, blocks, 16].
+    5]: first query head of a unit, how many, offset of its bytes in the page, how many, its first run. GROUPS: of 16
+    query heads, in the largest unit. EIGHT: whether there are planes of eight bits. HOLD: runs that shared memory has
+    room for (held_runs), 0: the query is read from where it lies.
+    weight_ptr: fp16 [sequence, unit, head groups, pages_max * P * 16] in the order of store_weights; max_ptr: fp32
+    [sequence, unit, head groups, blocks, 16].
     """
     PB: tl.constexpr = 8 * WARPS
-    unit = tl.program_id(0) // GROUPS
-    part = tl.program_id(0) % GROUPS
-    blk = tl.program_id(1)
-    seq = tl.program_id(2)
+    QUERY: tl.constexpr = 512 * HOLD
+    unit, part = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS
+    blk, seq = tl.program_id(1), tl.program_id(2)
+    i = tl.arange(0, 32 * WARPS)
+    lane = i % 32
+    held_q = i
+    held = i
+    if FAST:
+        held_q = stage(i, QUERY + WARPS * STAGES * STAGE)
+        held = held_q + QUERY + i // 32 * (STAGES * STAGE)
     count = tl.load(count_ptr + seq) - blk * PB
     if count > 0:
-        i = tl.arange(0, 32 * WARPS)
-        g = (i % 32) // 4
-        t = i % 4
-        octet = 8 * (i // 32)
-        number = octet + g  # the page whose codes this lane reads
-        id = tl.load(table_ptr + seq * table_stride + blk * PB + tl.minimum(number, count - 1)).to(tl.int64)
-        page = pages_ptr + id * page_nbytes
-        begin = tl.load(unit_ptr + unit * 4 + 2)
-        for line in range(0, tl.load(unit_ptr + unit * 4 + 3), 512):
-            prefetch(page + begin + line + 128 * t, FAST)
-        first = tl.load(unit_ptr + unit * 4)
-        own = tl.load(unit_ptr + unit * 4 + 1)
-        head0 = first + tl.minimum(part * 16 + g, own - 1)
-        head1 = first + tl.minimum(part * 16 + g + 8, own - 1)
+        g, t = lane // 4, lane % 4
+        chunks = (tl.load(unit_ptr + unit * 5 + 3) + CHUNK - 1) // CHUNK
+        head = tl.load(unit_ptr + unit * 5)
+        own = tl.load(unit_ptr + unit * 5 + 1)
         row = (seq * blocks + blk) * GROUP
-        q0 = q_ptr + (head0 // GROUP).to(tl.int64) * q_head_stride + (row + head0 % GROUP).to(tl.int64) * q_row
-        q1 = q_ptr + (head1 // GROUP).to(tl.int64) * q_head_stride + (row + head1 % GROUP).to(tl.int64) * q_row
-        q0 += 4 * t
-        q1 += 4 * t
+        ids = table_ptr + seq * table_stride + blk * PB
+        pages = pages_ptr + tl.load(unit_ptr + unit * 5 + 2)
+        mine = i // 32 * 8
+        first = mine + lane // 8  # the page of whose bytes this lane copies, and the fourth after it
+        source = (pages + lane % 8 * 8).to(tl.int64)
+        from0 = source + _page(ids, first, count, page_nbytes)
+        from1 = source + _page(ids, first + 4, count, page_nbytes)
+        to = held + lane // 8 * PITCH + lane % 8 * 8
+        if FAST:
+            if HOLD > 0:
+                held_head = head + tl.minimum(part * 16 + lane // 2, own - 1)
+                q = _query_row(q_ptr, held_head, row, q_head_stride, runs, GROUP) + lane % 2 * 8
+                _hold_query(held_q, q, i, runs, WARPS)
+            for chunk in tl.static_range(STAGES - 1):
+                if chunk < chunks:
+                    _copy_chunk(to, from0, from1, chunk)
+                close_stage(lane)
+        page = pages + _page(ids, mine + g, count, page_nbytes)  # whose codes this lane multiplies
+        head0, head1 = head + tl.minimum(part * 16 + g, own - 1), head + tl.minimum(part * 16 + g + 8, own - 1)
+        q0 = _query_row(q_ptr, head0, row, q_head_stride, runs, GROUP) + 4 * t
+        q1 = _query_row(q_ptr, head1, row, q_head_stride, runs, GROUP) + 4 * t
         const = const_ptr + (seq * blocks + blk).to(tl.int64) * (heads * 8)
-        const0 = const + head0 * 8
-        const1 = const + head1 * 8
-        strips = strip_ptr + unit * (CLASSES * 16)
-        s = _class_scores(page, q0, q1, t, const0, const1, strips, run_ptr, factor_ptr, 0, WARPS, FAST)
-        s = s + _class_scores(page, q0, q1, t, const0, const1, strips, run_ptr, factor_ptr, 1, WARPS, FAST)
-        s = s + _class_scores(page, q0, q1, t, const0, const1, strips, run_ptr, factor_ptr, 2, WARPS, FAST)
-        s = s + _class_scores(page, q0, q1, t, const0, const1, strips, run_ptr, factor_ptr, 3, WARPS, FAST)
-        if CLASSES > 4:
-            s = s + _class_scores(page, q0, q1, t, const0, const1, strips, run_ptr, factor_ptr, 4, WARPS, FAST)
-        mean0, mean1 = tl.load(const0 + 7), tl.load(const1 + 7)
-        number = octet + 2 * t  # the first of the two pages whose scores this lane holds
-        v0, v1 = number < count, number + 1 < count
-        x0, x1 = _tokens(s, 0, mean0, v0, P, SOFTCAP, FAST), _tokens(s, 1, mean0, v1, P, SOFTCAP, FAST)
-        x2, x3 = _tokens(s, 2, mean1, v0, P, SOFTCAP, FAST), _tokens(s, 3, mean1, v1, P, SOFTCAP, FAST)
-        top0 = _over_lanes(tl.maximum(_largest(x0, P), _largest(x1, P)), WARPS)
-        top1 = _over_lanes(tl.maximum(_largest(x2, P), _largest(x3, P)), WARPS)
+        if FAST and HOLD > 0:
+            wait_stages(lane, STAGES - 1)
+            tl.debug_barrier()
+        c = _all_strips(
+            strip_ptr + unit * (CLASSES * 16), held + g * PITCH, page, to, from0, from1, chunks,
+            held_q + g * 32 + t * 8, q0, q1, entry_ptr + tl.load(unit_ptr + unit * 5 + 4) * 16 + t * 4, lane,
+            CLASSES, EIGHT, P, WARPS, HOLD, FAST,
+        )  # fmt: skip
         where = (seq * units + unit) * GROUPS + part
-        place = weight_ptr + (where.to(tl.int64) * pages_max + blk * PB + number) * (16 * P) + g * P
-        _store_weights(x0, top0, place, P, FAST)
-        _store_weights(x1, top0, place + 16 * P, P, FAST)
-        _store_weights(x2, top1, place + 8 * P, P, FAST)
-        _store_weights(x3, top1, place + 24 * P, P, FAST)
-        place = max_ptr + (where * blocks + blk) * 16 + g
-        tl.store(place, top0, mask=i % 4 + i // 32 == 0)
-        tl.store(place + 8, top1, mask=i % 4 + i // 32 == 0)
+        _leave_weights(
+            c, const + head0 * 8, const + head1 * 8, i // 32 * 8 + 2 * t, count, blk * PB, pages_max,
+            weight_ptr + where.to(tl.int64) * pages_max * (16 * P), max_ptr + (where * blocks + blk) * 16, i,
+            CLASSES, P, SOFTCAP, WARPS, FAST,
+        )  # fmt: skip

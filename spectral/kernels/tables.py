@@ -13,6 +13,9 @@ from spectral.layout import PLANE_ORDER, PLANES, PageLayout, Strip, cell_runs
 ITEM_CELLS = {8: 4, 4: 8, 2: 8, 1: 4}
 """Cells of a plane whose sums over tokens one warp keeps in registers."""
 
+RUN_SLACK = 8
+"""Entries behind the last run, which the score kernel asks for ahead of time."""
+
 SCORE_UNIT = 16.0
 """Factors of the score kernel are this much larger than what fields stand for, so that none is subnormal."""
 
@@ -22,9 +25,11 @@ class LayerTables:
     """Of all units of a layer, C classes, R the largest rank of a unit. Planes are those of PLANE_ORDER.
 
     Attributes:
-        strip: int32 [units, C, 4, 4]: offset in the page, cells, first entry in `run`, first output column.
-        run: int32 [runs]: first latent of every run of every cell (0 for padding).
-        factor: fp16 [runs, 16]: what a field's lowest bit stands for, over 2^position, times SCORE_UNIT; 0 for padding.
+        strip: int32 [units, C, 4, 4]: offset in the page, cells, its first entry, first output column.
+        entry: int32 [runs + RUN_SLACK, 4, 4]: for every run of every cell in the order of storage, and every quarter t
+            of it: what the lowest bit of fields 4 t .. stands for, over 2^position, times SCORE_UNIT (four fp16; 0 for
+            padding), 32 times the run's first latent, 0.
+        first_run: int32 [units]: a unit's first entry.
         item: int32 [items, 8]: unit, class, plane, offset of its first cell, cells, first output column, 1 if its
             program stores the sums of weights of its class, 0.
         source: int32 [units, C, 2, R / 16]: output column of a run's (at most two) planes, -1: none.
@@ -34,8 +39,8 @@ class LayerTables:
     """
 
     strip: np.ndarray
-    run: np.ndarray
-    factor: np.ndarray
+    entry: np.ndarray
+    first_run: np.ndarray
     item: np.ndarray
     source: np.ndarray
     source_factor: np.ndarray
@@ -73,9 +78,11 @@ def layer_tables(units: list[tuple[PageLayout, np.ndarray]], steps: dict[int, fl
     run: list[np.ndarray] = [np.zeros(0, np.int32)]
     factor: list[np.ndarray] = [np.zeros((0, CHANNEL_GROUP))]
     item: list[list[int]] = []
+    first_run: list[int] = []
     outputs = runs = start = 0
     for u, (layout, deviation) in enumerate(units):
         size = step_size(layout, deviation, steps)
+        first_run.append(runs)
         offset[u, :, : layout.channels] = size * (2.0 ** layout.widths.astype(np.float64) - 1) / 2
         for s in layout.strips:
             plane, width = PLANE_ORDER.index(s.bits), cell_runs(s.bits)
@@ -103,14 +110,22 @@ def layer_tables(units: list[tuple[PageLayout, np.ndarray]], steps: dict[int, fl
         seen.add((entry[0], entry[1]))
     return LayerTables(
         strip,
-        np.concatenate(run).astype(np.int32),
-        np.concatenate(factor).astype(np.float16),
+        _entries(np.concatenate(run), np.concatenate(factor)),
+        np.array(first_run, dtype=np.int32),
         np.array(item, dtype=np.int32),
         source,
         source_factor,
         offset,
         max(outputs, CHANNEL_GROUP),
     )
+
+
+def _entries(run: np.ndarray, factor: np.ndarray) -> np.ndarray:
+    """`entry` from first latents [runs] and factors [runs, 16]."""
+    entry: np.ndarray = np.zeros((len(run) + RUN_SLACK, 4, 4), dtype=np.int32)
+    entry[: len(run), :, :2] = factor.astype(np.float16).reshape(-1, 4, 4).view(np.int32)
+    entry[: len(run), :, 2] = 32 * run[:, None]
+    return entry
 
 
 def _strip_runs(s: Strip, layout: PageLayout, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

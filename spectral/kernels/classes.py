@@ -1,0 +1,49 @@
+"""The classes of rows and the strips of a page, as constants of the kernels (spectral.layout has the format)."""
+
+from __future__ import annotations
+
+import triton
+
+
+@triton.constexpr_function
+def class_rows(number):
+    return 1 if int(number) == 0 else 2 ** (int(number) - 1)
+
+
+@triton.constexpr_function
+def first_row(number):
+    """First row of a class."""
+    return 0 if int(number) == 0 else 2 ** (int(number) - 1)
+
+
+@triton.constexpr_function
+def size_log2(bits, rows):
+    """Of a cell's bytes."""
+    return (4 * int(rows) * max(1, int(bits) // 2)).bit_length() - 1
+
+
+@triton.constexpr_function
+def strip_order(classes):
+    """(bits, class) of a page's strips in the order of spectral.layout: largest cells first."""
+    every = [(bits, c) for bits in (8, 4, 2, 1) for c in range(int(classes))]
+    return sorted(every, key=lambda s: -max(1, s[0] // 2) * (1 if s[1] == 0 else 2 ** (s[1] - 1)))
+
+
+@triton.constexpr_function
+def strip_bits(classes, number):
+    return strip_order(classes)[int(number)][0]
+
+
+@triton.constexpr_function
+def strip_class(classes, number):
+    return strip_order(classes)[int(number)][1]
+
+
+@triton.constexpr_function
+def strip_plane(classes, number):
+    return {8: 0, 4: 1, 2: 2, 1: 3}[strip_order(classes)[int(number)][0]]
+
+
+@triton.constexpr_function
+def log2(x):
+    return int(x).bit_length() - 1

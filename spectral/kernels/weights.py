@@ -1,0 +1,98 @@
+"""From scores of a page's frequencies to weights: softmax within a block, and where the weights are left."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from spectral.kernels.dct import dct
+from spectral.kernels.lanes import halves
+from spectral.kernels.staging import store_four, store_word
+
+
+@triton.jit
+def _column(s, i: tl.constexpr, P: tl.constexpr):
+    """Number i of every row."""
+    out = ()
+    for row in tl.static_range(P):
+        out = out + (s[4 * row + i],)
+    return out
+
+
+@triton.jit
+def largest(x, P: tl.constexpr):
+    top = x[0]
+    for i in tl.static_range(1, P):
+        top = tl.maximum(top, x[i])
+    return top
+
+
+@triton.jit
+def over_lanes(x, WARPS: tl.constexpr):
+    """The largest over the lanes t of a head and over warps, for every lane."""
+    x = tl.max(tl.max(tl.reshape(x, [WARPS, 8, 4]), 2), 0)
+    return tl.reshape(tl.broadcast_to(x[None, :, None], [WARPS, 8, 4]), [32 * WARPS])
+
+
+@triton.jit
+def _softcapped(x, P: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Gemma's c tanh(s / c), all in units of log2."""
+    out = ()
+    for i in tl.static_range(P):
+        z = tl.exp2(tl.abs(x[i]) * (-2.8853900817779268 / SOFTCAP))
+        out = out + (tl.where(x[i] < 0, -SOFTCAP, SOFTCAP) * (1 - z) / (1 + z),)
+    return out
+
+
+@triton.jit
+def tokens(s, i: tl.constexpr, mean, valid, P: tl.constexpr, SOFTCAP: tl.constexpr, FAST: tl.constexpr):
+    """Scores of a page's tokens for one head, -inf where there is no page."""
+    x = dct(_column(s, i, P), P, True, FAST)
+    out = ()
+    for k in tl.static_range(P):
+        out = out + (x[k] + mean,)
+    if SOFTCAP > 0:
+        out = _softcapped(out, P, SOFTCAP)
+    masked = ()
+    for k in tl.static_range(P):
+        masked = masked + (tl.where(valid, out[k], float("-inf")),)
+    return masked
+
+
+@triton.jit
+def block_weights(x, top, P: tl.constexpr, FAST: tl.constexpr):
+    """Weights of a page's tokens relative to `top`, as frequencies."""
+    e = ()
+    for k in tl.static_range(P):
+        e = e + (tl.exp2(x[k] - top),)
+    return dct(e, P, False, FAST)
+
+
+@triton.jit
+def _store_quads(slot, pages_max, number, u, v, P: tl.constexpr, FAST: tl.constexpr):
+    """A page's weights of the classes of four and more rows."""
+    at = slot + (pages_max // 16 * 4 + number // 4) * 128 + number % 4 * 4
+    store_four(at, halves(u[4], u[5]), halves(u[6], u[7]), halves(v[4], v[5]), halves(v[6], v[7]), FAST)
+    if P == 16:
+        at = slot + (pages_max // 16 * 8 + number // 2) * 128 + number % 2 * 8
+        store_four(at, halves(u[8], u[9]), halves(u[10], u[11]), halves(v[8], v[9]), halves(v[10], v[11]), FAST)
+        at += 4
+        store_four(at, halves(u[12], u[13]), halves(u[14], u[15]), halves(v[12], v[13]), halves(v[14], v[15]), FAST)
+
+
+@triton.jit
+def store_weights(place, pages_max, number, g, t, u0, u1, v0, v1, P: tl.constexpr, FAST: tl.constexpr):
+    """Weights of pages `number` and number + 1 (u: of head g, v: of head g + 8), for every class in the order of its
+    matrix operands: [step of 16 rows][g][t][rows 4 t .. of head g, then of head g + 8], fp16.
+
+    place: pointer to int32: 256 halves for every sixteen rows of a class, class after class.
+    """
+    slot = place + g * 16
+    for row in tl.static_range(2):  # classes 0 and 1: a step is sixteen pages
+        at = slot + (pages_max // 16 * row + number // 16) * 128 + (number % 16) // 4 * 4 + (number // 2) % 2
+        store_word(at, halves(u0[row], u1[row]), FAST)
+        store_word(at + 2, halves(v0[row], v1[row]), FAST)
+    at = slot + (pages_max // 16 * 2 + number // 8) * 128 + (number % 8) // 2 * 4
+    store_four(at, halves(u0[2], u0[3]), halves(u1[2], u1[3]), halves(v0[2], v0[3]), halves(v1[2], v1[3]), FAST)
+    _store_quads(slot, pages_max, number, u0, v0, P, FAST)
+    _store_quads(slot, pages_max, number + 1, u1, v1, P, FAST)
