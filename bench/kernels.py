@@ -186,7 +186,8 @@ def main() -> None:
         result = measure(args)
     else:
         parser.error("an NVIDIA GPU is needed (--check runs without one)")
-    document = {"argv": vars(args) | {"json": str(args.json), "plot": str(args.plot)}, "provenance": provenance(), **result}
+    argv = vars(args) | {"json": str(args.json), "plot": str(args.plot)}
+    document = {"argv": argv, "provenance": provenance("cuda" if torch.cuda.is_available() else "cpu"), **result}
     print(json.dumps({k: v for k, v in result.items() if k != "rows"}))
     if args.plot and "rows" in result:
         plot(result, args.plot)
