@@ -231,7 +231,8 @@ def main() -> None:
         found["rows"].append(row)
         print(json.dumps(row), flush=True)
     if args.json:
-        document = {"argv": vars(args) | {"json": str(args.json)}, "provenance": provenance(), **found}
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        document = {"argv": vars(args) | {"json": str(args.json)}, "provenance": provenance(device), **found}
         args.json.write_text(json.dumps(document, indent=1, default=str) + "\n")
 
 
