@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 1
     with listener:
-        return _run(settings, listener, Path(options.config) if options.config else default_path())
+        return _run(settings, listener, Path(options.config) if options.config else default_path(), options.cluster)
 
 
 def _event_loop() -> Callable[[Coroutine[Any, Any, int]], int]:
@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", help="configuration file; else ./config.yaml, else the one in the package")
     parser.add_argument("--host", help="instead of server.host")
     parser.add_argument("--port", type=int, help="instead of server.port")
+    parser.add_argument("--cluster", choices=("ray",), help="be a gateway of a cluster of machines (docs/cluster.md)")
     parser.add_argument("--json", action="store_true", help="check: print JSON")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="instead of logging.level")
     return parser
@@ -142,9 +143,18 @@ class GracefulServer(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
 
-def _run(settings: Settings, listener: socket.socket, config_file: Path) -> int:
+def _run(settings: Settings, listener: socket.socket, config_file: Path, cluster: str | None = None) -> int:
+    make = None
+    if cluster is not None:
+        from server.cluster.join import ClusterError, join, scheduler_of
+
+        try:
+            make = scheduler_of(join(settings))
+        except ClusterError as error:
+            print(error, file=sys.stderr)
+            return 1
     try:
-        app = create_app(settings, config_file=config_file)
+        app = create_app(settings, config_file=config_file, make_scheduler=make)
     except (StateError, TracingUnavailable) as error:
         print(error, file=sys.stderr)
         return 1

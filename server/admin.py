@@ -126,6 +126,8 @@ class Admin:
         if slot.state != "hot" or slot.ready is None:
             raise errors.ApiError(409, f"{slot.name!r} is {slot.state}; only a hot model can sleep", code="not_hot")
         memory, before = self.scheduler.memory, self.events.recent()[-1:]
+        if slot.name not in memory.steward.wards:  # a cluster's nodes see to that themselves
+            raise errors.ApiError(409, "in a cluster nodes put models to sleep; set models.keep_alive", code="not_here")
         now = memory.steward.wards[slot.name].now
         target = Placement(ASLEEP, now.devices, slot.ready.setting)
         action = Action("sleep", slot.name, target, 0, "by hand")

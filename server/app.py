@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from server.limits import Limiter
 from server.metrics import Metrics
 from server.middleware import Outermost
 from server.routes import admin as admin_routes
-from server.routes import admin_profiles, console, generate, ollama, openai, ops, tokens
+from server.routes import admin_profiles, console, generate, nodes, ollama, openai, ops, tokens
 from server.routes import memory as memory_routes
 from server.scheduler.loop import Scheduler
 from server.state import State
@@ -35,19 +35,21 @@ def create_app(
     command: Sequence[str] = DEFAULT_COMMAND,
     config_file: Path | None = None,
     tracing: Tracing | None = None,
+    make_scheduler: Callable[[Settings, Metrics, EventLog], Scheduler] | None = None,
 ) -> FastAPI:
     """The application; its lifespan starts and ends the workers. `command` replaces the worker's command line,
-    `config_file` is what a reload reads, `tracing` stands for the configured one. Raises StateError and
-    TracingUnavailable."""
+    `config_file` is what a reload reads, `tracing` stands for the configured one, `make_scheduler` makes the scheduler
+    (a cluster's). Raises StateError and TracingUnavailable."""
     if tracing is None and settings.tracing.enabled:
         tracing = Tracing(provider_for(settings.tracing))
     metrics = Metrics()
     state = State.open(settings.server.state_dir)
     events = EventLog(state)
-    scheduler = Scheduler(settings, metrics, command, events)
+    make = make_scheduler or (lambda *parts: Scheduler(parts[0], parts[1], command, parts[2]))
+    scheduler = make(settings, metrics, events)
     admin = Admin(state, events, scheduler, config_file)
     metrics.set_version(ops.installed_version())
-    metrics.watch_devices(scheduler.memory.ledger.snapshot)
+    metrics.watch_devices(scheduler.memory.snapshot)
     events.listeners.append(lambda event: metrics.events.labels(event["kind"], event["model"] or "").inc())
 
     @asynccontextmanager
@@ -81,7 +83,7 @@ def create_app(
     app.add_middleware(AnswerHeaders)
     app.add_middleware(Guard, keys=app.state.keys, settings=settings.auth)
     app.add_middleware(Outermost, metrics=metrics, tracing=tracing)
-    for module in (openai, ollama, generate, tokens, ops, admin_routes, admin_profiles, memory_routes, console):
+    for module in (openai, ollama, generate, tokens, ops, admin_routes, admin_profiles, memory_routes, nodes, console):
         app.include_router(module.router)
     describe(app)
     return app

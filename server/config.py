@@ -25,6 +25,7 @@ from pydantic_settings.exceptions import SettingsError
 
 from server.admin_key import AdminKey, is_loopback
 from server.config_auth import AuthSettings
+from server.config_cluster import ClusterSettings
 from server.config_memory import Bytes, DefaultMemory, MemorySettings, ModelMemory, Section
 from server.config_tracing import TracingSettings
 from server.worker import messages
@@ -178,6 +179,7 @@ class Settings(BaseSettings):
     logging: LogSettings = LogSettings()
     tracing: TracingSettings = TracingSettings()
     memory: MemorySettings = MemorySettings()
+    cluster: ClusterSettings = ClusterSettings()
     defaults: DefaultSettings = DefaultSettings()
     models: tuple[ModelSettings, ...] = Field(min_length=1, description="The models to serve.")
 

@@ -64,6 +64,7 @@ SPECS = (
     Spec("counter", "prefix_reused_tokens", "Those of them that an earlier prompt had left in the cache."),
     Spec("counter", "preemptions", "Sequences that gave way to others."),
     Spec("counter", "squeezes", "Caches that were encoded anew at a coarser setting."),
+    Spec("counter", "requests_sent_again", "Requests that lost their replica before an answer began, in a cluster."),
     Spec("counter", "worker_restarts", "Workers started again after an unplanned end."),
     Spec("counter", "model_loads", "Loads that ended, by outcome: hot or failed.", ("model", "outcome")),
     Spec("counter", "events", "Entries of the event log, by kind: state, setting, squeeze, evict, sleep, wake, ...",
@@ -95,6 +96,8 @@ SPECS = (
          "Memory by device, kind (weights, workspace, context, kv, foreign, free) and model (or none).",
          ("device", "kind", "model")),
     Spec("gauge", "device_memory_total_bytes", "The device's memory.", ("device",)),
+    Spec("gauge", "cluster_nodes", "Nodes of the cluster by state: connected, draining, lost; 0 on one machine.",
+         ("state",)),
     Spec("gauge", "build_info", "1; versions of the server and of Python.", ("version", "python")),
 )  # fmt: skip
 BY_NAME = {spec.name: spec for spec in SPECS}
@@ -121,6 +124,7 @@ class Metrics:
         self.prompt_tokens: Counter = self._made["prompt_tokens"]
         self.answers: Counter = self._made["answers"]
         self.restarts: Counter = self._made["worker_restarts"]
+        self.sent_again: Counter = self._made["requests_sent_again"]
         self.loads: Counter = self._made["model_loads"]
         self.events: Counter = self._made["events"]
         self.ttft: Histogram = self._made["time_to_first_token_seconds"]
@@ -138,12 +142,18 @@ class Metrics:
         )
         self.registry.register(self.tokens)
         ProcessCollector(registry=self.registry)
+        self.set_nodes(0, 0, 0)
 
     def _make(self, spec: Spec) -> Any:
         name = f"spectral_{spec.name}"
         if spec.kind == "histogram":
             return Histogram(name, spec.text, spec.labels, buckets=spec.buckets, registry=self.registry)
         return {"counter": Counter, "gauge": Gauge}[spec.kind](name, spec.text, spec.labels, registry=self.registry)
+
+    def set_nodes(self, connected: int, draining: int, lost: int) -> None:
+        """Nodes that this gateway is connected to, those of them that are being emptied, and those out of reach."""
+        for state, count in (("connected", connected), ("draining", draining), ("lost", lost)):
+            self._made["cluster_nodes"].labels(state).set(count)
 
     def set_version(self, version: str) -> None:
         """What runs here."""
@@ -160,7 +170,7 @@ class Metrics:
         for name in _FROM_WORKERS:
             self._made[name].labels(model)
         self.tokens.of(model)
-        for counter in (self.prompt_tokens, self.restarts, self.waiting):
+        for counter in (self.prompt_tokens, self.restarts, self.sent_again, self.waiting):
             counter.labels(model)
         self._made["queued_requests"].labels(model)
         for outcome in ("hot", "failed"):

@@ -30,6 +30,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             id TEXT PRIMARY KEY, model TEXT NOT NULL, state TEXT NOT NULL, options TEXT NOT NULL,
             created REAL NOT NULL, finished REAL, sha256 TEXT, message TEXT NOT NULL DEFAULT '')""",
     ),
+    (
+        # What the conductor of a cluster keeps, as JSON: its token, configuration, choices, drained nodes.
+        "CREATE TABLE cluster (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
+    ),
 )
 
 

@@ -145,6 +145,15 @@ MEMORY = [
         ],
         unit="bytes",
     ),
+    panel(
+        "Nodes",
+        [("spectral_cluster_nodes", "{{state}}")],
+        text="Of a cluster, as each gateway sees them; its devices are named node/device.",
+    ),
+    panel(
+        "Requests sent again after the loss of a replica",
+        [(f"rate(spectral_requests_sent_again_total{OF_MODEL}{RATE})", "{{model}}")],
+    ),
     panel("Tokens in the cache", [(f"spectral_kv_tokens{OF_MODEL}", "{{model}}")]),
     panel(
         "Prompts found in the cache",

@@ -60,6 +60,7 @@ class Demand:
         pinned: stays hot. needed: requests wait for it. busy: requests run, so it stays hot where it is.
         live: it holds cache that can only be squeezed, so no finer setting. resting: keep-alive is over, so not hot.
         now: where it is.
+        bias: what a device costs it beside all that, in seconds of delay per second: others' load there, in a fleet.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Demand:
     live: bool = False
     resting: bool = False
     now: Placement = Placement()
+    bias: tuple[tuple[str, float], ...] = ()
 
     def floor(self, rung: Rung) -> int:
         """The smallest lease at a setting, in bytes."""

@@ -103,6 +103,7 @@ def _fit(model: Demand, place: Sequence[tuple[Device, float]], rung: Rung, least
     names = tuple(device.name for device, _ in place)
     waits = QUEUE_S * (1 - lease / max(1, model.lease(rung)))
     cost = _traffic(model) * (rung.kl * KL_SECONDS + waits) + switch_cost(model, HOT, names, rung.name)
+    cost += sum(extra for name, extra in model.bias if name in names)
     return Choice(model.name, HOT, shares, rung.name, rung.kl, lease, cost)
 
 

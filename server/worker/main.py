@@ -24,7 +24,7 @@ from dataclasses import dataclass
 # Before torch is imported by anything: an OpenMP pool that spins would take the cores from other workers.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from server.worker import child_wire
+from server.worker import child_sessions, child_wire
 from server.worker import messages as wire
 from server.worker.channel import SocketChannel
 from server.worker.child_engines import Change, Engines
@@ -243,6 +243,8 @@ class Worker:
         elif isinstance(message, COMMANDS):
             self._writer.send(*self._memory.handle(message))
             self._report()
+        elif isinstance(message, child_sessions.COMMANDS):
+            self._writer.send(child_sessions.handle(self._engines, message))
         elif isinstance(message, wire.Shutdown):
             self._stop_at = time.monotonic() + message.deadline_s
         else:

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from server.worker.memory_messages import Footprint, SetLease, SetProfile, SetSetting, Sleep, Wake
+from server.worker.session_messages import ResumeSession, SaveSession
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 LENGTH = struct.Struct(">I")
@@ -339,7 +340,10 @@ class Stats(msgspec.Struct, tag="stats", frozen=True):
     squeezes: int = 0
 
 
-ToWorker = Load | Submit | Tokenize | Cancel | SetProfile | Ping | Shutdown | SetLease | SetSetting | Sleep | Wake
+MemoryCommand = SetLease | SetSetting | Sleep | Wake
+ToWorker = (
+    Load | Submit | Tokenize | Cancel | SetProfile | Ping | Shutdown | MemoryCommand | SaveSession | ResumeSession
+)
 Told = Accepted | Rejected | Tokenized | PromptTokens | Delta | Finished | Failed
 ToParent = Loading | Ready | LoadFailed | Told | Pong | Done | Footprint | Stats
 AnyMessage = ToWorker | ToParent

@@ -14,6 +14,12 @@ from spectral.commands.backup import backup, restore
 __all__ = ["backup", "check", "restore", "serve"]  # the commands that become processes of the server
 
 
+class Cluster(str, Enum):
+    """What several machines are joined by."""
+
+    ray = "ray"
+
+
 class LogLevel(str, Enum):
     """How much the server logs."""
 
@@ -28,10 +34,12 @@ def serve(
     host: str | None = typer.Option(None, "--host", help="Address to bind (default: as configured)."),
     port: int | None = typer.Option(None, "--port", min=0, max=65535, help="Port to bind (default: as configured)."),
     log_level: LogLevel | None = typer.Option(None, "--log-level", help="How much to log (default: as configured)."),
+    cluster: Cluster | None = typer.Option(None, "--cluster", help="Serve from all machines of a Ray cluster."),
 ) -> None:
     """Start the inference server."""
     level = None if log_level is None else log_level.value
-    _become_server([], {"--config": config, "--host": host, "--port": port, "--log-level": level})
+    options = {"--config": config, "--host": host, "--port": port, "--log-level": level}
+    _become_server([], options | {"--cluster": None if cluster is None else cluster.value})
 
 
 def check(

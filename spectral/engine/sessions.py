@@ -49,6 +49,11 @@ class Sessions:
         lane: Lane = sequence.lane
         self._put(name, Shelved(list(sequence.tokens), park(lane.store, sequence.row), lane.setting))
 
+    @property
+    def names(self) -> list[Name]:
+        """All sessions, the longest unused first."""
+        return list(self._shelf)
+
     def forget(self, name: Name) -> bool:
         """Drop a session; False if there is none."""
         shelved = self._shelf.pop(name, None)

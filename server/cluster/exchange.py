@@ -1,0 +1,90 @@
+"""Replicas change places between cells of a fleet, where both cells together lose less then. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from server.scheduler.demand import Demand, Device, Plan
+from server.scheduler.options import KL_SECONDS
+
+TRIES, SWAPS = 3, 4
+"""Cells that are tried for a replica, and replicas there that it may change places with, nearest in size first."""
+LEAST_REGRET = 1e-4
+"""Seconds of delay per second that are worth a move."""
+
+
+@dataclass
+class Cell:
+    """A few nodes that are planned together."""
+
+    name: str
+    devices: dict[str, Device] = field(default_factory=dict)
+    members: dict[str, Demand] = field(default_factory=dict)
+    plan: Plan | None = None
+    dirty: bool = True
+    stuck: set[str] = field(default_factory=set)
+    """Members for which no better place was found since this cell was planned."""
+    drifted: int = 0
+    """For how many plans its traffic has been another one than that which it was planned for."""
+
+
+Solve = Callable[[Cell, Mapping[str, Demand]], Plan]
+
+
+def exchange(cells: Iterable[Cell], solve: Solve) -> bool:
+    """Move the replica that loses most by its cell's want of bytes, alone or in exchange for another one. False where
+    nobody loses anything that was not tried since its cell was planned."""
+    every = list(cells)
+    worst = _worst(every)
+    if worst is None:
+        return False
+    cell, name = worst
+    demand = cell.members[name]
+    rest = {other: d for other, d in cell.members.items() if other != name}
+    alone = solve(cell, rest)
+    for other in roomiest(every, cell, demand)[:TRIES]:
+        before = _cost(cell) + _cost(other)
+        for back in (None, *_partners(demand, other, cell)):
+            here = rest if back is None else {**rest, back.name: back}
+            there = {n: d for n, d in other.members.items() if back is None or n != back.name} | {name: demand}
+            plans = alone if back is None else solve(cell, here), solve(other, there)
+            if plans[0].cost + plans[1].cost < before - LEAST_REGRET:
+                cell.members, cell.plan = here, plans[0]
+                other.members, other.plan = there, plans[1]
+                for changed in (cell, other):
+                    changed.stuck.clear()
+                return True
+    cell.stuck.add(name)
+    return True
+
+
+def roomiest(cells: Iterable[Cell], cell: Cell, demand: Demand) -> list[Cell]:
+    """Other cells with a device for a replica, those with the most bytes that nobody is given first."""
+    allowed = set(demand.devices)
+    found = [o for o in cells if o is not cell and (not allowed or allowed.intersection(o.devices))]
+    return sorted(found, key=lambda o: -float(max(o.plan.free.values(), default=0)) if o.plan else float("-inf"))
+
+
+def _worst(cells: Iterable[Cell]) -> tuple[Cell, str] | None:
+    found: tuple[float, Cell, str] | None = None
+    for cell in cells:
+        for name, choice in cell.plan.choices.items() if cell.plan is not None else ():
+            demand = cell.members[name]
+            if name in cell.stuck or demand.busy:
+                continue
+            finest = min((rung.kl for rung in demand.rungs), default=0.0)
+            regret = choice.cost - finest * KL_SECONDS * demand.rate * demand.priority
+            if regret > LEAST_REGRET and (found is None or regret > found[0]):
+                found = regret, cell, name
+    return None if found is None else (found[1], found[2])
+
+
+def _partners(demand: Demand, other: Cell, cell: Cell) -> list[Demand]:
+    """Members of another cell that could come here instead."""
+    free = [d for d in other.members.values() if not d.busy and (not d.devices or set(d.devices) & set(cell.devices))]
+    return sorted(free, key=lambda d: (abs(d.weights - demand.weights), d.name))[:SWAPS]
+
+
+def _cost(cell: Cell) -> float:
+    return cell.plan.cost if cell.plan is not None else 0.0

@@ -1,0 +1,45 @@
+"""The section `cluster`, its documentation, and what a server without --cluster does not load."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from server.config import Settings
+from server.config_cluster import ClusterSettings, ReplicaSettings
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_the_documented_configuration_is_valid() -> None:
+    text = (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
+    block = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)[0])
+    settings = Settings(**block)
+    assert settings.cluster.node_resource == "spectral" and settings.cluster.replicas["chat"].max == 8
+
+
+def test_replicas_need_an_order() -> None:
+    with pytest.raises(ValidationError, match="min is 3 and max is 2"):
+        ReplicaSettings(min=3, max=2)
+    with pytest.raises(ValidationError):
+        ClusterSettings(silence_seconds=0)
+    with pytest.raises(ValidationError, match="ports must be"):
+        ClusterSettings(ports=(7499, 7400))
+
+
+def test_ray_is_loaded_only_when_asked_for() -> None:
+    code = "import server.__main__, server.app, server.cluster.gateway, sys; sys.exit('ray' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+
+
+def test_only_two_files_import_ray() -> None:
+    files = [*ROOT.glob("server/**/*.py"), *ROOT.glob("spectral/**/*.py")]
+    found = {p.name for p in files if re.search(r"^\s*(import ray\b|from ray\b)", p.read_text(), re.MULTILINE)}
+    assert found == {"ray_backend.py", "join.py"}
