@@ -49,7 +49,7 @@ def create_app(
     scheduler = make(settings, metrics, events)
     admin = Admin(state, events, scheduler, config_file)
     metrics.set_version(ops.installed_version())
-    metrics.watch_devices(scheduler.memory.snapshot)
+    metrics.watch_devices(scheduler.memory.ledger.snapshot)
     events.listeners.append(lambda event: metrics.events.labels(event["kind"], event["model"] or "").inc())
 
     @asynccontextmanager

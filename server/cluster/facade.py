@@ -10,6 +10,7 @@ from server import errors
 from server.cluster import wire
 from server.config import ModelSettings, Settings
 from server.scheduler.demand import Plan
+from server.scheduler.ledger import Ledger
 from server.scheduler.memory import MemoryManager
 from server.scheduler.slots import Slot
 
@@ -61,11 +62,28 @@ def configuration(settings: Settings) -> wire.Configure:
     return wire.Configure(models, cluster, memory, server)
 
 
+class ClusterLedger(Ledger):
+    """Keeps no account of its own."""
+
+    def __init__(self, memory: ClusterMemory) -> None:
+        super().__init__()
+        self._memory = memory
+
+    def snapshot(self) -> list[dict[str, Any]]:
+        """The devices of all nodes for the metrics, whose label is the model and not its replica."""
+        rows: list[dict[str, Any]] = self._memory.vram()["devices"]
+        for row in rows:
+            named = [{**part, "model": (part["model"] or "").partition("#")[0] or None} for part in row["segments"]]
+            row["segments"] = named
+        return rows
+
+
 class ClusterMemory(MemoryManager):
     """Every node manages its own memory; what an administrator chooses goes to the conductor."""
 
     def __init__(self, scheduler: ClusterScheduler, client: Client) -> None:
         super().__init__(scheduler)
+        self.ledger = ClusterLedger(self)
         self._client, self._cluster = client, scheduler
         self._chosen: dict[str, wire.Choice] = {}
 
@@ -104,14 +122,6 @@ class ClusterMemory(MemoryManager):
                 rows.append({**row, "device": f"{peer.info.node[:12]}/{row['device']}", "node": peer.info.node})
             leases |= {state.replica: state.lease for state in peer.board.replicas if state.lease}
         return {"devices": rows, "leases": leases, "notes": []}
-
-    def snapshot(self) -> list[dict[str, Any]]:
-        """The same for the metrics, whose label is the model and not its replica."""
-        rows = self.vram()["devices"]
-        for row in rows:
-            named = [{**part, "model": (part["model"] or "").partition("#")[0] or None} for part in row["segments"]]
-            row["segments"] = named
-        return list(rows)
 
     def nodes(self) -> list[dict[str, Any]]:
         """Every node: where, whether it is connected and being emptied, what it serves."""

@@ -10,9 +10,12 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from server import errors
 from server.cluster import wire
 from server.cluster.link import BadFrame, Link
+from server.scheduler.admission import Refusal
 from server.scheduler.slots import Slot
 from server.scheduler.stream import RequestStream, StreamItem
 from server.worker import messages
@@ -35,10 +38,11 @@ class RelayStream(RequestStream):
 
     def put(self, item: StreamItem | None) -> None:
         """Pass a message on; None: the worker is gone."""
+        self._told += 1
         relay = self._relay
         if item is None:
             relay.link.send(wire.Gone(self.request_id, f"the worker of {self.slot.name} ended", True))
-            relay.forget(self)  # the scheduler, which says so, forgets the slot's streams by itself
+            asyncio.get_running_loop().call_soon(relay.over, self)  # the scheduler goes through the slot's streams now
             return
         if isinstance(item, messages.Rejected) and item.code in ELSEWHERE:
             relay.link.send(wire.Gone(self.request_id, item.message))
@@ -133,6 +137,13 @@ class Relay:
             full = messages.Rejected(request.request_id, 429, "queue_full", "this replica has too many open requests")
             self.link.send(full)
             return
+        if isinstance(request, messages.Submit):
+            try:
+                longest = slot.admission.enter(slot.room, request.request_id, request.tenant, request.sampling.n)
+            except Refusal as refusal:
+                self.link.send(messages.Rejected(request.request_id, 429, "queue_full", f"{refusal}; try again later"))
+                return
+            request = msgspec.structs.replace(request, queue_s=longest)
         stream = RelayStream(self, slot, request, message.seconds + 5.0)
         worker = slot.worker
         if worker is None:  # it ended in this very moment
@@ -142,16 +153,10 @@ class Relay:
         worker.send(request)
         scheduler.memory.report(slot)
 
-    def forget(self, stream: RelayStream) -> None:
-        """A request says nothing more over this link."""
-        self._streams.pop(stream.request_id, None)
-        stream.close()
-
     def over(self, stream: RelayStream) -> None:
         """A request has had its last message."""
-        self.forget(stream)
-        if stream.slot.streams.pop(stream.request_id, None) is not None:
-            self.agent.scheduler.memory.report(stream.slot)
+        self._streams.pop(stream.request_id, None)
+        self.agent.scheduler.release(stream.slot, stream, cancel=False)
 
     def cancel(self, request_id: str) -> None:
         """The worker drops a request before its next step. An unknown id is ignored."""

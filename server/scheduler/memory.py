@@ -367,10 +367,6 @@ class MemoryManager:
             part["setting"] = slot.ready.setting if slot and slot.ready and part["kind"] == "kv" else None
         return {"devices": devices, "leases": leases, "notes": self.devices.knowledge(readings)}
 
-    def snapshot(self) -> list[dict[str, Any]]:
-        """The devices as the ledger has them, for the metrics."""
-        return self.ledger.snapshot()
-
     async def plan(self, extra: ModelSettings | None = None, context: int | None = None) -> Plan:
         """A dry run, on a thread: what would be decided now; with one more model asked for, or a longer context."""
         demands = self.steward.demands(time.monotonic())
