@@ -262,7 +262,7 @@ def plots(result: dict[str, Any], folder: Path) -> None:
     right.plot([s["at"] for s in samples], [s["running"] for s in samples], label="sequences that run")
     right.plot([s["at"] for s in samples], [s["replicas"] for s in samples], label="replicas")
     right.plot([s["at"] for s in samples], [s["queued"] + s["waiting"] for s in samples], label="requests that wait")
-    right.set(xlabel="virtual seconds", title="1,000,000 requests" if samples else "")
+    right.set(xlabel="virtual seconds", title=f"{result['simulation']['requests']:,} requests")
     right.legend()
     figure.tight_layout()
     figure.savefig(folder / "fleet.svg", metadata={"Date": None})

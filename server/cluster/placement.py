@@ -31,6 +31,8 @@ REPLAN_S = 5.0
 IMPROVE = 1
 """Exchanges that a plan tries for which nothing calls but the time; each solves up to 28 cells."""
 PAUSE_S = 30.0
+STAY_S = 120.0
+"""A replica that was just placed is not moved again: its load shows only when it has been hot for a while."""
 SHRINK_S = 120.0
 """A replica too many goes after so long."""
 
@@ -246,6 +248,10 @@ class Placements:
             ward.now = Placement(HOT, (f"{replica.node}/{replica.device}",), setting)
         return ward
 
+    @staticmethod
+    def _may_move(replica: Replica, now: float, moved: set[str]) -> bool:
+        return replica.hot and replica.node not in moved and now - replica.placed_at >= STAY_S
+
     def facts(self, settings: ModelSettings, kind: str, setting: str, replica: Replica) -> Facts:
         """What a replica needs: predicted from files, or as its worker told. `kind`: "cpu" or a GPU."""
         choice, ready = self.choices.get(replica.model), replica.state.ready if replica.state is not None else None
@@ -265,7 +271,7 @@ class Placements:
                 replica.node, replica.device, replica.placed_at = node, device, now
                 self._steward.moved(replica.name, choice.placement, choice.lease, now)
                 model.stage = ""
-            elif (replica.node, replica.device) != (node, device) and replica.hot and replica.node not in moved:
+            elif (replica.node, replica.device) != (node, device) and self._may_move(replica, now, moved):
                 moved.add(replica.node)
                 successor = self._new(replica.model)
                 successor.node, successor.device, successor.placed_at = node, device, now
