@@ -16,7 +16,7 @@ import hmac
 import logging
 import secrets
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
 from server.aio import within
@@ -129,28 +129,28 @@ async def dial(address: str, token: str) -> Link[wire.ToGateway]:
         reader, writer = await within(HANDSHAKE_S, asyncio.open_connection(host.strip("[]"), int(port)))
     except asyncio.TimeoutError:
         raise OSError(f"{address} does not answer") from None
-    try:
-        await within(HANDSHAKE_S, _prove_gateway(reader, writer, token.encode()))
-    except (OSError, asyncio.IncompleteReadError, asyncio.TimeoutError) as error:
-        writer.close()
-        raise NotTrusted(f"{address} is no agent of this cluster, or has another token ({error})") from error
-    except BaseException:
-        writer.close()
-        raise
+    proof = _prove_gateway(reader, writer, token.encode())
+    await _shaken(writer, proof, f"{address} is no agent of this cluster, or has another token")
     return Link(reader, writer, wire.to_gateway)
 
 
 async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, token: str) -> Link[wire.ToAgent]:
     """An agent's end of a connection that came. Raises NotTrusted, after closing it."""
+    proof = _prove_agent(reader, writer, token.encode())
+    await _shaken(writer, proof, "a connection did not show the cluster's token")
+    return Link(reader, writer, wire.to_agent)
+
+
+async def _shaken(writer: asyncio.StreamWriter, proof: Coroutine[Any, Any, None], otherwise: str) -> None:
+    """Wait for one side's part of the handshake. Raises NotTrusted, `otherwise`; what fails closes the connection."""
     try:
-        await within(HANDSHAKE_S, _prove_agent(reader, writer, token.encode()))
+        await within(HANDSHAKE_S, proof)
     except (OSError, asyncio.IncompleteReadError, asyncio.TimeoutError) as error:
         writer.close()
-        raise NotTrusted(f"a connection did not show the cluster's token ({type(error).__name__})") from error
+        raise NotTrusted(f"{otherwise} ({error or type(error).__name__})") from error
     except BaseException:
         writer.close()
         raise
-    return Link(reader, writer, wire.to_agent)
 
 
 async def _prove_gateway(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, token: bytes) -> None:

@@ -10,13 +10,15 @@ Times are seconds, sizes are bytes.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from server.worker import messages as worker
 from server.worker.memory_messages import SetProfile, SetSetting
-from server.worker.messages import LENGTH, MAX_FRAME_BYTES, BadFrame
+from server.worker.messages import decoded, framed
+
+T = TypeVar("T")
 
 # ---------------------------------------------------------------------------------------------- shared parts
 
@@ -245,37 +247,24 @@ def pack(value: Any) -> bytes:
 
 def frame(value: Any) -> bytes:
     """One whole frame: length and body. Raises BadFrame for a body over MAX_FRAME_BYTES."""
-    body = _encoder.encode(value)
-    if len(body) > MAX_FRAME_BYTES:
-        raise BadFrame(f"a message of {len(body)} bytes is over the limit of {MAX_FRAME_BYTES}")
-    return LENGTH.pack(len(body)) + body
+    return framed(_encoder.encode(value))
 
 
 def to_agent(body: bytes) -> ToAgent:
     """A frame's body as an agent receives it. Raises BadFrame."""
-    return _decoded(_to_agent, body)
+    return decoded(_to_agent, body, "a message to an agent")
 
 
 def to_gateway(body: bytes) -> ToGateway:
     """A frame's body as a gateway receives it. Raises BadFrame."""
-    return _decoded(_to_gateway, body)
+    return decoded(_to_gateway, body, "a message to a gateway")
 
 
 def command(body: bytes) -> Command:
     """A command for the conductor. Raises BadFrame."""
-    return _decoded(_command, body)
+    return decoded(_command, body, "a command")
 
 
-def unpack(body: bytes, kind: type[Any]) -> Any:
+def unpack(body: bytes, kind: type[T]) -> T:
     """A struct of the control plane. Raises BadFrame."""
-    try:
-        return msgspec.msgpack.decode(body, type=kind)
-    except msgspec.MsgspecError as error:
-        raise BadFrame(f"not a {kind.__name__}: {error}") from error
-
-
-def _decoded(decoder: Any, body: bytes) -> Any:
-    try:
-        return decoder.decode(body)
-    except msgspec.MsgspecError as error:
-        raise BadFrame(f"not a message of the cluster: {error}") from error
+    return decoded(msgspec.msgpack.Decoder(kind), body, f"a {kind.__name__}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -17,6 +17,7 @@ from server.worker.session_messages import ResumeSession, SaveSession
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 LENGTH = struct.Struct(">I")
+T = TypeVar("T")
 
 
 class BadFrame(Exception):
@@ -360,7 +361,11 @@ _to_parent: msgspec.msgpack.Decoder[ToParent] = msgspec.msgpack.Decoder(ToParent
 
 def encode(message: AnyMessage) -> bytes:
     """One whole frame: length and body. Raises BadFrame where the body is over MAX_FRAME_BYTES."""
-    body = _encoder.encode(message)
+    return framed(_encoder.encode(message))
+
+
+def framed(body: bytes) -> bytes:
+    """A body behind its length. Raises BadFrame where it is over MAX_FRAME_BYTES."""
     if len(body) > MAX_FRAME_BYTES:
         raise BadFrame(f"a message of {len(body)} bytes is over the limit of {MAX_FRAME_BYTES}")
     return LENGTH.pack(len(body)) + body
@@ -375,18 +380,20 @@ def body_length(head: bytes) -> int:
 
 def decode_to_parent(body: bytes) -> ToParent:
     """A frame's body as the gateway receives it. Raises BadFrame."""
-    try:
-        return _to_parent.decode(body)
-    except _UNREADABLE as error:
-        raise BadFrame(f"not a message to the gateway: {error}") from error
+    return decoded(_to_parent, body, "a message to the gateway")
 
 
 def decode_to_worker(body: bytes) -> ToWorker:
     """A frame's body as a worker receives it. Raises BadFrame."""
+    return decoded(_to_worker, body, "a message to a worker")
+
+
+def decoded(decoder: msgspec.msgpack.Decoder[T], body: bytes, what: str) -> T:
+    """What a decoder makes of bytes from elsewhere. Raises BadFrame, whatever they are; `what` they should be."""
     try:
-        return _to_worker.decode(body)
+        return decoder.decode(body)
     except _UNREADABLE as error:
-        raise BadFrame(f"not a message to a worker: {error}") from error
+        raise BadFrame(f"not {what}: {error}") from error
 
 
 def write_message(writer: asyncio.StreamWriter, message: ToWorker) -> None:

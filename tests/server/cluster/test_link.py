@@ -97,6 +97,14 @@ async def test_an_agent_that_does_not_know_the_token_is_refused_by_the_gateway()
     server.close()
 
 
+@pytest.mark.parametrize("body", [b"zz", b"\x81\xa4type\xa2\xff\xfe", b"\x91" * 5_000, b""])
+def test_whatever_comes_is_a_message_or_a_bad_frame(body: bytes) -> None:
+    reads = [wire.to_agent, wire.to_gateway, wire.command, lambda found: wire.unpack(found, wire.Report)]
+    for read in reads:
+        with pytest.raises(link.BadFrame):
+            read(body)
+
+
 async def test_bad_bytes_and_silence_end_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     async def bad(accepted: link.Link[Any]) -> None:
         accepted._writer.write(b"\x00\x00\x00\x02zz")
