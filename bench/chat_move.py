@@ -10,11 +10,7 @@ fetched, and as a chat that nobody knows, so that the prompt is read again. Wait
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,6 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bench.report import deliver, run_facts  # noqa: E402
 from tests.server.cluster.local import cluster, until_ready, where  # noqa: E402
 from tests.server.cluster.test_chats import WithModels  # noqa: E402
 from tests.server.conftest import settings, until  # noqa: E402
@@ -78,7 +75,6 @@ def main() -> None:
         until_ready(client, 120)
         rows = [a_round(local, client, number, options.tokens) for number in range(options.rounds)]
     middle = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     result = {
         "setting": "8x",
         "tokens": middle["tokens"],
@@ -90,17 +86,9 @@ def main() -> None:
             "read_again": round(middle["read_again_s"] * 1e3, 1),
         },
         "rounds": options.rounds,
-        "command": "python bench/chat_move.py " + " ".join(sys.argv[1:]),
-        "commit": commit.stdout.strip(),
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
+        **run_facts(),
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if options.json:
-        options.json.write_text(text + "\n")
+    deliver(result, options.json)
 
 
 if __name__ == "__main__":

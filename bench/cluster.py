@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -30,6 +29,10 @@ import httpx
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bench.report import deliver, run_facts  # noqa: E402
+
 STREAMS, SINGLE = 8, 12
 CONFIG = """
 server: {{port: 0, state_dir: {folder}/state}}
@@ -160,21 +163,10 @@ def main() -> None:
         if options.realtime:
             before_others()
         result = measure(alone, cluster, end_of_text(), options.rounds, options.tokens)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     import ray
 
-    result |= {
-        "command": "python bench/cluster.py " + " ".join(sys.argv[1:]),
-        "commit": commit.stdout.strip(),
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "versions": {"python": platform.python_version(), "ray": ray.__version__},
-    }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if options.json:
-        options.json.write_text(text + "\n")
+    result |= {**run_facts(), "ray": ray.__version__}
+    deliver(result, options.json)
 
 
 if __name__ == "__main__":

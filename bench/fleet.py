@@ -12,11 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench.fleet_simulator import GIB, Kind, Simulator, kinds  # noqa: E402
+from bench.report import run_facts  # noqa: E402
 from server.cluster.fleet import Fleet  # noqa: E402
 from server.scheduler.demand import COLD, HOT, Demand, Device, Placement  # noqa: E402
 from server.scheduler.planner import plan  # noqa: E402
@@ -290,17 +288,7 @@ def main() -> None:
     result: dict[str, Any] = json.loads(options.json.read_text()) if known else {}
     for part in options.parts.split(","):
         result[part] = parts[part]()
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    result |= {
-        "parts_of_the_last_run": options.parts.split(","),
-        "command": "python bench/fleet.py " + " ".join(sys.argv[1:]),
-        "commit": commit.stdout.strip(),
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "seed": options.seed,
-    }
+    result |= {"parts_of_the_last_run": options.parts.split(","), **run_facts(), "seed": options.seed}
     shown = {**result, "simulation": {k: v for k, v in result.get("simulation", {}).items() if k != "samples"}}
     print(json.dumps(shown, indent=2))
     if options.json:

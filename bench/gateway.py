@@ -15,7 +15,6 @@ import argparse
 import heapq
 import json
 import os
-import platform
 import re
 import selectors
 import socket
@@ -29,6 +28,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from bench.report import deliver, run_facts  # noqa: E402
+
 STAMP = re.compile(rb'"content":"(\d+):(\d+);"')
 SERVE = """import functools, server.app as app, server.__main__ as main
 main.create_app = functools.partial(app.create_app, command={command!r})
@@ -213,22 +215,13 @@ def main() -> None:
     result = rounds[len(rounds) // 2]
     result["p99_ms_of_all_rounds"] = [one["added_latency_ms"]["p99"] for one in rounds]
     result["lost_or_reordered_in_all_rounds"] = sum(one["lost_tokens"] + one["reordered_tokens"] for one in rounds)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     result |= {
         "streams": options.streams,
         "rate": options.rate,
         "together": options.together,
-        "command": "python bench/gateway.py " + " ".join(sys.argv[1:]),
-        "commit": commit.stdout.strip(),
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
+        **run_facts(),
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if options.json:
-        options.json.write_text(text + "\n")
+    deliver(result, options.json)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,9 @@ import httpx
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "e2e")]
+
+from bench.report import deliver, run_facts  # noqa: E402
+
 MODEL = "demo-7m"
 CAPITALS = {
     "France": "Paris", "Norway": "Oslo", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo",
@@ -121,13 +123,8 @@ def main() -> None:
             result["batches"] = {size: evaluate(options.python, server.url, folder, size) for size in (1, 4)}
     for found in result["batches"].values():
         assert found["choices_right"] == result["choices_right_by_hand"], "lm-eval and the plain requests disagree"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    result |= {"model": MODEL, "countries": len(CAPITALS), "commit": commit.stdout.strip()}
-    result |= {"python": platform.python_version(), "cpu": platform.processor() or platform.machine()}
-    text = json.dumps(result, indent=2)
-    print(text)
-    if options.json:
-        options.json.write_text(text + "\n")
+    result |= {"model": MODEL, "countries": len(CAPITALS), **run_facts()}
+    deliver(result, options.json)
 
 
 if __name__ == "__main__":

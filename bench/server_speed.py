@@ -10,9 +10,7 @@ The server's model and transformers' model each run on one thread.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -23,6 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bench.report import deliver, run_facts  # noqa: E402
+
 PROMPT = "Tell me about Norway and then about its neighbours, their rivers and their cities."
 
 
@@ -89,27 +91,14 @@ def main() -> None:
     import torch
     import transformers
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
     result |= {
         "answer": answer,
         "seconds_from_ready_line_to_first_token": round(first, 3),
-        "command": "python bench/server_speed.py " + " ".join(sys.argv[1:]),
-        "commit": commit,
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        **run_facts(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "seed": None,
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if options.json:
-        options.json.write_text(text + "\n")
+    deliver(result, options.json)
 
 
 def measure(url: str, tokens: int, rounds: int) -> dict[str, object]:
@@ -159,5 +148,4 @@ def measure(url: str, tokens: int, rounds: int) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     main()

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import sys
-import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Any
 from tools.faults.clients import Client, Tally, learn
 from tools.faults.injectors import Injector
 from tools.faults.prompts import References, make_prompts
-from tools.faults.rig import Broken, Footprint, Rig, demo_models, provenance
+from tools.faults.rig import Broken, Footprint, Rig, add_output_options, demo_models, provenance, report_of
 
 KINDS = ("kill", "stop", "slow", "term", "abort")
 BACK_S = 120.0
@@ -163,27 +161,13 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--faults", nargs="+", default=["kill"], choices=KINDS, help="what is done to workers")
     found.add_argument("--warm-s", type=float, default=20.0, help="seconds of load before the first fault")
     found.add_argument("--seed", type=int, default=0, help="of prompts, clients and faults")
-    found.add_argument("--keep", type=Path, help="folder for the server's log and state; else a temporary one")
-    found.add_argument("--json", type=Path, help="file for the report")
+    add_output_options(found)
     return found
 
 
 def main() -> int:
     """Run and report; 0 where every promise held."""
-    options = parser().parse_args()
-    with tempfile.TemporaryDirectory(prefix="spectral-chaos-") as temporary:
-        folder = options.keep or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            report = asyncio.run(chaos(options, folder))
-        except Broken as error:
-            print(error, file=sys.stderr)
-            return 1
-    text = json.dumps(report, indent=1)
-    if options.json:
-        options.json.write_text(text + "\n", encoding="utf-8")
-    print(text)
-    return 0 if all(report["promises"].values()) else 1
+    return report_of("chaos", chaos, parser().parse_args())
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import json
 import random
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ import httpx
 
 from tools.faults.clients import Answer, ask
 from tools.faults.prompts import Prompt, make_prompts
-from tools.faults.rig import ROOT, Rig, demo_models, provenance
+from tools.faults.rig import ROOT, Rig, add_output_options, demo_models, provenance, report_of
 
 MODEL = "model-0"
 
@@ -152,7 +151,7 @@ async def overload(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     best = max(figures["goodput_per_s"] for figures in [peak, *rates.values()])
     report = {
         **provenance(options.seed),
-        "options": {k: v for k, v in vars(options).items() if k != "json"},
+        "options": {k: v for k, v in vars(options).items() if k not in ("json", "keep")},
         "sustainable_per_s": sustainable,
         "closed_loop": peak,
         "offered": rates,
@@ -188,15 +187,8 @@ def main() -> int:
     parser.add_argument("--objective", type=float, default=10.0, help="seconds in which an answer is good")
     parser.add_argument("--light", type=float, default=0.1, help="the light key's part of the sustainable rate")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="file for the report")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="spectral-overload-") as folder:
-        report = asyncio.run(overload(options, Path(folder)))
-    text = json.dumps(report, indent=1)
-    if options.json:
-        options.json.write_text(text + "\n", encoding="utf-8")
-    print(text)
-    return 0
+    add_output_options(parser)
+    return report_of("overload", overload, parser.parse_args())
 
 
 if __name__ == "__main__":

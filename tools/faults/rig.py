@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import importlib.metadata
@@ -12,8 +13,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,10 @@ from typing import Any
 import httpx
 import psutil
 
+from spectral.provenance import cpu_name, git_commit
+
 ROOT = Path(__file__).resolve().parents[2]
+Run = Callable[[argparse.Namespace, Path], Coroutine[Any, Any, dict[str, Any]]]
 WORKER = "server.worker.main"
 DEMO = str(ROOT / "models" / "demo-7m")
 
@@ -176,15 +181,38 @@ class Rig:
 
 
 def provenance(seed: int) -> dict[str, Any]:
-    """Where a run's figures come from: command, commit, versions, machine, seed."""
+    """Where a run's figures come from: command, commit, versions, machine and what it did before, seed."""
     packages = ("torch", "transformers", "fastapi", "uvicorn", "msgspec")
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return {
         "command": " ".join(["python", "-m", f"tools.faults.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
-        "commit": git.stdout.strip(),
+        "commit": git_commit(),
         "seed": seed,
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
-        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, shared with other work",
+        "machine": cpu_name(),
+        "load_average": os.getloadavg()[0],
         "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def add_output_options(found: argparse.ArgumentParser) -> None:
+    """What all runs have: where the server's traces and the report go."""
+    found.add_argument("--keep", type=Path, help="folder for the server's log and state; else a temporary one")
+    found.add_argument("--json", type=Path, help="file for the report")
+
+
+def report_of(name: str, run: Run, options: argparse.Namespace) -> int:
+    """Run in a folder and report: 0 where every promise of the report held, if it has any."""
+    with tempfile.TemporaryDirectory(prefix=f"spectral-{name}-") as temporary:
+        folder = options.keep or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            report = asyncio.run(run(options, folder))
+        except Broken as error:
+            print(error, file=sys.stderr)
+            return 1
+    text = json.dumps(report, indent=1)
+    if options.json:
+        options.json.write_text(text + "\n", encoding="utf-8")
+    print(text)
+    return 0 if all(report.get("promises", {}).values()) else 1

@@ -11,10 +11,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
-import json
 import random
 import sys
-import tempfile
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -25,7 +23,7 @@ from tools.faults.chaos import BACK_S, ask_all, figures, quiet
 from tools.faults.clients import Client, Tally, learn
 from tools.faults.injectors import Injector
 from tools.faults.prompts import References, make_prompts
-from tools.faults.rig import ROOT, Broken, Footprint, Rig, demo_models, provenance
+from tools.faults.rig import ROOT, Footprint, Rig, add_output_options, demo_models, provenance, report_of
 
 PROFILE = ROOT / "profiles" / "demo-7m.safetensors"
 REFUSALS = (404, 409, 429, 503)
@@ -204,27 +202,13 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--fault", type=float, default=60.0, help="seconds between faults")
     found.add_argument("--row", type=float, default=30.0, help="seconds between footprints")
     found.add_argument("--seed", type=int, default=0)
-    found.add_argument("--keep", type=Path, help="folder for the server's log and state; else a temporary one")
-    found.add_argument("--json", type=Path, help="file for the report")
+    add_output_options(found)
     return found
 
 
 def main() -> int:
     """Run and report; 0 where every promise held."""
-    options = parser().parse_args()
-    with tempfile.TemporaryDirectory(prefix="spectral-soak-") as temporary:
-        folder = options.keep or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            report = asyncio.run(soak(options, folder))
-        except Broken as error:
-            print(error, file=sys.stderr)
-            return 1
-    text = json.dumps(report, indent=1)
-    if options.json:
-        options.json.write_text(text + "\n", encoding="utf-8")
-    print(text)
-    return 0 if all(report["promises"].values()) else 1
+    return report_of("soak", soak, parser().parse_args())
 
 
 if __name__ == "__main__":
