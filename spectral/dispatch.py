@@ -1,8 +1,8 @@
-"""Which implementation reads a layer's codes: the Triton kernels or the torch reference.
+"""Which implementation reads a layer's codes, or makes them (spectral.code_dispatch): Triton kernels or the reference.
 
 SPECTRAL_ATTENTION=reference|triton forces one; without it the kernels serve NVIDIA GPUs from compute capability 8.0 up,
-once a first layer's answer has been compared with float64 arithmetic there: a device on which they are wrong, or do not
-compile, is read with the reference, and the log says so.
+once their first answer to a task has been compared there: where they are wrong, or do not compile, the reference
+serves, and the log says so.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,8 +26,11 @@ log = logging.getLogger("spectral.attention")
 
 VARIABLE = "SPECTRAL_ATTENTION"
 
-_trusted: dict[torch.device, bool] = {}
-"""Devices on which the kernels were compared, and whether they were right."""
+READ = "read"
+"""The task of decoding; spectral.code_dispatch has others."""
+
+_trusted: dict[tuple[torch.device, str], bool] = {}
+"""Devices and tasks in which the kernels were compared, and whether they were right."""
 
 
 def attention_choice() -> str:
@@ -43,45 +47,58 @@ def kernels_for(codec: PageCodec | None, window: int, group: int, dtype: torch.d
 
     Raises SettingError where the kernels are forced and cannot serve.
     """
+    if not isinstance(codec, LayerCodec) or not wanted(codec.units[0].mean.device, READ):
+        return None
+    from spectral.kernels.decode import LayerKernels, unsupported
+
+    reason = unsupported(codec, window)
+    if reason:
+        if attention_choice() == "triton":
+            raise SettingError(f"{VARIABLE}=triton cannot serve {reason}; use {VARIABLE}=reference")
+        return None
+    found: LayerKernels | None = codec.__dict__.get("_kernels")
+    if found is None:
+        found = codec.__dict__["_kernels"] = LayerKernels(codec)
+    return found if trusted(codec.units[0].mean.device, READ, partial(_fault, found, group, dtype)) else None
+
+
+def _fault(kernels: LayerKernels, group: int, dtype: torch.dtype) -> str:
+    from spectral.kernels.check import wrong
+
+    return wrong(kernels, group, dtype)
+
+
+def wanted(device: torch.device, task: str) -> bool:
+    """Whether kernels are to do a task on a device, as far as is known. Raises SettingError where they are forced and
+    cannot run."""
     choice = attention_choice()
-    if choice == "reference" or not isinstance(codec, LayerCodec):
-        return None
-    device = codec.units[0].mean.device
-    if choice == "auto" and not (_trusted.get(device, True) and able(device)):
-        return None
+    if choice == "reference":
+        return False
+    if choice == "auto":
+        return able(device) and _trusted.get((device, task), True)
     if not installed():
         raise SettingError(f"{VARIABLE}=triton needs triton: install spectral-serve[gpu]")
-    from spectral.kernels.decode import LayerKernels, interpreted, unsupported
+    from spectral.kernels.decode import interpreted
 
     if device.type != "cuda" and not interpreted():
         raise SettingError(f"{VARIABLE}=triton needs an NVIDIA GPU, and this cache lies on {device}")
-    reason = unsupported(codec, window)
-    if reason:
-        if choice == "triton":
-            raise SettingError(f"{VARIABLE}=triton cannot serve {reason}; use {VARIABLE}=reference")
-        return None
-    found = codec.__dict__.get("_kernels")
-    if found is None:
-        found = codec.__dict__["_kernels"] = LayerKernels(codec)
-    if choice == "auto" and device not in _trusted:
-        _trusted[device] = _right(found, group, dtype)
-        return found if _trusted[device] else None
-    return found  # type: ignore[no-any-return]
+    return True
 
 
-def _right(kernels: LayerKernels, group: int, dtype: torch.dtype) -> bool:
-    """Whether the kernels give right answers on their device."""
-    from spectral.kernels.check import TOLERANCE, relative_error
-
-    try:
-        error = relative_error(kernels, group, dtype)
-    except Exception as failure:  # whatever a compiler or a driver raises: the reference serves
-        log.warning("the attention kernels do not run on this device; the reference serves: %s", failure)
-        return False
-    if error <= TOLERANCE:
+def trusted(device: torch.device, task: str, compare: Callable[[], str]) -> bool:
+    """Whether the kernels may do a task on a device: forced, or once compared there. `compare` says what is wrong with
+    their answer, "" if nothing."""
+    if attention_choice() == "triton":
         return True
-    log.warning("the attention kernels are wrong by %.2g on this device; the reference serves", error)
-    return False
+    if (device, task) not in _trusted:
+        try:
+            fault = compare()
+        except Exception as failure:  # whatever a compiler or a driver raises: the reference serves
+            fault = f"they do not run: {failure}"
+        if fault:
+            log.warning("the kernels that %s pages are not used on this device; the reference serves: %s", task, fault)
+        _trusted[device, task] = not fault
+    return _trusted[device, task]
 
 
 @cache

@@ -90,3 +90,9 @@ def relative_error(kernels: LayerKernels, group: int, dtype: torch.dtype) -> flo
     """Error of one row of a block and a half of pages."""
     pages = block_pages(kernels.codec) * 3 // 2
     return Case(kernels, 1, 116 + pages * kernels.codec.page_tokens, group, dtype).error()
+
+
+def wrong(kernels: LayerKernels, group: int, dtype: torch.dtype) -> str:
+    """What is wrong with the kernels' answers on their device, in words; "" if nothing."""
+    error = relative_error(kernels, group, dtype)
+    return "" if error <= TOLERANCE else f"they are wrong by {error:.2g}"

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 
 from spectral.codec import LayerCodec
@@ -13,6 +10,7 @@ from spectral.kernels.code_layer import CodeLayer
 from spectral.kernels.encode import Tokens, encode
 from spectral.kernels.expand import expand
 from spectral.kernels.squeeze import SqueezeLayer
+from spectral.prefill import softcapped
 
 PAGES = 40
 """Pages of a comparison: more than a program has in hand, and no multiple of it."""
@@ -101,13 +99,7 @@ def exact_chunk(
     window = recent.split([key.shape[-1], value.shape[-1]], -1)
     k, v = (torch.cat(x, 1).double() for x in zip(paged, window, (key, value), strict=True))
     group = query.shape[0] // key.shape[0]
-    scores = query.double() @ k.repeat_interleave(group, 0).transpose(1, 2) * scaling
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+    scores = softcapped(query.double() @ k.repeat_interleave(group, 0).transpose(1, 2) * scaling, softcap)
     count, total = query.shape[1], k.shape[1]
     hidden = torch.ones(count, total, dtype=torch.bool, device=k.device).triu(total - count + 1)
     return scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v.repeat_interleave(group, 0)
-
-
-CHECKS: dict[str, Callable[..., Any]] = {"squeeze": squeeze_error, "encode and open": code_error}
-"""By task."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from spectral import code_dispatch
+from spectral import code_dispatch, dispatch
 from spectral.attention import attend
 from spectral.codec import LayerCodec
 from spectral.errors import SettingError
@@ -254,12 +254,12 @@ def test_the_switch_and_the_comparison(monkeypatch: pytest.MonkeyPatch, caplog: 
         code_dispatch.codes_for(random_codec(1, 16, [4, 2], page=32))
     monkeypatch.delenv("SPECTRAL_ATTENTION")
     assert code_dispatch.codes_for(random_codec(1, 16, [4, 2], page=32)) is None
-    monkeypatch.setattr(code_dispatch, "able", lambda device: True)
-    monkeypatch.setattr(code_dispatch, "_trusted", {})
+    monkeypatch.setattr(dispatch, "able", lambda device: True)
+    monkeypatch.setattr(dispatch, "_trusted", {})
     layer = code_dispatch.codes_for(codec)
     assert layer is not None and code_dispatch.codes_for(codec) is layer and not caplog.text
     layer.size *= 1.1
-    monkeypatch.setattr(code_dispatch, "_trusted", {})
+    monkeypatch.setattr(dispatch, "_trusted", {})
     for _ in range(2):  # the second time the answer is known
         assert code_dispatch.codes_for(codec) is None
     assert caplog.text.count("opening is wrong by 0.09") == 1

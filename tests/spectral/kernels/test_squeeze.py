@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import kernels_codes
-from spectral import code_dispatch
+from spectral import code_dispatch, dispatch
 from spectral.bits import gaussian_tables
 from spectral.codec import Codebook, LayerCodec
 from spectral.errors import SettingError
@@ -103,8 +103,8 @@ def test_a_device_squeezes_with_the_kernel_after_a_comparison_only(
     old = codec_of(random_widths(rng, [4, 3], 16, 1), 16)
     new = codec_of(random_widths(rng, [2, 1], 16, 1), 16)
     monkeypatch.delenv("SPECTRAL_ATTENTION", raising=False)
-    monkeypatch.setattr(code_dispatch, "able", lambda device: True)
-    monkeypatch.setattr(code_dispatch, "_trusted", {})
+    monkeypatch.setattr(dispatch, "able", lambda device: True)
+    monkeypatch.setattr(dispatch, "_trusted", {})
     assert code_dispatch.squeezer(old, new) is not None
     original = SqueezeLayer._launch
 
@@ -116,7 +116,7 @@ def test_a_device_squeezes_with_the_kernel_after_a_comparison_only(
     assert code_dispatch.squeezer(old, new) is code_dispatch.squeezer(old, new)  # made once
     monkeypatch.setattr(SqueezeLayer, "_launch", spoilt)
     del new.__dict__["_squeezer"]
-    monkeypatch.setattr(code_dispatch, "_trusted", {})
+    monkeypatch.setattr(dispatch, "_trusted", {})
     for _ in range(2):  # the second time the answer is known
         assert code_dispatch.squeezer(old, new) is None
     assert caplog.text.count("bytes differ") == 1
