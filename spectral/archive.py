@@ -101,12 +101,10 @@ def page_streams(codec: PageCodec) -> list[Stream]:
         size = codec.dtype.itemsize
         return [(slice(i, codec.page_nbytes, size),) for i in range(size)]
     parts: dict[tuple[int, int], list[slice]] = {}
-    start = 0
-    for unit in codec.units:
+    for unit, start in zip(codec.units, codec.starts, strict=False):
         for strip in unit.layout.strips:
             span = slice(start + strip.start, start + strip.stop)
             parts.setdefault((strip.bits, strip.number), []).append(span)
-        start += unit.layout.nbytes
     return [tuple(spans) for spans in parts.values()]
 
 

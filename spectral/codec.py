@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -70,9 +71,10 @@ class LayerCodec(torch.nn.Module):
         if [unit.heads[0] for unit, _ in units] != ends[:-1]:
             raise SettingError("the units of a layer must cover its KV heads in order")
         self.kv_heads = ends[-1]
-        bounds = np.cumsum([0, *(unit.layout.nbytes for unit in self.units)])
-        self._bounds = [slice(int(a), int(b)) for a, b in zip(bounds, bounds[1:], strict=False)]
-        self.page_nbytes = int(bounds[-1])
+        self.starts = [0, *accumulate(unit.layout.nbytes for unit in self.units)]
+        """Where the units' bytes begin in a page, and the end."""
+        self._bounds = [slice(a, b) for a, b in zip(self.starts, self.starts[1:], strict=False)]
+        self.page_nbytes = self.starts[-1]
 
     @torch.no_grad()
     def encode(self, keys: torch.Tensor, values: torch.Tensor, page: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ import re
 from typing import Any
 
 from spectral.errors import ProfileError
+from spectral.text import encodable
 
 MAX_TEXT = 1000
 MAX_LAYERS, MAX_SETTINGS, MAX_HEADS = 4096, 256, 65536
@@ -131,7 +132,7 @@ def _check_free(value: dict[str, Any]) -> None:
         elif isinstance(part, list):
             rest += [(item, depth + 1) for item in part]
         elif isinstance(part, str):
-            if len(part) > MAX_FREE_TEXT or not _encodable(part):
+            if len(part) > MAX_FREE_TEXT or not encodable(part):
                 raise ProfileError(f"provenance: a text is over {MAX_FREE_TEXT} characters, or no Unicode text")
         elif isinstance(part, float):
             if not math.isfinite(part):
@@ -170,14 +171,6 @@ def _is_count(value: Any, least: int, most: int) -> bool:
 
 def _is_number(value: Any, least: float, most: float) -> bool:
     return type(value) in (int, float) and least <= value <= most
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _path(where: str, name: str) -> str:

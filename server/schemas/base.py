@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from server.errors import ApiError, bad_request, shorten, unsupported
+from spectral.text import encodable
 
 MAX_DEPTH = 64
 Harmless = Mapping[str, Callable[[Any], bool]]
@@ -120,17 +121,9 @@ def check_json(value: dict[str, Any]) -> dict[str, Any]:
             raise ValueError("must not hold whole numbers of more than 64 bits")
         elif isinstance(part, float) and not math.isfinite(part):
             raise ValueError("must not hold NaN or infinite numbers")
-        elif isinstance(part, str) and not _encodable(part):
+        elif isinstance(part, str) and not encodable(part):
             raise ValueError("must not hold half a surrogate pair")
     return value
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 JsonObject = Annotated[dict[str, Any], AfterValidator(check_json)]

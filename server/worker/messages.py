@@ -342,9 +342,8 @@ class Stats(msgspec.Struct, tag="stats", frozen=True):
 
 
 MemoryCommand = SetLease | SetSetting | Sleep | Wake
-ToWorker = (
-    Load | Submit | Tokenize | Cancel | SetProfile | Ping | Shutdown | MemoryCommand | SaveSession | ResumeSession
-)
+Session = SaveSession | ResumeSession
+ToWorker = Load | Submit | Tokenize | Cancel | SetProfile | Ping | Shutdown | MemoryCommand | Session
 Told = Accepted | Rejected | Tokenized | PromptTokens | Delta | Finished | Failed
 ToParent = Loading | Ready | LoadFailed | Told | Pong | Done | Footprint | Stats
 AnyMessage = ToWorker | ToParent

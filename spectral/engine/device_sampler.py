@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from spectral.engine import sampler
-from spectral.engine.sampler import SamplerState, draw, nucleus
+from spectral.engine.sampler import SamplerState, counted, draw, nucleus, repeated
 from spectral.engine.static_step import Numbers
 
 
@@ -94,10 +94,7 @@ class Memory:
         """Logits [rows, V] with every row's penalties and bias."""
         names = ("repetition", "frequency", "presence")
         repetition, frequency, presence = (numbers.field[name].float()[:, None] for name in names)
-        scaled = torch.where(logits > 0, logits / repetition, logits * repetition)
-        out = torch.where(self.seen, scaled, logits)
-        out = out - (self.count * frequency + (self.count > 0).float() * presence)
-        return out + self.bias
+        return repeated(logits, self.seen, repetition) - counted(self.count, frequency, presence) + self.bias
 
     def add(self, tokens: torch.Tensor) -> None:
         """Count chosen tokens [rows]."""

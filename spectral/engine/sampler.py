@@ -49,10 +49,9 @@ class SamplerState:
         params = self.params
         self._note(logits)
         if self._seen is not None:
-            scaled = torch.where(logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty)
-            logits.copy_(torch.where(self._seen, scaled, logits))
+            logits.copy_(repeated(logits, self._seen, params.repetition_penalty))
         if self._counts is not None:
-            logits -= self._counts * params.frequency_penalty + (self._counts > 0).float() * params.presence_penalty
+            logits -= counted(self._counts, params.frequency_penalty, params.presence_penalty)
         if params.logit_bias:
             if self._bias is None:
                 pairs = [(t, b) for t, b in params.logit_bias.items() if t < logits.shape[0]]
@@ -91,6 +90,16 @@ class SamplerState:
         if self._held is None:
             self._held = self.random.random()
         return self._held
+
+
+def repeated(logits: torch.Tensor, seen: torch.Tensor, penalty: torch.Tensor | float) -> torch.Tensor:
+    """Logits with the repetition penalty on seen tokens: positive ones divided by it, others multiplied."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def counted(count: torch.Tensor, frequency: torch.Tensor | float, presence: torch.Tensor | float) -> torch.Tensor:
+    """What the frequency and presence penalties take off the logits of tokens that the answer holds `count` times."""
+    return count * frequency + (count > 0).float() * presence
 
 
 def sample(logits: torch.Tensor, states: Sequence[SamplerState]) -> tuple[list[int], list[Logprob | None]]:

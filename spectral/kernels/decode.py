@@ -11,7 +11,6 @@ import math
 from dataclasses import dataclass
 from functools import cache
 
-import numpy as np
 import torch
 import triton
 
@@ -88,7 +87,6 @@ class LayerKernels:
         self.items = len(tables.item)
         self.eight = bool((tables.item[:, 2] == 0).any())  # planes of eight bits, the first of PLANE_ORDER
         self.rank = rank = tables.offset.shape[2]
-        self.starts = np.cumsum([0, *(unit.layout.nbytes for unit in units)])
         self.first_runs = tables.first_run
 
         def wide(x: torch.Tensor) -> torch.Tensor:
@@ -112,9 +110,9 @@ class LayerKernels:
         """int32 [units, 5]: first query head, query heads, offset of the unit's bytes, how many, its first run; `group`
         heads a KV head."""
         if group not in self._units:
-            spans = zip(self.unit_heads, self.starts, self.starts[1:], self.first_runs, strict=False)
+            spans = zip(self.unit_heads, self.codec.starts, self.codec.starts[1:], self.first_runs, strict=False)
             rows = [
-                [a * group, (b - a) * group, int(start), int(stop - start), int(run)]
+                [a * group, (b - a) * group, start, stop - start, int(run)]
                 for (a, b), start, stop, run in spans
             ]
             self._units[group] = torch.tensor(rows, dtype=torch.int32, device=self.key_basis.device)

@@ -47,6 +47,17 @@ def pieces(bits, cells, number):
 
 
 @triton.jit
+def _joined_rows(r0, r1, r2, r3, U: tl.constexpr):
+    """Words of four rows of U bytes each."""
+    if U == 1:
+        return (r0 | (r1 << 8) | (r2 << 16) | (r3 << 24),)
+    elif U == 2:
+        return r0 | (r1 << 16), r2 | (r3 << 16)
+    else:
+        return r0, r1, r2, r3
+
+
+@triton.jit
 def _four_rows(bases, BITS: tl.constexpr, CLASS: tl.constexpr, FAST: tl.constexpr):
     """Words of the lane's four rows of a cell; bases: pointers to the lane's quarter, of one, two or four pages."""
     U: tl.constexpr = max(1, BITS // 2)
@@ -67,12 +78,7 @@ def _four_rows(bases, BITS: tl.constexpr, CLASS: tl.constexpr, FAST: tl.constexp
     else:
         r0, r1 = word(bases[0], U, FAST), word(bases[1], U, FAST)
         r2, r3 = word(bases[2], U, FAST), word(bases[3], U, FAST)
-        if U == 1:
-            return (r0 | (r1 << 8) | (r2 << 16) | (r3 << 24),)
-        elif U == 2:
-            return r0 | (r1 << 16), r2 | (r3 << 16)
-        else:
-            return r0, r1, r2, r3
+        return _joined_rows(r0, r1, r2, r3, U)
 
 
 @triton.jit
@@ -96,12 +102,7 @@ def _held_rows(at, PITCH: tl.constexpr, BITS: tl.constexpr, CLASS: tl.constexpr)
     else:
         r0, r1 = held_word(at, U), held_word(at + PITCH, U)
         r2, r3 = held_word(at + 2 * PITCH, U), held_word(at + 3 * PITCH, U)
-        if U == 1:
-            return (r0 | (r1 << 8) | (r2 << 16) | (r3 << 24),)
-        elif U == 2:
-            return r0 | (r1 << 16), r2 | (r3 << 16)
-        else:
-            return r0, r1, r2, r3
+        return _joined_rows(r0, r1, r2, r3, U)
 
 
 @triton.jit

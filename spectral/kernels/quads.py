@@ -74,11 +74,6 @@ def unit_columns(codec: LayerCodec) -> np.ndarray:
     return np.cumsum([0, *(unit.rank for unit in codec.units)])
 
 
-def _starts(codec: LayerCodec) -> np.ndarray:
-    """Where every unit's bytes begin in the page."""
-    return np.cumsum([0, *(unit.layout.nbytes for unit in codec.units)])
-
-
 def page_quads(codec: LayerCodec) -> Quads:
     """The quads of a codec's page."""
     columns = unit_columns(codec)
@@ -89,7 +84,7 @@ def page_quads(codec: LayerCodec) -> Quads:
     high_bits: np.ndarray = np.ones(count, dtype=np.int32)
     low: np.ndarray = np.full(count, -1, dtype=np.int32)
     order: np.ndarray = np.zeros(count, dtype=np.int64)
-    for unit, column, start in zip(codec.units, columns, _starts(codec), strict=False):
+    for unit, column, start in zip(codec.units, columns, codec.starts, strict=False):
         layout: PageLayout = unit.layout
         classes = frequency_classes(layout.page_tokens)
         for strip in layout.strips:
@@ -122,7 +117,7 @@ def byte_tables(codec: LayerCodec) -> list[ByteTable]:
     """Every byte of a codec's page, by the size of its fields; bytes that hold none are with those of two bits."""
     columns = unit_columns(codec)
     parts: dict[int, list[ByteTable]] = {bits: [] for bits in BYTE_PLANES}
-    for unit, column, start in zip(codec.units, columns, _starts(codec), strict=False):
+    for unit, column, start in zip(codec.units, columns, codec.starts, strict=False):
         layout: PageLayout = unit.layout
         flat = layout.row_widths.ravel()
         unused: np.ndarray = np.ones(layout.nbytes, dtype=bool)
