@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before anything imports torch: spinning OpenMP threads make small matmuls up to hundreds of times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,10 +16,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from tests.chromium import chromium
+
 if not torch.cuda.is_available():  # before anything imports kernels: they run in Triton's interpreter then
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A real Chromium, or a skip that says what is missing."""
+    with chromium() as browser:
+        yield browser
 
 
 @pytest.fixture(scope="session")

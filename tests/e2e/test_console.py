@@ -11,16 +11,8 @@ import httpx
 import pytest
 from harness import ROOT, Server, wait_for
 
-from tests.chromium import chromium
-
 pytestmark = pytest.mark.e2e
 MODEL = "demo-7m"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture

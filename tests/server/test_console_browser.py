@@ -16,17 +16,11 @@ import pytest
 
 from server import jobs
 from spectral.profile import SpectralProfile
-from tests.chromium import chromium, missing
+from tests.chromium import missing
 from tests.server.conftest import HERE, ROOT, Running, serving, settings
 
 SHIPPED = ROOT / "profiles" / "demo-7m.safetensors"
 EVIL = '<img src=x onerror="window.evil=1"><script>window.evil=1</script>'
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")

@@ -15,18 +15,11 @@ from typing import Any
 import pytest
 
 from spectral.profile import SpectralProfile
-from tests.chromium import chromium
 from tests.server.conftest import ROOT, Running, serving, settings
 
 SHIPPED = ROOT / "profiles" / "demo-7m.safetensors"
 EVIL = '"><img src=x onerror="window.evil=1"><script>window.evil=1</script><svg onload="window.evil=1">'
 EVIL += "[x](javascript:window.evil=1)<a href='javascript:window.evil=1'>y</a>{{7*7}}${window.evil=1}\u202e<!--"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")

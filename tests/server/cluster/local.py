@@ -48,6 +48,9 @@ class Direct:
 class Local:
     """The running parts. Everything that touches them goes through :meth:`do`, on their loop."""
 
+    worker = FAKE
+    """The workers' command line."""
+
     def __init__(self, settings: Settings, store: Store) -> None:
         self.settings, self.store = settings, store
         self.loop = asyncio.new_event_loop()
@@ -89,7 +92,7 @@ class Local:
         """One more machine."""
 
         async def start() -> NodeAgent:
-            agent = NodeAgent(name, self.settings, self.conductor.token, self.direct, FAKE)
+            agent = NodeAgent(name, self.settings, self.conductor.token, self.direct, self.worker)
             await agent.start("127.0.0.1")
             return agent
 

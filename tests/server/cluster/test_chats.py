@@ -7,25 +7,16 @@ from typing import Any
 
 import httpx
 
-from server.cluster.agent import NodeAgent
 from tests.server.cluster.local import Local, cluster, until_ready, where
 from tests.server.conftest import settings, until
 
-REAL = (sys.executable, "-m", "server.worker.main")
 TEXT = "Norway has a long coast with many islands and deep fjords. " * 40
 
 
 class WithModels(Local):
     """Nodes whose workers hold the model."""
 
-    def node(self, name: str) -> NodeAgent:
-        async def start() -> NodeAgent:
-            agent = NodeAgent(name, self.settings, self.conductor.token, self.direct, REAL)
-            await agent.start("127.0.0.1")
-            return agent
-
-        self.agents[name] = self.do(start())
-        return self.agents[name]
+    worker = (sys.executable, "-m", "server.worker.main")
 
 
 def ask(client: httpx.Client, turns: list[dict[str, str]], session: str) -> str:

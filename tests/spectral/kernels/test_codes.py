@@ -7,17 +7,17 @@ import pytest
 import torch
 
 from spectral import code_dispatch, dispatch
-from spectral.attention import attend
 from spectral.codec import LayerCodec
 from spectral.errors import SettingError
 from spectral.kernels import check_codes, chunk
 from spectral.kernels.code_layer import CodeLayer
 from spectral.kernels.encode import Tokens, encode
 from spectral.kernels.expand import expand
-from spectral.pages import LayerShape, ModelShape, PageStore, Row
+from spectral.pages import LayerShape, ModelShape, PageStore
 from spectral.pools import empty_pool
 from spectral.windows import make_window
 from tests.spectral.helpers import random_codebook, random_codec
+from tests.spectral.kernels.chunks import run_chunk
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MIXED = [8, 6, 4, 3, 2, 1, 0]
@@ -113,20 +113,6 @@ def store_of(kv_heads: int, dim: int, group: int, widths: list[int], bits: int, 
     return PageStore(shape, book, device=DEVICE, window_dtype=torch.float32)
 
 
-def run(store: PageStore, row: Row, tokens: int, group: int, seed: int, softcap: float | None = None) -> torch.Tensor:
-    """A chunk of a row, committed: [tokens, Hq, dv]."""
-    shape = store.shape.layers[0]
-    rng = torch.Generator().manual_seed(seed)
-    batch = store.begin([(row, tokens)])
-    sides = [
-        torch.randn(1, heads, tokens, shape.key_dim, generator=rng).to(DEVICE)
-        for heads in (shape.kv_heads * group, shape.kv_heads, shape.kv_heads)
-    ]
-    out = attend(batch, 0, *sides, scaling=shape.key_dim**-0.5, softcap=softcap)[0]
-    batch.commit()
-    return out
-
-
 @pytest.mark.parametrize(
     ("kv_heads", "dim", "group", "widths", "bits", "page", "softcap", "chunks"),
     [
@@ -154,7 +140,7 @@ def test_chunks_over_codes_equal_the_reference(
         row = store.open()
         for i, count in enumerate(chunks):
             monkeypatch.setenv("SPECTRAL_ATTENTION", last if i == len(chunks) - 1 else before)
-            out = run(store, row, count, group, i, softcap)
+            out = run_chunk(store, row, count, group, i, softcap)
         outs[before, last], pages[before, last] = out, store.read_pages(0, row)
         assert row.pages
         store.check()

@@ -15,6 +15,7 @@ from spectral.kernels.check import TOLERANCE, relative_error
 from spectral.kernels.decode import LayerKernels
 from spectral.pages import LayerShape, ModelShape, PageStore, Row
 from tests.spectral.helpers import random_codebook
+from tests.spectral.kernels.chunks import random_sides, run_chunk
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MIXED = [8, 6, 4, 3, 2, 1, 0]
@@ -33,30 +34,14 @@ def step(
 ) -> torch.Tensor:
     """One token for every row: [B, Hq, dv]."""
     shape = store.shape.layers[0]
-    rng = torch.Generator().manual_seed(seed)
     batch = store.begin([(row, 1) for row in rows])
-    sides = [
-        torch.randn(1, heads, len(rows), shape.key_dim, generator=rng).to(DEVICE)
-        for heads in (shape.kv_heads * group, shape.kv_heads, shape.kv_heads)
-    ]
+    sides = random_sides(store, len(rows), group, seed)
     out = attend(batch, 0, *sides, scaling=shape.key_dim**-0.5, softcap=softcap)[0]
     if commit:
         batch.commit()
     else:
         batch.abort()
     return out
-
-
-def fill(store: PageStore, row: Row, tokens: int, group: int, seed: int) -> None:
-    shape = store.shape.layers[0]
-    rng = torch.Generator().manual_seed(seed)
-    batch = store.begin([(row, tokens)])
-    sides = [
-        torch.randn(1, heads, tokens, shape.key_dim, generator=rng).to(DEVICE)
-        for heads in (shape.kv_heads * group, shape.kv_heads, shape.kv_heads)
-    ]
-    attend(batch, 0, *sides, scaling=shape.key_dim**-0.5)
-    batch.commit()
 
 
 @pytest.mark.parametrize(
@@ -83,7 +68,7 @@ def test_decoding_on_codes_equals_the_reference(
     rows = [store.open() for _ in lengths]
     monkeypatch.setenv("SPECTRAL_ATTENTION", "reference")
     for i, (row, tokens) in enumerate(zip(rows, lengths, strict=True)):
-        fill(store, row, tokens, group, i)
+        run_chunk(store, row, tokens, group, i)
     expected = step(store, rows, group, 99, softcap, commit=False)
     monkeypatch.setenv("SPECTRAL_ATTENTION", "triton")
     got = step(store, rows, group, 99, softcap, commit=False)
@@ -99,7 +84,7 @@ def test_a_stream_is_the_same_through_the_kernels(monkeypatch: pytest.MonkeyPatc
         store = store_of(1, 16, 2, [4, 3], 8)
         row = store.open()
         monkeypatch.setenv("SPECTRAL_ATTENTION", choice)
-        fill(store, row, 51, 2, 0)
+        run_chunk(store, row, 51, 2, 0)
         outs = [step(store, [row], 2, 10 + i, None, commit=True) for i in range(2)]
         assert row.length == 53 and len(row.pages) == 1
         found.append((torch.cat(outs), store.read_pages(0, row)))
@@ -117,7 +102,7 @@ def test_pages_may_lie_anywhere_in_a_pool(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("SPECTRAL_ATTENTION", "reference")
     for turn in range(6):  # rows grow in turns, so their pages lie between each other's
         for i in order.sample(range(3), 3):
-            fill(store, rows[i], 40, 2, 10 * turn + i)
+            run_chunk(store, rows[i], 40, 2, 10 * turn + i)
     store.close(rows.pop(1))
     expected = step(store, rows, 2, 5, None, commit=False)
     monkeypatch.setenv("SPECTRAL_ATTENTION", "triton")
@@ -129,7 +114,7 @@ def test_the_switch_says_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> N
     store = store_of(1, 16, 2, [4], 8, block=128)
     row = store.open()
     monkeypatch.setenv("SPECTRAL_ATTENTION", "reference")
-    fill(store, row, 60, 2, 0)
+    run_chunk(store, row, 60, 2, 0)
     monkeypatch.setenv("SPECTRAL_ATTENTION", "triton")
     with pytest.raises(SettingError, match="blocks of 8 pages"):
         step(store, [row], 2, 1, None, commit=False)
