@@ -67,7 +67,7 @@ def simulate(gpus: int, models: int, requests: int, seed: int) -> dict[str, Any]
     """The big run."""
     known = kinds(models, seed)
     seconds = max(60.0, requests / (gpus * 0.85))
-    sim = Simulator(gpus, GPUS_PER_NODE, known, seed)
+    sim = Simulator(gpus, GPUS_PER_NODE, known)
     sim.at(seconds * 0.3, lambda: sim.lose("node0003"))
     sim.at(seconds * 0.35, lambda: sim.join("node9999", GPUS_PER_NODE))
     arrivals = trace(known, requests, seconds, seed)

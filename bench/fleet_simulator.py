@@ -88,8 +88,8 @@ class SimPlacements(Placements):
 class Simulator:
     """Runs requests on a fleet; `figures` has what came of it. Times in virtual seconds unless they say wall."""
 
-    def __init__(self, gpus: int, gpus_per_node: int, models: list[Kind], seed: int, most: int = 64) -> None:
-        self.now, self._rng = 0.0, random.Random(seed)
+    def __init__(self, gpus: int, gpus_per_node: int, models: list[Kind], most: int = 64) -> None:
+        self.now = 0.0
         self.kinds = {kind.name: kind for kind in models}
         self.places = SimPlacements(lambda: self.now, self.kinds)
         self.routers = [Router() for _ in range(GATEWAYS)]

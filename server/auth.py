@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, Literal
 
-import msgspec
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -31,7 +30,6 @@ from server import errors
 from server.admin_key import AdminKey, is_loopback, named_host
 from server.config_auth import AuthSettings
 from server.throttle import Throttle
-from server.worker import messages
 from spectral.keyfile import KeyFileError, KeyRecord, check_unique, hash_secret, load_keys
 
 if TYPE_CHECKING:
@@ -72,13 +70,6 @@ def caller_of(scope: Scope) -> Caller:
     caller = scope.get("state", {}).get("caller", ANYBODY)
     assert isinstance(caller, Caller)
     return caller
-
-
-def salted(submit: messages.Submit, scope: Scope) -> messages.Submit:
-    """A request whose prefixes only its key shares. The salt is the key's hash and not its name: a new key under an old
-    name does not inherit what the old one left in the cache."""
-    record = caller_of(scope).record
-    return submit if record is None else msgspec.structs.replace(submit, cache_salt=record.hash)
 
 
 class KeyRing:

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 from fastapi import Request
 
-from server import auth, errors, sse
+from server import errors, sse
 from server.auth import Caller, caller_of
 from server.limits import Limiter, Permit
 from server.scheduler.loop import Scheduler
@@ -274,7 +274,7 @@ class Gateway:
         began = time.monotonic()
         slot, permit = self._admit(body.model, request)
         try:
-            submit = auth.salted(self._on_behalf(body.submit(uuid.uuid4().hex), request), request.scope)
+            submit = self._on_behalf(body.submit(uuid.uuid4().hex), request)
             notes = request.scope["state"]
             work = self._open(slot, submit, began, notes, body, permit, field_names)
             opening = asyncio.ensure_future(work)
@@ -291,12 +291,13 @@ class Gateway:
 
     def _on_behalf(self, submit: messages.Submit, request: Request) -> messages.Submit:
         """Callers with keys share the engine fairly, and no prefixes: how fast an answer begins would tell what others
-        have asked. Only an administrator's key goes before them. Raises ApiError 403."""
+        have asked. The salt is the key's hash and not its name: a new key under an old name does not inherit what the
+        old one left in the cache. Only an administrator's key goes before the others. Raises ApiError 403."""
         record = caller_of(request.scope).record
         if record is not None and submit.priority > 0 and record.role != "admin":
             message = "priority: above 0 needs an admin key; this key may ask for -100 to 0"
             raise errors.forbidden(message, code="priority_not_allowed", param="priority")
-        return submit if record is None else msgspec.structs.replace(submit, tenant=record.name, cache_salt=record.name)
+        return submit if record is None else msgspec.structs.replace(submit, tenant=record.name, cache_salt=record.hash)
 
     def _admit(self, model: str, request: Request) -> tuple[Slot, Permit | None]:
         """The model's slot and the caller's permit. Raises ApiError 403, 404 or 429."""

@@ -31,8 +31,6 @@ BROKEN_S = 1.5
 """Silence of a node that a gateway has lost as well; reports come every SYNC_S."""
 SETTLE_S = 20.0
 """How long the first plan waits for nodes that are there: what is placed on the first one would have to move later."""
-FORGET_S = 3600.0
-"""A node that is lost for so long, and its drain, are forgotten."""
 
 
 class NotConfigured(Exception):

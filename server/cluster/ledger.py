@@ -68,7 +68,6 @@ class Model:
     wanted: bool = False
     """Whether it shall be somewhere: a startup model, or one that somebody asked for."""
     stage: str = ""
-    busy_share: float = 0.0
     low_since: float | None = None
     pause_until: float = 0.0
     """A replica was given up for want of bytes: until then no other one is made for it, unless requests wait."""

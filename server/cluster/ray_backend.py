@@ -110,17 +110,6 @@ class ConductorActor:
         self._begin()
         return await self._conductor.command(what)
 
-    async def stop_agents(self) -> None:
-        """End all agents in good order, for `spectral cluster stop`."""
-        if self._watch is not None:
-            self._watch.cancel()
-        agents, self._agents = self._agents, {}
-        ending = [agent.stop.remote() for agent in agents.values()]
-        if ending:
-            await asyncio.to_thread(ray.wait, ending, num_returns=len(ending), timeout=30)
-        for agent in agents.values():
-            ray.kill(agent, no_restart=True)
-
     # ------------------------------------------------------------------------------------------ nodes
 
     async def _watching(self) -> None:
@@ -204,12 +193,6 @@ class AgentActor:
     def pid(self) -> int:
         """The agent's process."""
         return os.getpid()
-
-    def stop(self) -> bool:
-        """End the workers in good order."""
-        if self._agent is not None:
-            asyncio.run_coroutine_threadsafe(self._agent.stop(), self._loop).result(30)
-        return True
 
 
 async def start_on_free_port(agent: NodeAgent, host: tuple[str, str], ports: tuple[int, int]) -> None:

@@ -43,20 +43,20 @@ class MessageReader:
         self._messages.clear()
         return taken
 
-    async def _filled(self) -> bool:
+    async def _filled(self) -> None:
+        """Until there is a message, or the stream has ended."""
         while not self._messages:
             if self._broken is not None:
                 raise self._broken
             try:
                 data = await self._reader.read(READ_BYTES)
             except ConnectionError:
-                return False
+                return
             if not data:
-                return False
+                return
             self._bytes += data
             if len(self._bytes) >= self._needed:
                 self._split()
-        return True
 
     def _split(self) -> None:
         data, at, self._needed = bytes(self._bytes), 0, LENGTH.size
