@@ -15,6 +15,7 @@ from server.admin import Admin
 from server.answer_headers import AnswerHeaders
 from server.auth import Guard, KeyRing
 from server.config import Settings
+from server.cross_origin import CrossOrigin, HeadAsGet
 from server.documents import describe
 from server.events import EventLog
 from server.gateway import Gateway
@@ -80,8 +81,10 @@ def create_app(
     app.state.keys = KeyRing(settings.auth, lambda: scheduler.settings.server)
     app.state.started = int(time.time())
     errors.install(app)
+    app.add_middleware(HeadAsGet)
     app.add_middleware(AnswerHeaders)
     app.add_middleware(Guard, keys=app.state.keys, settings=settings.auth)
+    app.add_middleware(CrossOrigin, origins=settings.server.allowed_origins)
     app.add_middleware(Outermost, metrics=metrics, tracing=tracing)
     for module in (openai, ollama, generate, tokens, ops, admin_routes, admin_profiles, memory_routes, nodes, console):
         app.include_router(module.router)

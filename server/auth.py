@@ -166,6 +166,7 @@ class Guard:
             try:
                 state["caller"] = self._check(scope)
             except errors.ApiError as error:
+                state["code"] = error.code
                 await error.response(scope["path"])(scope, receive, send)
                 return
             if state["caller"].record is not None:

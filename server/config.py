@@ -10,12 +10,14 @@ import contextlib
 import contextvars
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     Field,
     ValidationError,
     model_validator,
@@ -39,6 +41,13 @@ class ConfigError(Exception):
     """The configuration cannot be used; the message names the field and the remedy."""
 
 
+def _origin_of_a_page(value: str) -> str:
+    if value != "*" and re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", value) is None:
+        raise ValueError('must be an origin without a path, such as "https://chat.example", or "*" for all pages')
+    return value
+
+
+Origin = Annotated[str, AfterValidator(_origin_of_a_page)]
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:@-]*$")]
 
 
@@ -49,6 +58,9 @@ class ServerSettings(AdminKey, Section):
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one.")
     allow_public: bool = Field(
         False, description="With auth.allow_without_keys: allow a host that other machines can reach, without keys."
+    )
+    allowed_origins: tuple[Origin, ...] = Field(
+        (), description='Web pages that may use the server from a browser, "https://chat.example"; "*": all.'
     )
     max_body_bytes: Bytes = Field(10 * 2**20, description="Largest request body.")
     ping_seconds: float = Field(15.0, gt=0, description="Seconds between comment pings on a silent stream.")

@@ -213,12 +213,14 @@ def install(app: FastAPI) -> None:
             answer = ApiError(405, f"{shorten(path)} does not take {method}; use {allowed}", code="method_not_allowed")
         else:
             answer = ApiError(error.status_code, str(error.detail), code="http_error")
+        request.scope.setdefault("state", {})["code"] = answer.code
         response = answer.response(path)
         response.headers.update(error.headers or {})
         return response
 
-    async def invalid_query(_: Request, error: Exception) -> JSONResponse:
+    async def invalid_query(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
+        request.scope.setdefault("state", {})["code"] = "invalid_value"
         first = error.errors()[0]
         param = str(first["loc"][-1])
         return bad_request(f"{param}: {str(first['msg']).lower()}", param).response()

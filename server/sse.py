@@ -20,6 +20,8 @@ STALLED_AFTER_S = 60.0
 STALL_CHECK_S = 5.0
 DIRECT = "spectral.send"
 """Where a scope has the server's own `send`: pieces in mid-stream need no layer that looks at heads and ends."""
+HEAD_ONLY = "spectral.head"
+"""Set in a scope whose request was HEAD: a stream of events then ends with its head."""
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
 encode = msgspec.json.Encoder().encode
@@ -77,6 +79,11 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the events end, the client is gone, or it has read nothing for STALLED_AFTER_S."""
+        if scope.get(HEAD_ONLY):
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await self._on_end()
+            return
         sending = asyncio.ensure_future(self._send_all(send, scope.get(DIRECT, send)))
         gone = asyncio.ensure_future(disconnected(receive))
         ping: asyncio.Future[None] | None = None

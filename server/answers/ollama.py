@@ -27,19 +27,21 @@ class Ollama:
         """The whole answer. Raises ApiError where the generation fails."""
         text: list[str] = []
         calls: list[dict[str, Any]] = []
+        tokens: list[messages.TokenLogprob] = []
         async for item in self._items():
             if isinstance(item, messages.Delta):
                 text.append(item.text)
+                tokens += item.logprobs or []
             elif isinstance(item, CalledTool):
                 calls.append(_call(item))
-        return {**self._piece("".join(text), calls), **self._end()}
+        return {**self._piece("".join(text), calls), **self._end(), **_logprobs(tokens)}
 
     async def lines(self) -> AsyncIterator[bytes]:
         """The stream: one line for each piece, and the last with the figures."""
         async for item in self._items():
             if isinstance(item, messages.Delta):
-                if item.text:
-                    yield sse.line({**self._piece(item.text, []), "done": False})
+                if item.text or item.logprobs:
+                    yield sse.line({**self._piece(item.text, []), "done": False, **_logprobs(item.logprobs or [])})
             elif isinstance(item, CalledTool):
                 yield sse.line({**self._piece("", [_call(item)]), "done": False})
         yield sse.line({**self._piece("", []), **self._end()})
@@ -76,6 +78,16 @@ class Ollama:
 def _call(item: CalledTool) -> dict[str, Any]:
     function = {"index": item.number, "name": item.call.name, "arguments": json.loads(item.call.arguments)}
     return {"id": item.call.id, "function": function}
+
+
+def _logprobs(tokens: list[messages.TokenLogprob]) -> dict[str, Any]:
+    """Nothing where there are none: the field is left out unless it was asked for."""
+    found = []
+    for token in tokens:
+        top = [{"token": one.token, "logprob": one.logprob, "bytes": one.bytes} for one in token.top]
+        chosen = {"token": token.token, "logprob": token.logprob, "bytes": token.bytes}
+        found.append({**chosen, "top_logprobs": top} if top else chosen)
+    return {"logprobs": found} if found else {}
 
 
 def error_line(error: errors.ApiError) -> bytes:

@@ -18,13 +18,14 @@ _DISCARD_FACTOR = 4
 _DISCARD_SECONDS = 5.0
 
 
-async def read_json(request: Request, settings: ServerSettings) -> Any:
+async def read_json(request: Request, settings: ServerSettings, *, any_type: bool = False) -> Any:
     """The decoded body. Raises ApiError 400, 408, 413 or 415; ClientGone on a disconnect.
 
     The content type is asked for: browsers send other types to any address, from any page, without asking the server.
+    `any_type`: only of browsers, which cannot leave out who asks (Ollama's own examples with curl name no type).
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
+    if kind != "application/json" and not (any_type and not _from_a_browser(request)):
         raise errors.unsupported_media_type(kind)
     try:
         body = await within(settings.request_timeout_seconds, _read(request, settings.max_body_bytes))
@@ -34,6 +35,10 @@ async def read_json(request: Request, settings: ServerSettings) -> Any:
         return msgspec.json.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise errors.bad_request(f"the body is not valid JSON: {error}", code="invalid_json") from None
+
+
+def _from_a_browser(request: Request) -> bool:
+    return any(name == "origin" or name.startswith("sec-fetch-") for name in request.headers)
 
 
 async def _read(request: Request, limit: int) -> bytes:

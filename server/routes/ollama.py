@@ -67,7 +67,7 @@ async def running(request: Request) -> Response:
 async def show(request: Request) -> Response:
     """What is known of a model; most of it while it is hot."""
     gateway: Gateway = request.app.state.gateway
-    data = await read_json(request, gateway.scheduler.settings.server)
+    data = await read_json(request, gateway.scheduler.settings.server, any_type=True)
     if isinstance(data, dict) and "model" not in data and "name" in data:
         data = {**{key: value for key, value in data.items() if key != "name"}, "model": data["name"]}
     asked = schemas.parse(ShowRequest, data)
@@ -93,7 +93,7 @@ async def refused(action: str, request: Request) -> Response:
 
 async def _answer(request: Request, schema: type[OllamaChatRequest] | type[OllamaGenerateRequest]) -> Response:
     gateway: Gateway = request.app.state.gateway
-    asked = schemas.parse(schema, await read_json(request, gateway.scheduler.settings.server))
+    asked = schemas.parse(schema, await read_json(request, gateway.scheduler.settings.server, any_type=True))
     named = asked.model_copy(update={"model": _resolve(gateway, asked.model)})
     if asked.loads_only:
         return await _load(request, gateway, asked.model, named)

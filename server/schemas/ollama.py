@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -51,9 +51,23 @@ Format = Annotated[Any, BeforeValidator(_format), WithJsonSchema({"anyOf": [{"co
 # Options of Ollama that have no place here, and the values at which that changes nothing.
 _HARMLESS_OPTIONS: dict[str, Callable[[Any], bool]] = {
     "mirostat": lambda value: value == 0,
+    "mirostat_eta": lambda value: True,  # these two belong to mirostat
+    "mirostat_tau": lambda value: True,
     "tfs_z": lambda value: value == 1,
     "repeat_last_n": lambda value: value == -1,
     "num_keep": lambda value: value in (0, -1),
+}
+_NO_PENALTY = {"repeat_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+_TEXT_ONLY = "models here read and write text only; remove it"
+_HINTS = {
+    "context": "send the conversation to /api/chat instead",
+    "images": _TEXT_ONLY,
+    "shift": "an answer ends where the context is full; remove it",
+    "suffix": "models here go on from a prompt and fill no gaps; say in the prompt what comes after",
+    "template": "the model's own chat template is used; with raw the prompt is taken as it is",
+    "think": "a model that thinks does so as its chat template says; remove it",
+    "truncate": "a prompt is never cut; shorten it",
+    **dict.fromkeys(("width", "height", "steps"), _TEXT_ONLY),
 }
 _PASSED_ON = ("temperature", "top_k", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty", "stop")
 
@@ -74,13 +88,14 @@ class Options(Strict):
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
 
-    def sampling(self, grammar: wire.Grammar | None) -> wire.Sampling:
-        """The sampling part of the message to the worker."""
+    def sampling(self, grammar: wire.Grammar | None, logprobs: int | None) -> wire.Sampling:
+        """The sampling part of the message to the worker. `logprobs`: how many candidates of each token to tell."""
         return wire.Sampling(
             max_tokens=self.num_predict if self.num_predict > 0 else None,
             seed=self.seed,
             repetition_penalty=self.repeat_penalty,
             grammar=grammar,
+            logprobs=logprobs,
             **{name: getattr(self, name) for name in _PASSED_ON},
         )
 
@@ -88,17 +103,18 @@ class Options(Strict):
 class _Generating(Request):
     harmless: ClassVar[Harmless] = {
         "think": lambda value: value is False,
-        "logprobs": lambda value: value is False,
-        "top_logprobs": lambda value: value == 0 and value is not False,
         "truncate": lambda value: value is False,
         "shift": lambda value: value is False,
     }
+    hints: ClassVar[Mapping[str, str]] = _HINTS
 
     model: ModelName
     stream: bool = True
     options: Options = Options()
     format: Format | None = None
     keep_alive: KeepAlive | None = Field(None, description="The model stays at least so long (seconds).")
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=20)
 
     @classmethod
     def prepare(cls, data: dict[str, Any]) -> dict[str, Any]:
@@ -109,6 +125,8 @@ class _Generating(Request):
         if not isinstance(options, dict):
             return data
         kept = {name: value for name, value in options.items() if value is not None}
+        if all(kept.get(name, value) == value for name, value in _NO_PENALTY.items()):
+            kept.pop("repeat_last_n", None)  # how far back to look for what is not punished
         for name in list(kept):
             if name in Options.model_fields:
                 continue
@@ -129,6 +147,12 @@ class _Generating(Request):
         if asked is not None and asked > ready.context_length:
             message = f"options.num_ctx: this model's context is {ready.context_length} tokens, {asked} are asked for"
             raise bad_request(message, "options.num_ctx")
+
+    def _sampling(self) -> wire.Sampling:
+        """Raises ApiError 400."""
+        if self.top_logprobs and not self.logprobs:
+            raise bad_request("top_logprobs: needs logprobs to be true", "top_logprobs")
+        return self.options.sampling(self._grammar(), self.top_logprobs if self.logprobs else None)
 
     def _grammar(self) -> wire.Grammar | None:
         if self.format is None:
@@ -209,14 +233,14 @@ class OllamaChatRequest(_Generating):
 
     def submit(self, request_id: str) -> wire.Submit:
         """The message to the worker. Raises ApiError 400."""
-        grammar = self._grammar()
-        if grammar is not None and self.tool_use:
+        sampling = self._sampling()
+        if sampling.grammar is not None and self.tool_use:
             raise unsupported("format", "an answer that may call tools cannot have another form; leave one out")
         turns = [turn.to_wire(f"messages[{place}]", place) for place, turn in enumerate(self.messages)]
         for place, turn in enumerate(turns):  # a tool's answer belongs to the calls before it, in their order
             if turn.role == "tool" and turn.tool_call_id is None:
                 turns[place] = wire.Message(turn.role, turn.content, [], _call_before(turns, place), turn.name)
-        return wire.Submit(request_id, "chat", self.options.sampling(grammar), turns, tools=self.tool_use.described)
+        return wire.Submit(request_id, "chat", sampling, turns, tools=self.tool_use.described)
 
 
 def _call_before(turns: list[wire.Message], place: int) -> str | None:
@@ -251,7 +275,7 @@ class OllamaGenerateRequest(_Generating):
 
     def submit(self, request_id: str) -> wire.Submit:
         """The message to the worker. Raises ApiError 400."""
-        sampling = self.options.sampling(self._grammar())
+        sampling = self._sampling()
         if self.raw:
             if self.system:
                 raise bad_request("system: has no place in a raw prompt; write it into the prompt", "system")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from spectral.engine.templates import RENDERER, TemplateFailed, is_jinja, render_chat
 from spectral.engine.types import GenerateRequest, Message
 from spectral.errors import RequestError
+from spectral.tool_forms import form_of
 
+_READS_OWN = re.compile(r"""(?<![\w.'"])tools(?!['"\w])""")
+"""`tools` as a variable, and not as what a message has."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -18,17 +23,9 @@ def has_template(tokenizer: Any) -> bool:
 
 
 def tool_format(tokenizer: Any) -> str:
-    """How the template makes a model write its calls of tools; "" where the template does not know tools.
-
-    "hermes": <tool_call>{"name", "arguments"}</tool_call> (Hermes, Qwen); "mistral": [TOOL_CALLS] and a list;
-    "json": the answer is the call's JSON (Llama 3 and others).
-    """
-    template = str(getattr(tokenizer, "chat_template", None) or "")
-    if "tools" not in template:
-        return ""
-    if "[TOOL_CALLS]" in template:
-        return "mistral"
-    return "hermes" if "<tool_call>" in template else "json"
+    """How the template makes a model write its calls of tools (a key of spectral.tool_forms.TAGS); "" where it does not
+    know tools."""
+    return form_of(str(getattr(tokenizer, "chat_template", None) or ""))
 
 
 def encode_chat(tokenizer: Any, messages: list[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
@@ -56,6 +53,8 @@ def encode_chat(tokenizer: Any, messages: list[Message], tools: Sequence[dict[st
             )
         role = "system" if message.role == "developer" and not knows_developer else message.role
         turns.append({"role": role, "content": message.content, **message.extra})
+    if tools and _READS_OWN.search(str(tokenizer.chat_template)) is None:
+        _add_to_system(turns, tools)
     try:
         ids = _template_ids(tokenizer, turns, list(tools) or None)
     except TemplateFailed as error:
@@ -71,6 +70,13 @@ def encode_chat(tokenizer: Any, messages: list[Message], tools: Sequence[dict[st
             f"the model's chat template refuses these messages: {error}", param="messages", code="invalid_messages"
         ) from error
     return [int(i) for i in ids]
+
+
+def _add_to_system(turns: list[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> None:
+    """For templates that read no `tools` of their own but those of the system's message, as a text (Phi-4-mini's)."""
+    if not turns or turns[0]["role"] != "system":
+        turns.insert(0, {"role": "system", "content": ""})
+    turns[0]["tools"] = json.dumps([tool["function"] for tool in tools], ensure_ascii=False)
 
 
 def _template_ids(tokenizer: Any, turns: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[int]:

@@ -6,26 +6,33 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
+from spectral.tool_forms import MARKS
+
 REPLACEMENT = "\ufffd"
 MAX_PENDING = 64
 """Tokens that may stay undecided; a text that is not UTF-8 for longer than this is passed on as it is."""
 
 
 def make_decoder(tokenizer: Any) -> Callable[[list[int]], str]:
-    """A function from token ids to text without special tokens; the tokenizer's fast path where it has one."""
+    """A function from token ids to text; the tokenizer's fast path where it has one. Of the special tokens only the
+    marks of tool calls are shown: without them nobody could tell where a call begins."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None and not getattr(tokenizer, "clean_up_tokenization_spaces", False):
-        decode = backend.decode
+    cleans = getattr(tokenizer, "clean_up_tokenization_spaces", False)
+    decode = tokenizer.decode if backend is None or cleans else backend.decode
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {ident: str(token.content) for ident, token in added.items() if token.special}
+    marks = {ident for ident, text in special.items() if text in MARKS}
+    hidden = special.keys() - marks
 
-        def fast(ids: list[int]) -> str:
-            return str(decode(ids, skip_special_tokens=True))
+    def without_special(ids: list[int]) -> str:
+        return str(decode(ids, skip_special_tokens=True))
 
-        return fast
+    def with_marks(ids: list[int]) -> str:
+        if marks.isdisjoint(ids):
+            return without_special(ids)
+        return str(decode([i for i in ids if i not in hidden], skip_special_tokens=False))
 
-    def plain(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=True))
-
-    return plain
+    return with_marks if marks else without_special
 
 
 class Detokenizer:

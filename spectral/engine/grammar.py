@@ -16,8 +16,9 @@ from spectral.errors import RequestError
 KEPT = 64
 """Compiled grammars that are kept for the next request with the same one."""
 
-WHITESPACE = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,16}"}
-"""Between the parts of a JSON document. Without an end, small models write nothing but blanks until the last token."""
+WHITESPACE = {"whitespace_pattern": r"( |\n( {0,16}|\t{0,8}))?"}
+"""Between the parts of a JSON document: none, a blank, or a new line with its indent. Where more is allowed, small
+models write blanks and empty lines instead of an answer."""
 
 
 class GrammarState:

@@ -79,6 +79,15 @@ def test_tools_and_forms(client: ollama.Client) -> None:
     assert plain["kind"] == "json_object"
 
 
+def test_log_probabilities(client: ollama.Client) -> None:
+    whole = client.chat(model="demo", messages=ask("hello"), logprobs=True, top_logprobs=1)
+    found = [(one.token, one.logprob, one.top_logprobs[0].token) for one in whole.logprobs or []]  # type: ignore[index]
+    assert found == [(word, -0.5, word) for word in ("one ", "two ", "three ")]
+    pieces = list(client.generate(model="demo", prompt="hello", logprobs=True, stream=True))
+    assert [[one.token for one in piece.logprobs or []] for piece in pieces] == [["one "], ["two "], ["three "], []]
+    assert client.generate(model="demo", prompt="hello").logprobs is None
+
+
 def test_models(client: ollama.Client) -> None:
     assert [model.model for model in client.list().models] == ["demo", "other", "later"]
     running = client.ps().models
@@ -133,7 +142,10 @@ def test_errors_have_the_form_of_ollama(server: Running, client: ollama.Client) 
         ({"options": {"temperature": 9}}, "options.temperature"),
         ({"options": {"num_ctx": 10**6}}, "options.num_ctx"),
         ({"options": {"num_predict": 0}}, "options.num_predict"),
+        ({"options": {"repeat_last_n": 64, "repeat_penalty": 1.1}}, "options.repeat_last_n"),
         ({"think": True}, "think"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"truncate": True}, "truncate: unknown or unsupported field; a prompt is never cut"),
         ({"keep_alive": "soon"}, "keep_alive"),
         ({"format": "xml"}, "format"),
         ({"messages": [{"role": "user", "content": "x", "images": ["aGk="]}]}, "messages[0].images"),
@@ -146,7 +158,8 @@ def test_what_is_not_supported_is_named(server: Running, change: dict[str, Any],
 
 
 def test_harmless_options_are_taken(server: Running) -> None:
-    options = {"mirostat": 0, "tfs_z": 1, "repeat_last_n": -1, "num_keep": None, "temperature": 1, "num_predict": -1}
+    unused = {"mirostat": 0, "mirostat_tau": 5.0, "tfs_z": 1, "repeat_last_n": 64, "repeat_penalty": 1}
+    options = {**unused, "num_keep": None, "temperature": 1, "num_predict": -1}
     body = {"model": "demo", "messages": ask("hello"), "think": False, "format": "", "options": options}
     answer = server.client.post("/api/chat", json={**body, "stream": False})
     assert answer.status_code == 200 and answer.json()["message"]["content"] == "one two three "

@@ -15,6 +15,9 @@ HERMES = """{% if tools %}{% for tool in tools %}<tool>{{ tool.function.name }}<
 {%- for m in messages %}{{ m.role }}:{{ m.content }}{% for call in m.tool_calls %}
 <tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}{% if m.tool_call_id %}[{{ m.tool_call_id }}]{% endif %}
 {% endfor %}"""
+PHI = """{% for m in messages %}{% if m['role'] == 'system' and 'tools' in m and m['tools'] is not none %}
+{{ m['content'] }}<|tool|>{{ m['tools'] }}<|/tool|>{% else %}{{ m['role'] }}:{{ m['content'] }}{% endif %}
+{% endfor %}"""
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 
 
@@ -34,6 +37,9 @@ def tokenizer(demo_path: Path) -> Any:
         ("{% if tools %}<|python_tag|>{% endif %}", "json"),
         ({"default": "{{ messages }}", "tool_use": "{{ tools }}<tool_call>"}, "hermes"),
         (None, ""),
+        ("{{ tools }}<start_function_call>", "gemma"),
+        ("{% for tool in tools %}<|tool_call|>{% endfor %}", "phi"),
+        (PHI, "phi"),
     ],
 )
 def test_the_format_is_read_from_the_template(template: Any, form: str) -> None:
@@ -52,6 +58,18 @@ def test_tools_and_calls_reach_the_template(tokenizer: Any, monkeypatch: pytest.
     text = tokenizer.decode(encode_chat(tokenizer, turns, [TOOL]))
     assert "<tool>weather</tool>" in text and "tool:wet[c1]" in text
     assert '<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call>' in text
+
+
+def test_a_template_that_reads_the_tools_of_its_system_message_gets_them_there(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", PHI)
+    alone = tokenizer.decode(encode_chat(tokenizer, [Message("user", "Rain?")], [TOOL]))
+    told = '<|tool|>[{"name": "weather", "parameters": {"type": "object"}}]<|/tool|>'
+    assert alone.index(told) < alone.index("user:Rain?")
+    turns = [Message("system", "Be brief."), Message("user", "Rain?")]
+    assert f"Be brief.{told}" in tokenizer.decode(encode_chat(tokenizer, turns, [TOOL]))
+    assert "<|tool|>" not in tokenizer.decode(encode_chat(tokenizer, turns))
 
 
 def test_a_template_without_tools_refuses_them(tokenizer: Any) -> None:

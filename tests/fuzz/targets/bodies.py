@@ -17,6 +17,7 @@ from server.routes import admin_schemas
 from server.schemas.ollama import OllamaChatRequest, OllamaGenerateRequest, ShowRequest
 from server.toolcalls import Call, ToolParser
 from server.worker import messages as wire
+from spectral.tool_forms import TAGS
 from tests.fuzz.mutate import json_bytes, mutate_bytes, mutate_document
 from tests.fuzz.targets.base import Base
 
@@ -194,6 +195,31 @@ PIECES += (
     "1" * 5000,
     "text ",
 )
+PIECES += (
+    "<|tool_call|>",
+    "<|/tool_call|>",
+    "functools",
+    "<start_function_call>",
+    "<end_function_call>",
+    "<|tool_call>",
+    "<tool_call|>",
+    "call:weather{",
+    "city:",
+    "<escape>",
+    '<|"|>',
+    "weather(a=",
+    '[weather(city="Oslo", days=[1, -2.5], deep={"a": None})]',
+    "<arg_key>",
+    "</arg_key>",
+    "<arg_value>",
+    "</arg_value>",
+    "[CALL_ID]abc123def",
+    "(",
+    "-",
+    "'",
+    ".a",
+    "\\d",
+)
 
 
 class ToolCalls(Base):
@@ -206,7 +232,7 @@ class ToolCalls(Base):
         pieces: list[str] = []
         for _ in range(random.randrange(1, 9)):
             pieces += [random.choice(PIECES)] * random.choice((1, 1, 1, 1, 3, 300))
-        return random.choice(("hermes", "mistral", "json")), random.random() < 0.2, pieces
+        return random.choice(tuple(TAGS)), random.random() < 0.2, pieces
 
     def check(self, item: tuple[str, bool, list[str]]) -> str:
         """Parse it in pieces and as a whole."""

@@ -11,6 +11,7 @@ import torch
 
 from spectral import hf
 from spectral.engine.engine import Engine
+from spectral.engine.grammar import GrammarCompiler
 from spectral.engine.types import Delta, Failed, Finished, GenerateRequest, Grammar, Message, SamplingParams
 from spectral.errors import RequestError
 
@@ -77,7 +78,30 @@ def test_a_json_object_is_one_from_its_first_token(demo: hf.LoadedModel) -> None
         assert text.lstrip().startswith("{")
         if reason == "stop":
             assert isinstance(json.loads(text), dict)
-        assert not re.search(r"[ \n\t]{17}", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "taken"),
+    [
+        ('{"a":[1,{"b":null}]}', True),
+        ('{"a": [1, {"b": null}]}', True),
+        ('{\n  "a": [\n    1,\n    {\n      "b": null\n    }\n  ]\n}', True),
+        ('{\n\t"a": 1\n}', True),
+        ('{\n\n"a": 1}', False),
+        ('{  "a": 1}', False),
+        ('{"a": 1 \n}', False),
+    ],
+)
+def test_json_may_be_indented_and_has_no_empty_lines(demo: hf.LoadedModel, text: str, taken: bool) -> None:
+    state = GrammarCompiler(demo.tokenizer, 8192, demo.eos_token_ids).start(Grammar("json_object"))
+    fits = True
+    for token in demo.tokenizer(text, add_special_tokens=False)["input_ids"]:
+        logits = torch.zeros(8192)
+        state.forbid(logits)
+        fits = fits and bool(logits[token] == 0)
+        if fits:
+            state.accept(token)
+    assert fits == taken
 
 
 @pytest.mark.parametrize(
