@@ -78,4 +78,7 @@ def warm_codes(codebook: Codebook) -> None:
     check_codes.code_error(layer)
     squeeze = squeezer(codec, codec)
     if squeeze is not None:
+        from spectral.kernels.squeeze import compile_all
+
         check_codes.squeeze_error(squeeze, codec, codec)
+        compile_all(layer.device)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ class LayerCodec(torch.nn.Module):
     Args:
         units: (unit, widths [classes, R]) in the order of their heads, covering heads 0 .. H - 1.
         tables: quantizers by width; frame: of the keys.
+        finer: the same layer at another setting on the same device, whose matrices are taken over where they suffice.
     """
 
     def __init__(
@@ -50,12 +51,14 @@ class LayerCodec(torch.nn.Module):
         value_dim: int,
         page_tokens: int,
         device: torch.device | str = "cpu",
+        finer: LayerCodec | None = None,
     ) -> None:
         super().__init__()
         if page_tokens < 8 or page_tokens & (page_tokens - 1):
             raise SettingError(f"page_tokens must be a power of two and at least 8, got {page_tokens}")
         self.frame, self.page_tokens, self.key_dim, self.value_dim = frame, page_tokens, key_dim, value_dim
-        self.units = torch.nn.ModuleList(
+        known: list[Any] = [None] * len(units) if finer is None else list(finer.units)
+        self.units: torch.nn.ModuleList = torch.nn.ModuleList(
             UnitCodec(
                 unit,
                 widths,
@@ -64,8 +67,9 @@ class LayerCodec(torch.nn.Module):
                 key_dim=key_dim,
                 value_dim=value_dim,
                 device=device,
+                finer=like,
             )
-            for unit, widths in units
+            for (unit, widths), like in zip(units, known, strict=True)
         )
         ends = [0, *(unit.heads[1] for unit, _ in units)]
         if [unit.heads[0] for unit, _ in units] != ends[:-1]:

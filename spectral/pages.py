@@ -21,7 +21,7 @@ import torch
 from spectral.codec import Codebook
 from spectral.errors import CacheError, OutOfPages
 from spectral.page_ids import PageIds
-from spectral.pools import empty_pool, exact_codebook, squeezed
+from spectral.pools import exact_codebook, grow, remake, squeeze_fill
 from spectral.shapes import LayerShape, ModelShape
 from spectral.step_batch import StepBatch
 from spectral.windows import ExactWindow, WindowGroup, make_window
@@ -29,6 +29,10 @@ from spectral.windows import ExactWindow, WindowGroup, make_window
 _generations = itertools.count(1)
 
 __all__ = ["Hold", "LayerShape", "ModelShape", "PageStore", "Row", "StepBatch", "exact_codebook"]
+
+
+def _copied(layer: int, pages: torch.Tensor, out: torch.Tensor) -> None:
+    out.copy_(pages)
 
 
 @dataclass
@@ -231,18 +235,12 @@ class PageStore:
             step = max(missing, min(step, spare // self._page_nbytes // 4))  # other stores may need the rest
         self._room(step * self._page_nbytes)
         capacity = self.page_capacity + step
-        grown: list[torch.Tensor | None] = []
+        self.generation = next(_generations)
         try:
-            for pool in self.pools:
-                grown.append(pool if pool is None else empty_pool(capacity, pool.shape[1], pool.device))
+            grow(self.pools, capacity)
         except torch.OutOfMemoryError as error:  # others took the device's memory: room is made as for a limit
             raise OutOfPages(step * self._page_nbytes, 0) from error
         self._ids.grow(capacity)
-        self.generation = next(_generations)
-        for index, (old, new) in enumerate(zip(self.pools, grown, strict=True)):
-            if old is not None and new is not None:
-                new[: old.shape[0]] = old
-                self.pools[index] = new
 
     def _grow_slots(self, step: int) -> None:
         spare = self._spare()
@@ -265,12 +263,8 @@ class PageStore:
         if self._ids.free or self._free_slots:
             self.generation = next(_generations)
         if self._ids.free:
-            kept = self._ids.compact()
-            place = {old: new for new, old in enumerate(kept)}
-            index = torch.tensor(kept, dtype=torch.long, device=self.device)
-            self.pools = [None if pool is None else pool.index_select(0, index.to(pool.device)) for pool in self.pools]
-            for owner in self._owners():
-                owner.pages[:] = [place[page] for page in owner.pages]
+            sizes = [0 if pool is None else pool.shape[1] for pool in self.pools]
+            remake(self.pools, self._pack(), sizes, _copied)
         if self._free_slots:
             slots = sorted(self._rows)
             for group in self.groups:
@@ -281,11 +275,22 @@ class PageStore:
             self._free_slots, self.slot_capacity = [], len(slots)
         return before - self.nbytes
 
+    def _pack(self) -> torch.Tensor | None:
+        """Number the pages with owners anew, from 0; their old ids, ascending. None where all have owners."""
+        if not self._ids.free:
+            return None
+        kept = self._ids.compact()
+        place = {old: new for new, old in enumerate(kept)}
+        for owner in self._owners():
+            owner.pages[:] = [place[page] for page in owner.pages]
+        return torch.tensor(kept, dtype=torch.long, device=self.device)
+
     def squeeze(self, codebook: Codebook) -> int:
         """Re-encode everything held at a coarser setting of the same profile, between two steps. Returns bytes freed.
 
-        Rows, page ids and lengths stay. New pools are complete before old ones go, so a failure changes nothing.
-        Raises CacheError for a setting that is not coarser, or of another profile or exact window.
+        Rows and lengths stay; unused pages are given up. Layer by layer, see `remake`; what is wrong with a setting
+        shows before anything is changed. Raises CacheError for a setting that is not coarser, or of another profile or
+        exact window.
         """
         old, new = self.codebook, codebook
         kept = [(b.profile_hash, b.sinks, b.window, b.page_tokens) for b in (old, new)]
@@ -296,14 +301,12 @@ class PageStore:
             )
         if new.page_nbytes() >= old.page_nbytes() or new.window_bits > old.window_bits:
             raise CacheError(f"{new.setting!r} is not coarser than {old.setting!r}: a cache can only be squeezed")
-        before = self.nbytes
-        pools = [
-            pool if pool is None or a is None or b is None else squeezed(pool, a, b)
-            for pool, a, b in zip(self.pools, old.layers, new.layers, strict=True)
-        ]
+        before, fill = self.nbytes, squeeze_fill(old.layers, new.layers)
         groups = self.groups if new.window_bits == old.window_bits else self._coarser_windows(new)
-        self.pools, self.groups, self.codebook = pools, groups, new
         self.generation = next(_generations)
+        sizes = [0 if codec is None else codec.page_nbytes for codec in new.layers]
+        remake(self.pools, self._pack(), sizes, fill)
+        self.groups, self.codebook = groups, new
         self.windows = [groups[number].windows[at] for _, (number, at) in sorted(self.group_of.items())]
         self._page_nbytes = new.page_nbytes()
         self._slot_nbytes = sum(window.slot_nbytes for window in self.windows)

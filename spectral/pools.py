@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from spectral.codec import Codebook, ExactCodec, LayerCodec, PageCodec
 from spectral.layout import POOL_SLACK
+from spectral.residency import give_back
 from spectral.shapes import ModelShape
 
 EXACT_PAGE_TOKENS = 16
+
+GIVE_BACK_BYTES = 256 << 20
+"""Pools of a GPU that are replaced are returned to the driver whenever so many bytes of old ones have come together."""
+
+Pools = list["torch.Tensor | None"]
+Fill = Callable[[int, torch.Tensor, torch.Tensor], None]
+"""Called with a layer, pages of its old pool, and as many new pages to write."""
 
 
 def empty_pool(capacity: int, nbytes: int, device: torch.device) -> torch.Tensor:
@@ -19,19 +29,112 @@ def empty_pool(capacity: int, nbytes: int, device: torch.device) -> torch.Tensor
     return torch.empty(total + slack, dtype=torch.uint8, device=device)[:total].view(capacity, nbytes)
 
 
-def squeezed(pool: torch.Tensor, old: PageCodec, new: PageCodec, step: int = 1024) -> torch.Tensor:
-    """A pool of pages [n, bytes] at another setting: with a kernel where one serves, or `step` pages at a time."""
+def remake(pools: Pools, kept: torch.Tensor | None, sizes: list[int], fill: Fill) -> None:
+    """In place: every pool becomes one with the pages `kept` (ascending; None: all), each of the layer's `sizes` bytes.
+
+    One after another, so that old and new never lie side by side as a whole: memory is short when this is wanted. On a
+    GPU old pools stay until GIVE_BACK_BYTES have come together: new ones that took their places would hold on to
+    what is left of them. Where the device has no memory for a new pool, its pages are rewritten where they lie.
+    """
+    old: list[torch.Tensor] = []
+    for layer, pool in enumerate(pools):
+        if pool is None:
+            continue
+        index = None if kept is None else kept.to(pool.device)
+        try:
+            pools[layer] = _remade(pool, index, sizes[layer], layer, fill)
+        except torch.OutOfMemoryError:
+            old.clear()
+            give_back(pool.device.type)
+            pools[layer] = _rewritten(pool, index, sizes[layer], layer, fill)
+        if pool.device.type != "cuda":
+            continue
+        old.append(pool)
+        del pool
+        if sum(each.numel() for each in old) >= GIVE_BACK_BYTES:
+            old.clear()
+            give_back("cuda")
+
+
+def _remade(pool: torch.Tensor, kept: torch.Tensor | None, nbytes: int, layer: int, fill: Fill) -> torch.Tensor:
+    """In a tensor of its own."""
+    source = pool if kept is None else pool.index_select(0, kept)
+    out = empty_pool(source.shape[0], nbytes, pool.device)
+    fill(layer, source, out)
+    return out
+
+
+def _rewritten(
+    pool: torch.Tensor, kept: torch.Tensor | None, nbytes: int, layer: int, fill: Fill, step: int = 64
+) -> torch.Tensor:
+    """In the pool's own memory, some pages at a time: what is written lies before what is still to be read. Raises
+    OutOfMemoryError for pages that grow, and where there is not even memory for those few."""
+    if nbytes > pool.shape[1]:
+        raise torch.OutOfMemoryError("pages that grow need memory of their own")
+    count = pool.shape[0] if kept is None else kept.numel()
+    flat = pool.view(-1)
+    for first in range(0, count, step):
+        span = slice(first, min(first + step, count))
+        source = pool[span].clone() if kept is None else pool.index_select(0, kept[span])
+        out = empty_pool(source.shape[0], nbytes, pool.device)
+        fill(layer, source, out)
+        flat[span.start * nbytes : span.stop * nbytes] = out.view(-1)
+    return flat[: count * nbytes].view(count, nbytes)
+
+
+def grow(pools: Pools, capacity: int) -> None:
+    """In place: room for `capacity` pages, the present ones first. Raises OutOfMemoryError; pools are then as before
+    (those that had grown already keep their memory until they are made anew)."""
+    before = next((pool.shape[0] for pool in pools if pool is not None), 0)
+    old: list[torch.Tensor] = []
+    for layer, pool in enumerate(pools):
+        if pool is None:
+            continue
+        try:
+            new = empty_pool(capacity, pool.shape[1], pool.device)
+        except torch.OutOfMemoryError:
+            for done in range(layer):
+                if (grown := pools[done]) is not None:
+                    pools[done] = grown[:before]
+            raise
+        new[: pool.shape[0]] = pool
+        pools[layer] = new
+        if pool.device.type != "cuda":
+            continue
+        old.append(pool)
+        del pool
+        if sum(each.numel() for each in old) >= GIVE_BACK_BYTES:
+            old.clear()
+            give_back("cuda")
+
+
+def squeezed(pool: torch.Tensor, old: PageCodec, new: PageCodec) -> torch.Tensor:
+    """Pages [n, bytes] of a pool at another setting."""
+    assert isinstance(new, LayerCodec)
+    out = empty_pool(pool.shape[0], new.page_nbytes, pool.device)
+    if len(pool):
+        squeeze_fill([old], [new])(0, pool, out)
+    return out
+
+
+def squeeze_fill(old: list[PageCodec | None], new: list[PageCodec | None], step: int = 1024) -> Fill:
+    """What takes pages of one setting to another: with a kernel where one serves, or `step` pages at a time. All that
+    can fail for another reason than memory is done here."""
     from spectral.code_dispatch import squeezer
 
-    assert isinstance(old, LayerCodec) and isinstance(new, LayerCodec)
-    out = empty_pool(pool.shape[0], new.page_nbytes, pool.device)
-    kernel = squeezer(old, new) if len(pool) else None
-    if kernel is not None:
-        kernel(pool, out)
-        return out
-    for begin in range(0, pool.shape[0], step):
-        out[begin : begin + step] = old.squeeze(pool[begin : begin + step], new)
-    return out
+    kernels = [squeezer(a, b) if isinstance(a, LayerCodec) and isinstance(b, LayerCodec) else None
+               for a, b in zip(old, new, strict=True)]  # fmt: skip
+
+    def fill(layer: int, pages: torch.Tensor, out: torch.Tensor) -> None:
+        kernel, a, b = kernels[layer], old[layer], new[layer]
+        assert isinstance(a, LayerCodec) and isinstance(b, LayerCodec)
+        if kernel is not None:
+            kernel(pages, out)
+            return
+        for first in range(0, pages.shape[0], step):
+            out[first : first + step] = a.squeeze(pages[first : first + step], b)
+
+    return fill
 
 
 def exact_codebook(shape: ModelShape, dtype: torch.dtype = torch.bfloat16) -> Codebook:

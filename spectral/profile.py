@@ -146,16 +146,23 @@ class SpectralProfile:
         return next(row for row in self.ladder if row.name == name)
 
     def codebook(
-        self, setting: str = "auto", *, device: torch.device | str | Sequence[torch.device] = "cpu"
+        self,
+        setting: str = "auto",
+        *,
+        device: torch.device | str | Sequence[torch.device] = "cpu",
+        finer: Codebook | None = None,
     ) -> Codebook:
-        """The setting's codecs on a device, or each layer's on its own."""
+        """The setting's codecs on a device, or each layer's on its own. `finer`: a codebook on the same devices; where
+        it is of this profile, what it has in common with this setting is taken from there."""
         from spectral.codec import Codebook, LayerCodec, PageCodec
         from spectral.frames import BlockFrame
 
         row = self.row(setting)
         codecs: list[PageCodec | None] = []
         homes = device if isinstance(device, (list, tuple)) else [device] * len(self.layers)
-        for layer, widths, home in zip(self.layers, self.bits[row.name], homes, strict=True):
+        same = finer is not None and bool(self.content_hash) and finer.profile_hash == self.content_hash
+        known = finer.layers if finer is not None and same else [None] * len(self.layers)
+        for layer, widths, home, like in zip(self.layers, self.bits[row.name], homes, known, strict=True):
             if layer is None or widths is None:
                 codecs.append(None)
                 continue
@@ -175,6 +182,7 @@ class SpectralProfile:
                     value_dim=layer.value_dim,
                     page_tokens=row.page_tokens,
                     device=home,
+                    finer=like if isinstance(like, LayerCodec) else None,
                 )
             )
         return Codebook(

@@ -191,9 +191,15 @@ def reserved_nbytes(device: torch.device) -> int:
     return int(torch.cuda.memory_reserved(device)) if device.type == "cuda" else 0
 
 
-def peak_nbytes(device: torch.device) -> int:
-    """The most bytes of a device that tensors of this process held at once; 0 on a CPU."""
-    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else 0
+def peak_nbytes(device: torch.device, *, anew: bool = False) -> int:
+    """The most bytes of a device that tensors of this process held at once, since the start or since the last call
+    with `anew`; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    peak = int(torch.cuda.max_memory_allocated(device))
+    if anew:
+        torch.cuda.reset_peak_memory_stats(device)
+    return peak
 
 
 class Timer:

@@ -36,8 +36,18 @@ def byte_fields(bits: int) -> np.ndarray:
     return (np.arange(256)[:, None] >> np.arange(0, 8, bits)) & (2**bits - 1)
 
 
+def _columns(array: np.ndarray, used: torch.Tensor) -> torch.Tensor:
+    """Columns of a matrix as float32 on the device of `used`. The whole matrix goes there: picking columns of float64
+    on the host takes fifty times as long."""
+    return torch.from_numpy(array).to(torch.float32).to(used.device).index_select(1, used)
+
+
 class UnitCodec(torch.nn.Module):
-    """One unit at one setting: projection, quantizer, packing. R below counts the latents with bits anywhere."""
+    """One unit at one setting: projection, quantizer, packing. R below counts the latents with bits anywhere.
+
+    `finer`: the same unit at another setting on the same device, whose matrices are taken over where they suffice.
+    `latents`: int64 [R] of the unit's, the numbers in `used` on the host.
+    """
 
     def __init__(
         self,
@@ -49,6 +59,7 @@ class UnitCodec(torch.nn.Module):
         key_dim: int,
         value_dim: int,
         device: torch.device | str,
+        finer: UnitCodec | None = None,
     ) -> None:
         super().__init__()
         used = np.flatnonzero(np.asarray(widths).any(0))
@@ -63,11 +74,19 @@ class UnitCodec(torch.nn.Module):
         deviation = np.zeros((page_tokens, used.size))
         for rows, row_deviation in zip(frequency_classes(page_tokens), unit.deviation[:, used], strict=True):
             deviation[list(rows)] = np.maximum(row_deviation, 1e-12)
-        self.used = torch.tensor(used, device=device)
-        self.project = tensor(unit.encode[:, used])  # [D, R]
+        self.latents, self.used = used, torch.tensor(used, device=device)
+        if finer is not None and np.isin(used, finer.latents).all():  # the same numbers are on the device already
+            place = torch.from_numpy(np.searchsorted(finer.latents, used)).to(device)
+            project = finer.project.index_select(1, place)
+            key, value = (x.index_select(2, place) for x in (finer.key_decode, finer.value_decode))
+        else:
+            project = _columns(unit.encode, self.used)
+            decode = _columns(unit.decode, self.used)
+            key, value = decode[:split].view(count, key_dim, -1), decode[split:].view(count, value_dim, -1)
+        self.project: torch.Tensor = project  # [D, R]
         self.mean = tensor(unit.mean)
-        self.key_decode = tensor(unit.decode[:split, used]).view(count, key_dim, -1)  # [h, d, R]
-        self.value_decode = tensor(unit.decode[split:, used]).view(count, value_dim, -1)  # [h, dv, R]
+        self.key_decode: torch.Tensor = key  # [h, d, R]
+        self.value_decode: torch.Tensor = value  # [h, dv, R]
         self.key_mean = self.mean[:split].view(count, key_dim, 1)
         self.value_mean = self.mean[split:].view(count, 1, value_dim)
         self.deviation = tensor(deviation)  # [P, R]

@@ -118,12 +118,15 @@ class Ledger:
             account.holdings[model] = Holding(holding.weights, holding.workspace, rest, holding.kv)
 
     def _settle(self, account: Account) -> None:
-        """A process that has just loaded holds a context that nobody reports: what came with it, unexplained."""
-        for model, holding in account.holdings.items():
-            if holding.settle:
-                grown = max(0, account.reading.used - account.ours - account.foreign)
-                context = holding.context + min(grown, holding.settle)
-                account.holdings[model] = Holding(holding.weights, holding.workspace, context, holding.kv)
+        """Processes that have just loaded hold contexts that nobody reports: what came with them, unexplained. While
+        another one loads, what is its and what is theirs cannot be told."""
+        settling = {model: holding for model, holding in account.holdings.items() if holding.settle}
+        if not settling or any(holding.expected for holding in account.holdings.values()):
+            return
+        grown = max(0, account.reading.used - account.ours - account.foreign)
+        for model, holding in settling.items():
+            context = holding.context + min(grown // len(settling), holding.settle)
+            account.holdings[model] = Holding(holding.weights, holding.workspace, context, holding.kv)
 
     def _foreign(self, account: Account) -> int:
         """Used bytes that nobody of ours explains."""

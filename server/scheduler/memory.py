@@ -136,10 +136,13 @@ class MemoryManager:
         now = time.monotonic()
         self.steward.report(slot.name, now, running=running, waiting=waiting, kv_tokens=slot.stats.kv_tokens)
         held, shares = self.ledger.of(slot.name), self.shares_of(slot)
-        for device, holding in held.items():
+        for device in held.keys() & shares.keys():
+            holding, part = held[device], shares[device]
             if not holding.expected:
-                kv = round(slot.stats.kv_bytes_allocated * shares.get(device, 1.0))
-                self.ledger.hold(slot.name, device, Holding(holding.weights, holding.workspace, 0, kv))
+                kv, work = round(slot.stats.kv_bytes_allocated * part), holding.workspace
+                if slot.stats.reserved_bytes:
+                    work = max(0, round(slot.stats.reserved_bytes * part) - holding.weights - kv)
+                self.ledger.hold(slot.name, device, Holding(holding.weights, work, 0, kv))
         if self._pending or self.steward.due(now):  # most requests change nothing: the loop is not even woken
             self.look()
 
@@ -170,8 +173,8 @@ class MemoryManager:
             return
         ward = self.steward.wards[slot.name]
         ward.residue = holding.context + (holding.workspace if not message.weights_bytes else 0)
-        work = max(holding.workspace, message.peak_bytes - (slot.ready.weights_bytes if slot.ready else 0))
-        if message.weights_bytes and work >= 0:
+        work = max(holding.workspace, message.peak_bytes)
+        if message.weights_bytes:
             account = self.ledger.accounts[device]
             key = Measured.key(slot.settings, account.reading.name)
             known = self.measured.get(key)

@@ -30,6 +30,7 @@ class MemoryControl:
         self._lease = configured
         self._coarsest = ""
         self._sleeper: Any = None
+        self._kv, self._beside = -1, 0
 
     @property
     def asleep(self) -> bool:
@@ -59,19 +60,34 @@ class MemoryControl:
             return [self.footprint(0, timer.seconds), wire.Done(message.command_id, text)]
         return [*answers, self.footprint(freed, timer.seconds), wire.Done(message.command_id)]
 
-    def footprint(self, freed: int = 0, seconds: float = 0.0) -> wire.Footprint:
-        """What this worker holds now."""
+    @property
+    def _devices(self) -> set[Any]:
+        loaded = self._engines.current.loaded
+        return {loaded.device, *loaded.layer_devices}
+
+    def watch(self, kv: int) -> int:
+        """The bytes that torch holds on the devices now. Remembers the most that tensors beside weights and a cache of
+        `kv` bytes held since the last look, if the cache stayed the same: one that grows holds old and new at once."""
         from spectral.residency import peak_nbytes, reserved_nbytes
 
+        peak = sum(peak_nbytes(device, anew=True) for device in self._devices)
+        if kv == self._kv and not self.asleep:
+            self._beside = max(self._beside, peak - self._engines.current.loaded.weights_nbytes - kv)
+        self._kv = kv
+        return sum(map(reserved_nbytes, self._devices))
+
+    def footprint(self, freed: int = 0, seconds: float = 0.0) -> wire.Footprint:
+        """What this worker holds now."""
+        from spectral.residency import reserved_nbytes
+
         loaded = self._engines.current.loaded
-        devices = {loaded.device, *loaded.layer_devices}
         host = self._sleeper.host_nbytes if self._sleeper is not None else 0
         return wire.Footprint(
             lease=self._lease,
             context_length=self._engines.current.context_length,
             weights_bytes=0 if self.asleep else loaded.weights_nbytes,
-            reserved_bytes=sum(map(reserved_nbytes, devices)),
-            peak_bytes=sum(map(peak_nbytes, devices)),
+            reserved_bytes=sum(map(reserved_nbytes, self._devices)),
+            peak_bytes=self._beside,
             host_bytes=host,
             kv_bytes=self._engines.stats().kv_bytes_allocated,
             freed_bytes=freed,

@@ -92,8 +92,8 @@ def failed(request_id: str, error: Exception) -> wire.Failed:
     return wire.Failed(request_id, f"{type(error).__name__}: {error}", "internal_error")
 
 
-def stats(figures: types.EngineStats) -> wire.Stats:
-    """A snapshot for the gateway."""
+def stats(figures: types.EngineStats, reserved: int = 0) -> wire.Stats:
+    """A snapshot for the gateway; `reserved`: bytes that torch holds on the devices."""
     return wire.Stats(
         running=figures.running,
         queued=figures.queued,
@@ -110,6 +110,7 @@ def stats(figures: types.EngineStats) -> wire.Stats:
         parked_bytes=figures.parked_bytes,
         preemptions=figures.preemptions,
         squeezes=figures.squeezes,
+        reserved_bytes=reserved,
     )
 
 

@@ -304,7 +304,8 @@ class Worker:
     def _report(self) -> None:
         self._queue.look()
         self._stats_at = time.monotonic() + STATS_EVERY_S
-        self._writer.send(child_wire.stats(self._engines.stats()))
+        figures = self._engines.stats()
+        self._writer.send(child_wire.stats(figures, self._memory.watch(figures.kv_bytes_allocated)))
 
 
 def serve(channel: SocketChannel) -> int:

@@ -40,7 +40,7 @@ class Wake(msgspec.Struct, tag="wake", frozen=True):
 
 class Footprint(msgspec.Struct, tag="footprint", frozen=True):
     """What a worker holds, after a memory command. Bytes; `reserved_bytes`: all that torch holds on the device;
-    `peak_bytes`: the most that tensors held there at once; `host_bytes`: weights that sleep. `freed_bytes` and
+    `peak_bytes`: the most of them beside weights and cache; `host_bytes`: weights that sleep. `freed_bytes` and
     `seconds` are the command's."""
 
     lease: int | None = None

@@ -1,7 +1,7 @@
 """What the gateway and a worker say to each other: msgspec structs as msgpack, each behind a 4-byte big-endian length.
 
-Both ends of the socket: server/worker/channel.py.
-A frame that cannot be decoded raises :class:`BadFrame`: a worker then ends, and the gateway replaces the worker.
+A frame that cannot be decoded raises :class:`BadFrame`: a worker then ends, and the gateway replaces the worker. Both
+ends of the socket: server/worker/channel.py.
 """
 
 from __future__ import annotations
@@ -22,9 +22,6 @@ T = TypeVar("T")
 
 class BadFrame(Exception):
     """Bytes on the worker's socket that are no message of this protocol."""
-
-
-# ---------------------------------------------------------------------------------------------- shared parts
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -321,7 +318,8 @@ class Done(msgspec.Struct, tag="done", frozen=True):
 class Stats(msgspec.Struct, tag="stats", frozen=True):
     """A snapshot, about once a second while there is work and after each change to idle. Counters since the start.
 
-    `prefix_asked`, `prefix_reused`: prompt tokens, and those of them that an earlier prompt had left in the cache.
+    `prefix_asked`, `prefix_reused`: prompt tokens, and those that an earlier prompt had left in the cache.
+    `reserved_bytes`: all that torch holds on GPUs.
     """
 
     running: int = 0
@@ -339,6 +337,7 @@ class Stats(msgspec.Struct, tag="stats", frozen=True):
     parked_bytes: int = 0
     preemptions: int = 0
     squeezes: int = 0
+    reserved_bytes: int = 0
 
 
 MemoryCommand = SetLease | SetSetting | Sleep | Wake

@@ -190,7 +190,9 @@ class Lanes:
             return None
         if self._profile is None:
             raise ProfileError(f"setting {setting!r} needs a spectral profile, and this engine was made without one")
-        return self._profile.codebook(setting, device=self._loaded.layer_devices)
+        return self._profile.codebook(
+            setting, device=self._loaded.layer_devices, finer=self.current.store.codebook
+        )
 
     def prepare(self, setting: str) -> None:
         """Make what a setting needs, so that `set_setting` is quick. Another thread may call it.
@@ -316,7 +318,6 @@ class Lanes:
                 log.info("setting %s stays for sequences whose max_kl forbids %s", lane.setting, setting)
                 continue
             lane.prefix.clear()
-            lane.store.trim()
             lane.store.squeeze(book)
             lane.setting, lane.kl, lane.prefix.identity = setting, kl, self._identity(setting, book)
             self.squeezes += 1

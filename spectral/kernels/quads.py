@@ -75,7 +75,14 @@ def unit_columns(codec: LayerCodec) -> np.ndarray:
 
 
 def page_quads(codec: LayerCodec) -> Quads:
-    """The quads of a codec's page."""
+    """The quads of a codec's page, found once."""
+    known: Quads | None = codec.__dict__.get("_quads")
+    if known is None:
+        known = codec.__dict__["_quads"] = _page_quads(codec)
+    return known
+
+
+def _page_quads(codec: LayerCodec) -> Quads:
     columns = unit_columns(codec)
     row = int(columns[-1]) // 4  # quads of a row
     count = codec.page_tokens * row
@@ -114,7 +121,15 @@ def _strip_bits(strip: Strip, start: int) -> np.ndarray:
 
 
 def byte_tables(codec: LayerCodec) -> list[ByteTable]:
-    """Every byte of a codec's page, by the size of its fields; bytes that hold none are with those of two bits."""
+    """Every byte of a codec's page, by the size of its fields; bytes that hold none are with those of two bits. Found
+    once."""
+    known: list[ByteTable] | None = codec.__dict__.get("_byte_tables")
+    if known is None:
+        known = codec.__dict__["_byte_tables"] = _byte_tables(codec)
+    return known
+
+
+def _byte_tables(codec: LayerCodec) -> list[ByteTable]:
     columns = unit_columns(codec)
     parts: dict[int, list[ByteTable]] = {bits: [] for bits in BYTE_PLANES}
     for unit, column, start in zip(codec.units, columns, codec.starts, strict=False):
@@ -238,9 +253,8 @@ def _source_quads(old: LayerCodec, new: LayerCodec, quads: Quads) -> np.ndarray:
     found = []
     for a, b, column in zip(old.units, new.units, quads.columns, strict=False):
         where: np.ndarray = np.full(a.channels + 4, -1, dtype=np.int64)
-        used = a.used.cpu().numpy()
-        where[used] = int(column) + np.arange(used.size)
-        got = where[b.used.cpu().numpy().reshape(-1, 4)]
+        where[a.latents] = int(column) + np.arange(a.latents.size)
+        got = where[b.latents.reshape(-1, 4)]
         first = got[:, 0]
         if (got != first[:, None] + np.arange(4) * (first >= 0)[:, None]).any() or (first[first >= 0] % 4).any():
             raise ValueError("latents of four do not lie together at both settings")

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from spectral.codec import LayerCodec
 from spectral.kernels.quads import SHIFT, SqueezeTable, squeeze_tables
+from spectral.layout import PLANE_ORDER
 
 LANES = 128
 PAGES = 8
@@ -91,6 +92,21 @@ def squeeze_kernel(
         if BITS == 1:
             byte |= _fields(source, inside, upper, BITS, COUNT, DOUBLE, BINARY) << 4
         tl.store(new_ptr + page * new_nbytes + at, byte.to(tl.uint8), mask=inside)
+
+
+def compile_all(device: torch.device) -> None:
+    """Compile every variant of the kernel: which ones a squeeze needs depends on both settings, and the first one comes
+    when memory is short and streams run."""
+    at = torch.arange(LANES, dtype=torch.int32, device=device)
+    table = torch.zeros((2, 9, LANES), dtype=torch.int32, device=device)
+    table[:, 2], table[:, 3] = 1, -1  # fields of one bit, no low ones
+    pages = torch.zeros((PAGES, LANES), dtype=torch.uint8, device=device)
+    for bits in PLANE_ORDER:
+        for double in (False, True):
+            squeeze_kernel[(1, 1)](
+                pages.view(torch.int32), torch.empty_like(pages), at, table, LANES, PAGES, 1, LANES, LANES,
+                BITS=bits, DOUBLE=double, BINARY=SHIFT, LANES=LANES, PAGES=PAGES, num_warps=4,
+            )  # fmt: skip
 
 
 @dataclass

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from server.worker import child_wire
 from server.worker import messages as wire
-from server.worker.child_engines import Engines
+from server.worker.child_engines import NO_WORK, Engines
+from server.worker.child_memory import MemoryControl
 from server.worker.main import Inbox, Worker
 from spectral.engine.build import Built, build_engine, find_profile
 from spectral.engine.types import EngineLimits
@@ -77,3 +79,19 @@ def test_sleep_and_wake_of_a_model_on_a_cpu_move_nothing(loaded: LoadedModel) ->
     assert done(said, "z").error == done(said, "w").error == ""
     assert footprints(said)[0].host_bytes == 0
     assert any(isinstance(m, wire.Finished) for m in said.messages)
+
+
+def test_the_most_beside_weights_and_cache_is_told_without_what_a_growing_cache_takes(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peaks = iter([900, 500, 5000, 700, 300])
+    monkeypatch.setattr("spectral.residency.peak_nbytes", lambda device, anew: loaded.weights_nbytes + next(peaks))
+    monkeypatch.setattr("spectral.residency.reserved_nbytes", lambda device: 42)
+    control = MemoryControl(Engines(build(loaded)), None, lambda *_: None)
+    for kv in (100, 100, 400, 400, 400):  # the third look sees old and new pools together
+        assert control.watch(kv) == 42
+    assert control.footprint().peak_bytes == max(500 - 100, 700 - 400, 300 - 400)
+
+
+def test_what_a_worker_reserves_between_commands_is_its_workspace_in_the_ledger() -> None:
+    assert child_wire.stats(NO_WORK, 77).reserved_bytes == 77

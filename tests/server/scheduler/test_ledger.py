@@ -104,3 +104,16 @@ def test_a_context_that_nobody_reports_comes_with_the_load_and_is_not_foreign() 
     ledger.hold("m", "cuda:0", Holding(expected=5 * GIB))  # it wakes
     ledger.hold("m", "cuda:0", Holding(weights=4 * GIB))
     assert ledger.of("m")["cuda:0"].total == 4 * GIB + GIB // 2 - 10 and ledger.accounts["cuda:0"].foreign <= GIB + 10
+
+
+def test_contexts_of_models_that_load_together_are_told_when_the_last_has_loaded() -> None:
+    ledger = Ledger()
+    ledger.observe([gpu(GIB)])
+    for name in "ab":
+        ledger.hold(name, "cuda:0", Holding(expected=6 * GIB))
+    ledger.hold("a", "cuda:0", Holding(weights=4 * GIB, settle=GIB))
+    ledger.observe([gpu(8 * GIB)])  # what b has loaded so far is no context of a's
+    assert ledger.of("a")["cuda:0"].context == 0 and ledger.accounts["cuda:0"].foreign == GIB
+    ledger.hold("b", "cuda:0", Holding(weights=5 * GIB, settle=GIB))
+    assert ledger.observe([gpu(11 * GIB)]) == {}
+    assert [ledger.of(name)["cuda:0"].context for name in "ab"] == [GIB // 2, GIB // 2]

@@ -121,7 +121,7 @@ def test_a_store_that_cannot_grow_is_as_it_was(monkeypatch: pytest.MonkeyPatch) 
         def refuse(*_: Any, **__: Any) -> torch.Tensor:
             raise out_of_memory()
 
-        patch.setattr("spectral.pages.empty_pool", refuse)
+        patch.setattr("spectral.pools.empty_pool", refuse)
         with pytest.raises(OutOfPages):
             store._grow_pages(10)
     assert (store.page_capacity, store.nbytes) == before
