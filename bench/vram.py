@@ -6,14 +6,17 @@ Three models with random weights in the shapes of Qwen3 8B, 4B and 1.7B (bench/v
 under `max_vram: 38GiB`; the scheduler runs in this process, without HTTP, its workers are real, and this process has no
 CUDA context. The ledger is compared with readings of NVML of this script's own, ten times a second.
 
+load     all three from disk at once, then each setting of each model used once: kernels are compiled there
 squeeze  eight streams of long contexts; the cache's setting is made coarser twice: milliseconds per GiB that NVML shows
 foreign  eight streams on each model; another process takes 10 GiB and gives them back
 wake     keep_alive 0 puts a model to sleep, the next request wakes it: bytes per second against a copy in the same run
 ttft     time to the first token of a resident model, alone and while another loads from disk or wakes
 
-Needs torch, transformers, accelerate, safetensors, triton, scipy, nvidia-ml-py, and of the server's packages msgspec,
-pydantic, pydantic-settings, prometheus-client, httpx, zstandard, llguidance and jinja2. `--check` runs the same with
-tiny shapes on the CPU, whose memory is a device like any other: a model there does not sleep, so `wake` only says so.
+Beside torch, transformers, accelerate, triton, psutil, nvidia-ml-py, prometheus-client and scipy it needs msgspec,
+zstandard, pydantic and pydantic-settings (annotated-types, pydantic-core, typing-inspection, python-dotenv) and fastapi
+(starlette, annotated-doc, anyio, idna). `--check` runs the same with tiny shapes on the CPU, whose memory is a device
+like any other: a model there does not sleep, so `wake` only says so. `--models FOLDER` keeps models and compiled
+kernels for the next run.
 """
 
 from __future__ import annotations
@@ -54,6 +57,22 @@ for _ in range(4):
     best = max(best, size / (time.perf_counter() - began))
 print(best)
 """
+
+
+async def load(scene: Scene) -> dict[str, Any]:
+    """Three loads at once; then every coarser setting of every model, once."""
+    began = time.monotonic()
+    waits = await asyncio.gather(*(answer(scene, name, 16, 2) for name in scene.sizes.models))
+    loaded, vram, used = time.monotonic() - began, scene.vram(), []
+    for name in scene.sizes.models:
+        slot, began = scene.scheduler.slots[name], time.monotonic()
+        names = [figure.name for figure in slot.ready.ladder]
+        for setting in names[names.index(slot.ready.setting) + 1 :]:
+            await scene.set_setting(slot, setting)
+            await answer(scene, name, 400, 12)
+        await scene.set_setting(slot, "4x")
+        used.append(time.monotonic() - began)
+    return {"seconds": loaded, "until_first_token_s": waits, "settings_used_once_s": used, "vram": vram}
 
 
 async def squeeze(scene: Scene) -> dict[str, Any]:
@@ -176,24 +195,20 @@ async def study(sizes: Sizes, folder: Path, parts: list[str]) -> dict[str, Any]:
     other = await Foreign.start(sizes.device)
     scene = Scene(sizes, folder, other)
     try:
-        async with watching(scene) as found:
-            began = time.monotonic()
-            waits = await asyncio.gather(*(answer(scene, name, 16, 2) for name in sizes.models))
-            out["load"] = {"seconds": time.monotonic() - began, "until_first_token_s": waits, "vram": scene.vram()}
-        out["load"]["ledger"] = found
-        print("load", json.dumps(out["load"]["ledger"]), flush=True)
-        for name in parts:
+        for name in ["load", *parts]:
             began = time.monotonic()
             async with watching(scene) as found:
                 try:
-                    out[name] = await PARTS[name](scene)
+                    out[name] = await {"load": load, **PARTS}[name](scene)
                 except Exception as error:
                     logging.getLogger("bench").exception("part %s failed", name)
                     out[name] = {"error": f"{type(error).__name__}: {error}", "vram": scene.vram()}
                     last = scene.scheduler.memory.steward.last
                     out[name]["plan"] = last and last.as_dict()
             out[name] |= {"ledger": found, "took_s": time.monotonic() - began}
-            print(name, json.dumps({k: v for k, v in out[name].items() if k not in ("rows", "events")}), flush=True)
+            shown = {k: v for k, v in out[name].items() if k not in ("rows", "events", "ledger")}
+            shown["ledger"] = {k: v for k, v in found.items() if k != "series"}
+            print(name, json.dumps(rounded(shown)), flush=True)
     finally:
         out["out_of_memory"] = scene.lines.found
         out["restarts"] = {name: slot.restarts for name, slot in scene.scheduler.slots.items()}
