@@ -31,13 +31,18 @@ class Call:
 
 
 class ToolParser:
-    """One choice's text in, pieces of text and calls out, in order. `names`: functions that may be called."""
+    """One choice's text in, pieces of text and calls out, in order. `names`: functions that may be called.
 
-    def __init__(self, form: str, names: Sequence[str], *, parallel: bool = True, forced: bool = False) -> None:
+    `forced`: the answer is nothing but a call's JSON. `strict`: a grammar holds calls in the one way in which it lets
+    them be written, so that what looks like a call otherwise is none.
+    """
+
+    def __init__(
+        self, form: str, names: Sequence[str], *, parallel: bool = True, forced: bool = False, strict: bool = False
+    ) -> None:
         self._open, self._close = TAGS[form]
-        # A forced call is nothing but its JSON.
         self._untagged = form in STARTS or forced
-        self._starts = (*SKIPPED, *STARTS.get(form, ()), *names)
+        self._starts = () if strict else (*SKIPPED, *STARTS.get(form, ()), *names)
         self._short_ids = form == "mistral"  # its templates take ids of nine letters and digits and no others
         self._names = tuple(names)
         self._parallel = parallel
@@ -45,7 +50,8 @@ class ToolParser:
         self._later: list[str] = []  # what came after `_text` while nothing new could be decided
         self._tail = ""  # the end of it, where the beginning of a closing tag may be
         self._held = False  # everything is held until the closing tag, or the end
-        self._begun = False  # decided: the answer does not begin with a call without a tag
+        self._begun = strict and not self._untagged  # decided: the answer does not begin with a call without a tag
+        self._plain = strict and self._untagged  # once it has begun, there are no more calls
         self.calls = 0
 
     def push(self, text: str) -> list[str | Call]:
@@ -96,9 +102,9 @@ class ToolParser:
 
     def _tagged(self, *, last: bool) -> Iterator[str | Call]:
         while self._text:
-            start = self._text.find(self._open)
+            start = -1 if self._plain else self._text.find(self._open)
             if start < 0:
-                keep = 0 if last else _held(self._text, self._open)
+                keep = 0 if last or self._plain else _held(self._text, self._open)
                 ready, self._text = self._text[: len(self._text) - keep], self._text[len(self._text) - keep :]
                 if ready and not (self.calls and not ready.strip()):
                     yield ready

@@ -31,10 +31,8 @@ def items(generation: Generation, tools: ToolUse | None, choices: int = 1) -> As
 
 
 async def _with_calls(generation: Generation, tools: ToolUse, choices: int) -> AsyncIterator[Item]:
-    parsers = [
-        ToolParser(generation.tool_format, tools.names, parallel=tools.parallel, forced=tools.forced)
-        for _ in range(choices)
-    ]
+    how = {"parallel": tools.parallel, "forced": tools.forced, "strict": tools.strict}
+    parsers = [ToolParser(generation.tool_format, tools.names, **how) for _ in range(choices)]
     numbers = [0] * choices
     async for item in generation.items():
         index, parser = item.index, parsers[item.index]

@@ -23,7 +23,6 @@ from server.scheduler.slots import Slot
 from server.schemas.ollama import OllamaChatRequest, OllamaGenerateRequest, ShowRequest
 
 router = APIRouter(prefix="/api", tags=["Ollama"])
-_NAMES = {"grammar": "format"}
 _GENERATES = ollama_streamed()
 _REFUSED = {
     "pull": "models are listed in the server's configuration; add it there",
@@ -97,7 +96,8 @@ async def _answer(request: Request, schema: type[OllamaChatRequest] | type[Ollam
     named = asked.model_copy(update={"model": _resolve(gateway, asked.model)})
     if asked.loads_only:
         return await _load(request, gateway, asked.model, named)
-    generation = await gateway.open(named, request, _NAMES)
+    held = asked.tool_use is not None and asked.tool_use.grammar is not None
+    generation = await gateway.open(named, request, {"grammar": "tools" if held else "format"})
     answer = Ollama(generation, asked)
     slot = gateway.scheduler.slot(named.model)
 

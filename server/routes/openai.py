@@ -21,15 +21,13 @@ from server.scheduler.slots import Slot
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
 _COMPLETION_NAMES = {"max_kl": "kv_quality.max_kl", "setting": "kv_quality.setting"}
-_CHAT_NAMES = {**_COMPLETION_NAMES, "grammar": "response_format"}
-_RESPONSES_NAMES = {**_COMPLETION_NAMES, "grammar": "text.format", "messages": "input"}
-_RESPONSES_NAMES["max_tokens"] = "max_output_tokens"
+_RESPONSES_NAMES = {**_COMPLETION_NAMES, "messages": "input", "max_tokens": "max_output_tokens"}
 
 
 @router.post("/chat/completions", openapi_extra=body(schemas.ChatRequest), responses=streamed())
 async def chat_completions(request: Request) -> Response:
     """Chat, streamed or whole."""
-    return await _answer(request, schemas.ChatRequest, Chat, _CHAT_NAMES)
+    return await _answer(request, schemas.ChatRequest, Chat, _COMPLETION_NAMES)
 
 
 @router.post("/completions", openapi_extra=body(schemas.CompletionRequest), responses=streamed())
@@ -99,11 +97,16 @@ def model_card(slot: Slot, created: int) -> dict[str, Any]:
     return {"id": slot.name, "object": "model", "created": created, "owned_by": "spectral", "spectral": info}
 
 
-async def _answer(request: Request, schema: type[Any], shape: type[Any], names: dict[str, str]) -> Response:
+async def _answer(
+    request: Request,
+    schema: type[schemas.ChatRequest] | type[schemas.ResponsesRequest],
+    shape: type[Any],
+    names: dict[str, str],
+) -> Response:
     gateway: Gateway = request.app.state.gateway
     server = gateway.scheduler.settings.server
     asked = schemas.parse(schema, await read_json(request, server))
-    generation = await gateway.open(asked, request, names)
+    generation = await gateway.open(asked, request, {**names, "grammar": asked.grammar_field})
     answer = shape(generation, asked)
     if asked.stream:
         return sse.EventStream(answer.events(), generation.close, generation.headers, ping_s=server.ping_seconds)

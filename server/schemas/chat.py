@@ -20,7 +20,6 @@ _EMPTY_MESSAGE_FIELDS = (
     "function_call",
     "audio",
     "annotations",
-    "parsed",
     "reasoning_content",
 )
 
@@ -103,6 +102,11 @@ class ChatRequest(OpenAIFields):
         """The tools that this request offers. Raises ApiError 400."""
         return ToolUse(self.tools, self.tool_choice, self.parallel_tool_calls)
 
+    @property
+    def grammar_field(self) -> str:
+        """The field whose grammar it is, should a worker not be able to use it."""
+        return "response_format" if self.tool_use.grammar is None else "tools"
+
     def submit(self, request_id: str) -> wire.Submit:
         """The message to the worker. Raises ApiError 400."""
         if self.top_logprobs is not None and not self.logprobs:
@@ -130,4 +134,17 @@ def _plain(message: Any) -> Any:
     if not isinstance(message, dict):
         return message
     kept = {k: v for k, v in message.items() if not (k in _EMPTY_MESSAGE_FIELDS and (v is None or v == []))}
+    kept.pop("parsed", None)  # what the official client made of the content
+    if isinstance(kept.get("tool_calls"), list):
+        kept["tool_calls"] = [_plain_call(call) for call in kept["tool_calls"]]
     return {k: v for k, v in kept.items() if not (k in ("content", "name", "tool_call_id") and v is None)}
+
+
+def _plain_call(call: Any) -> Any:
+    """Without what the official client adds: its place in a stream, and what it made of the arguments."""
+    if not isinstance(call, dict):
+        return call
+    function = call.get("function")
+    if isinstance(function, dict):
+        function = {name: value for name, value in function.items() if name != "parsed_arguments"}
+    return {name: value for name, value in call.items() if name != "index"} | {"function": function}

@@ -29,7 +29,7 @@ def join_parts(value: Any) -> str:
         if not isinstance(part, dict) or part.get("type") not in _TEXT_PARTS:
             raise ValueError(f"part {place} is not a text part; this server takes text only")
         given = {name for name, content in part.items() if content not in (None, [])}  # annotations: [], logprobs: null
-        if given - {"type", "text"} or not isinstance(part.get("text"), str):
+        if given - {"type", "text", "parsed"} or not isinstance(part.get("text"), str):
             raise ValueError(f'part {place} must be exactly {{"type": "{part["type"]}", "text": "..."}}')
         parts.append(part["text"])
     return "".join(parts)

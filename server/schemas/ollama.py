@@ -231,10 +231,13 @@ class OllamaChatRequest(_Generating):
         """True where nothing is to be generated: the model is loaded, or let go."""
         return not self.messages
 
+    def _grammar(self) -> wire.Grammar | None:
+        return super()._grammar() or self.tool_use.grammar
+
     def submit(self, request_id: str) -> wire.Submit:
         """The message to the worker. Raises ApiError 400."""
         sampling = self._sampling()
-        if sampling.grammar is not None and self.tool_use:
+        if self.format is not None and self.tool_use:
             raise unsupported("format", "an answer that may call tools cannot have another form; leave one out")
         turns = [turn.to_wire(f"messages[{place}]", place) for place, turn in enumerate(self.messages)]
         for place, turn in enumerate(turns):  # a tool's answer belongs to the calls before it, in their order

@@ -124,8 +124,7 @@ class ResponsesRequest(SamplingFields):
             items = [{"role": "user", "content": items}]
         if not isinstance(items, list):
             return data
-        plain = [{k: v for k, v in i.items() if v is not None} if isinstance(i, dict) else i for i in items]
-        return {**data, "input": plain}
+        return {**data, "input": [_plain(item) for item in items]}
 
     @cached_property
     def tool_use(self) -> ToolUse:
@@ -140,6 +139,11 @@ class ResponsesRequest(SamplingFields):
             named = NamedChoice(type="function", function=NamedFunction(name=choice.name))
             return ToolUse(tools, named, self.parallel_tool_calls)
         return ToolUse(tools, choice, self.parallel_tool_calls)
+
+    @property
+    def grammar_field(self) -> str:
+        """The field whose grammar it is, should a worker not be able to use it."""
+        return "text.format" if self.tool_use.grammar is None else "tools"
 
     @property
     def wants_logprobs(self) -> bool:
@@ -190,6 +194,13 @@ class ResponsesRequest(SamplingFields):
                 else:  # a text and calls, or several calls, of one answer
                     turns[-1] = wire.Message("assistant", last.content, [*last.tool_calls, call])
         return turns
+
+
+def _plain(item: Any) -> Any:
+    """Without what is null, and without what the official client made of the arguments."""
+    if not isinstance(item, dict):
+        return item
+    return {name: value for name, value in item.items() if value is not None and name != "parsed_arguments"}
 
 
 def _check_item(item: InputItem, where: str) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from server.errors import bad_request, unsupported
+from server.errors import bad_request
 from server.schemas.base import JsonObject, Strict
 from server.schemas.fields import FunctionName
 from server.worker import messages as wire
@@ -116,7 +116,8 @@ class ToolUse:
 
     Attributes:
         described: the tools as the chat template gets them. names: of the functions that may be called.
-        grammar: of an answer that has to be a call; None where the model is free.
+        forced: whether the answer has to be a call; strict: whether calls among free text are held to their schemas.
+        grammar: of such answers; None where the model is free.
         parallel: whether more than one call may come of an answer.
     """
 
@@ -131,14 +132,14 @@ class ToolUse:
         used = [] if choice == "none" else tools
         callable_tools = [offered[choice.function.name]] if isinstance(choice, NamedChoice) else used
         self.forced = choice == "required" or isinstance(choice, NamedChoice)
-        for place, tool in enumerate(used):
-            if tool.function.strict and not self.forced:
-                hint = 'arguments are held to the schema only where tool_choice forces a call; use "required" or a name'
-                raise unsupported(f"tools[{place}].function.strict", hint)
+        self.strict = not self.forced and any(tool.function.strict for tool in used)
         self.described = [tool.described() for tool in used]
         self.names = tuple(tool.function.name for tool in callable_tools)
         self.parallel = parallel
-        self.grammar = schema_grammar(_call_schema(callable_tools), "tools") if self.forced else None
+        self.grammar: wire.Grammar | None = None
+        if self.forced or self.strict:
+            made = schema_grammar(_call_schema(callable_tools), "tools")
+            self.grammar = wire.Grammar("tool_calls", made.text) if self.strict else made
 
     def __bool__(self) -> bool:
         return bool(self.described)
@@ -149,12 +150,31 @@ def _call_schema(tools: list[Tool]) -> dict[str, Any]:
     calls = []
     definitions: dict[str, Any] = {}
     for place, tool in enumerate(tools):
-        # References in a schema are from its root, where each function's definitions get names of their own.
-        text = json.dumps(tool.function.parameters or _ANY_OBJECT).replace('"#/$defs/', f'"#/$defs/{place}.')
-        arguments = json.loads(text)
-        definitions |= {f"{place}.{name}": part for name, part in arguments.pop("$defs", {}).items()}
+        arguments = _moved(tool.function.parameters or _ANY_OBJECT, f"#/$defs/{place}.")
+        for kind in _DEFINITIONS:
+            definitions |= {f"{place}.{name}": part for name, part in arguments.pop(kind, {}).items()}
+        if f'"#/$defs/{place}."' in json.dumps([arguments, definitions]):  # it refers to itself as a whole
+            definitions[f"{place}."] = arguments
         properties = {"name": {"const": tool.function.name}, "arguments": arguments}
         call = {"type": "object", "properties": properties, "required": ["name", "arguments"]}
         calls.append({**call, "additionalProperties": False})
     schema: dict[str, Any] = calls[0] if len(calls) == 1 else {"anyOf": calls}
     return {**schema, "$defs": definitions} if definitions else schema
+
+
+_DEFINITIONS = ("$defs", "definitions")
+
+
+def _moved(schema: Any, where: str) -> Any:
+    """A schema whose definitions are at `where`: its references are from its root, which it is no longer."""
+    if isinstance(schema, list):
+        return [_moved(part, where) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {name: _moved(part, where) for name, part in schema.items()}
+    target = found.get("$ref")
+    if isinstance(target, str):
+        start = next((f"#/{kind}/" for kind in _DEFINITIONS if target.startswith(f"#/{kind}/")), "#")
+        if target == "#" or start != "#":
+            found["$ref"] = where + target.removeprefix(start)
+    return found

@@ -49,7 +49,7 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Grammar(msgspec.Struct, frozen=True):
-    """What an answer must look like. kind: json_object (no text), json_schema, regex, lark or gbnf."""
+    """What an answer must look like. kind: json_object (no text), json_schema, tool_calls, regex, lark or gbnf."""
 
     kind: str
     text: str = ""

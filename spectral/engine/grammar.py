@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from spectral.engine.chat import tool_format
 from spectral.engine.types import Grammar
 from spectral.errors import RequestError
 
@@ -79,7 +80,10 @@ class GrammarCompiler:
         from llguidance import LLMatcher
 
         try:
-            text = _SOURCES[grammar.kind](LLMatcher, grammar.text)
+            if grammar.kind == "tool_calls":
+                text = _tool_calls(tool_format(self._tokenizer), grammar.text)
+            else:
+                text = _SOURCES[grammar.kind](LLMatcher, grammar.text)
         except (ValueError, TypeError) as error:
             raise RequestError(f"the {grammar.kind} grammar cannot be read: {error}", param="grammar") from error
         matcher = LLMatcher(self._vocabulary(), text, log_level=0)
@@ -111,6 +115,37 @@ def _json_schema(matcher: Any, text: str) -> str:
     if not isinstance(schema, (dict, bool)):
         raise ValueError("a JSON schema is an object")
     return str(matcher.grammar_from_json_schema(json.dumps(schema), overrides=WHITESPACE))
+
+
+def _tool_calls(form: str, text: str) -> str:
+    """Lark: text with calls of tools among it, as a model of this form writes them. Raises RequestError."""
+    if form not in _CALLS:
+        raise RequestError(
+            "strict arguments cannot be held in this model's form of calls unless tool_choice forces one; "
+            'use tool_choice "required" or a name, or leave strict out',
+            param="tools",
+        )
+    schema = json.loads(text)
+    for call in schema.get("anyOf", [schema]) if form == "json" else []:
+        call["properties"] = {_LLAMA.get(name, name): part for name, part in call["properties"].items()}
+        call["required"] = [_LLAMA.get(name, name) for name in call["required"]]
+    return _CALLS[form] + f"call: %json {json.dumps({**schema, 'x-guidance': WHITESPACE})}\n"
+
+
+_LLAMA = {"arguments": "parameters"}
+_CALLS = {
+    "hermes": r"""%llguidance {}
+start: (lead GAP call GAP "</tool_call>")* REST
+lead[lazy]: /(.|\n)*<tool_call>/
+GAP: /\n?/
+REST: /(.|\n)*/ & ~/(.|\n)*<tool_call>(.|\n)*/
+""",
+    "json": r"""%llguidance {}
+start: REST | call (GAP call)*
+GAP: /[ \n]{0,2};?[ \n]{0,2}/
+REST: /([^{\[](.|\n)*)?/
+""",
+}
 
 
 def _regex(matcher: Any, text: str) -> str:

@@ -13,7 +13,7 @@ FinishReason = Literal["stop", "length", "cancelled"]
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_NAME = 256
-GRAMMAR_KINDS = ("json_object", "json_schema", "regex", "lark", "gbnf")
+GRAMMAR_KINDS = ("json_object", "json_schema", "tool_calls", "regex", "lark", "gbnf")
 
 
 def _refuse(param: str, rule: str, value: object) -> None:
@@ -48,7 +48,8 @@ class Message:
 class Grammar:
     """What an answer must look like.
 
-    kind: "json_object" (any JSON object; no text), "json_schema" (the schema as JSON text), "regex" (the whole answer;
+    kind: "json_object" (any JSON object; no text), "json_schema" (the schema as JSON text), "tool_calls" (any text, and
+    calls of tools in the model's own form that fit the schema of {"name", "arguments"}), "regex" (the whole answer;
     Rust's syntax without look-around), "lark" (llguidance's dialect) or "gbnf" (llama.cpp's).
     """
 

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import openai
 import pydantic
@@ -44,6 +44,33 @@ def test_openai_parses_a_structured_answer(server: Server) -> None:
             model=MODEL, input=QUESTION, text_format=City, max_output_tokens=64, temperature=0
         )
         assert isinstance(response.output_parsed, City)
+
+
+class Weather(pydantic.BaseModel):
+    """The weather in a city."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+    city: Literal["Paris", "Oslo"]
+    unit: Literal["C", "F"]
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "Weather"}}])
+def test_openai_has_a_tool_called_and_sends_what_it_returned(server: Server, choice: Any) -> None:
+    tools = [openai.pydantic_function_tool(Weather)]
+    turns: list[Any] = [{"role": "user", "content": "What is the weather in Oslo?"}]
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        asked: dict[str, Any] = {"model": MODEL, "messages": turns, "tools": tools, "temperature": 0}
+        whole = client.chat.completions.parse(**asked, tool_choice=choice).choices[0]
+        (call,) = whole.message.tool_calls or []
+        assert whole.finish_reason == "tool_calls" and isinstance(call.function.parsed_arguments, Weather)
+        with client.chat.completions.stream(**asked, tool_choice=choice) as stream:
+            kinds = {event.type for event in stream}
+            streamed = stream.get_final_completion().choices[0].message.tool_calls or []
+        assert "tool_calls.function.arguments.done" in kinds
+        assert [one.function.parsed_arguments for one in streamed] == [call.function.parsed_arguments]
+        turns += [whole.message, {"role": "tool", "tool_call_id": call.id, "content": "rain"}]
+        free = client.chat.completions.create(**{**asked, "messages": turns}, max_tokens=48)  # strict, and not forced
+        assert free.choices[0].message.content or free.choices[0].message.tool_calls
 
 
 async def test_openai_streams_many_at_once(server: Server) -> None:

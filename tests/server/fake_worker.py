@@ -179,7 +179,7 @@ class Worker:
     def special(self, message: m.Submit, text: str) -> None:
         """Answers that show what came, or look like a call."""
         grammar = message.sampling.grammar
-        if grammar is not None and "weather" in grammar.text:
+        if grammar is not None and grammar.kind == "json_schema" and "weather" in grammar.text:
             pieces = ['{"name": "weather", ', '"arguments": {"city": "Oslo"}}']
         elif text == "call":
             pieces = ["Sure.\n", "<tool", '_call>{"name": "weather", "argu', 'ments": {"city": "Oslo"}}</tool_call>']

@@ -98,6 +98,63 @@ def test_definitions_of_two_tools_do_not_meet(official: openai.OpenAI) -> None:
     assert schema["anyOf"][1]["properties"]["arguments"]["properties"]["x"] == {"$ref": "#/$defs/1.X"}
 
 
+def test_a_tools_references_are_its_own() -> None:
+    from server.schemas.tools import Function, Tool, ToolUse
+
+    tree = {"type": "object", "properties": {"next": {"$ref": "#"}, "leaf": {"$ref": "#/definitions/Leaf"}}}
+    tree |= {"definitions": {"Leaf": {"type": "integer"}}}
+    tool = Tool(type="function", function=Function(name="a", parameters=tree))
+    grammar = ToolUse([tool], "required", True).grammar
+    assert grammar is not None
+    schema = json.loads(grammar.text)
+    arguments = schema["properties"]["arguments"]
+    assert arguments["properties"] == {"next": {"$ref": "#/$defs/0."}, "leaf": {"$ref": "#/$defs/0.Leaf"}}
+    assert schema["$defs"] == {"0.Leaf": {"type": "integer"}, "0.": arguments}
+
+
+def test_strict_tools_hold_the_calls_among_free_text(official: openai.OpenAI) -> None:
+    strict = {"type": "function", "function": {**TOOL["function"], "strict": True}}
+    answer = official.chat.completions.create(model="demo", messages=ask("echo"), tools=[strict])
+    grammar = json.loads(answer.choices[0].message.content or "")["sampling"]["grammar"]
+    assert grammar["kind"] == "tool_calls"
+    assert json.loads(grammar["text"])["properties"]["name"] == {"const": "weather"}
+    calls = official.chat.completions.create(model="demo", messages=ask("call"), tools=[strict]).choices[0].message
+    assert len(calls.tool_calls or []) == 2
+    flat: Any = {"type": "function", **strict["function"]}
+    response = official.responses.create(model="demo", input="echo", tools=[flat])
+    assert json.loads(response.output_text)["sampling"]["grammar"] == grammar
+
+
+def test_what_the_client_parsed_may_be_sent_back_as_it_is(official: openai.OpenAI) -> None:
+    class weather(pydantic.BaseModel):
+        city: str
+
+    tools: Any = [openai.pydantic_function_tool(weather)]
+    with official.chat.completions.stream(model="demo", messages=ask("call"), tools=tools) as stream:
+        message: Any = stream.get_final_completion().choices[0].message
+    told: Any = [{"role": "tool", "tool_call_id": call.id, "content": "wet"} for call in message.tool_calls]
+    turns = [*ask("call"), message, *told, *ask("echo")]
+    got = json.loads(official.chat.completions.create(model="demo", messages=turns).choices[0].message.content or "")
+    sent = [call["function"] for call in got["messages"][1]["tool_calls"]]
+    assert sent == [{"name": "weather", "arguments": {"city": city}} for city in ("Oslo", "Rome")]
+
+    class Answer(pydantic.BaseModel):
+        kind: str
+        text: str
+
+    response: Any = official.responses.parse(model="demo", input="grammar", text_format=Answer)
+    assert response.output_parsed is not None
+    again = official.responses.create(model="demo", input=[*response.output, {"role": "user", "content": "echo"}])
+    assert json.loads(again.output_text)["messages"][0]["content"] == response.output_text
+    flat: Any = {"type": "function", **tools[0]["function"]}
+    called: Any = official.responses.parse(model="demo", input="call", tools=[flat])
+    items = [{"type": "function_call_output", "call_id": one.call_id, "output": "wet"} for one in called.output[1:]]
+    final = official.responses.create(
+        model="demo", input=[*called.output, *items, {"role": "user", "content": "echo"}]  # type: ignore[list-item]
+    )
+    assert [turn["role"] for turn in json.loads(final.output_text)["messages"]] == ["assistant", "tool", "tool", "user"]
+
+
 async def test_the_asynchronous_client(server: Running) -> None:
     async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         stream = await client.chat.completions.create(model="demo", messages=ask("hello"), stream=True)

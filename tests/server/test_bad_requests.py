@@ -26,7 +26,6 @@ for _ in range(100):
     DEEP = {"a": [DEEP]}
 OTHER = {"type": "function", "function": {"name": "g"}}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
-STRICT = {"type": "function", "function": {**TOOL["function"], "strict": True}}
 
 
 def tool_with(parameters: Any) -> dict[str, Any]:
@@ -109,7 +108,6 @@ def check(response: Any, status: int, code: str, param: str | None) -> str:
         ({"tool_choice": "required"}, "invalid_value", "tool_choice"),
         ({"tools": [TOOL], "tool_choice": OTHER}, "invalid_value", "tool_choice"),
         ({"tools": [TOOL, TOOL]}, "invalid_value", "tools"),
-        ({"tools": [STRICT]}, "unsupported_parameter", "tools[0].function.strict"),
         ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
         ({"kv_quality": {"max_kl": -1}}, "invalid_value", "kv_quality.max_kl"),
         ({"kv_quality": {"max_kl": 0.0001}}, "quality_unavailable", "kv_quality.max_kl"),

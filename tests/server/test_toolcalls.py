@@ -147,6 +147,15 @@ def test_one_call_where_no_more_are_wanted_and_forced_calls_are_plain_json() -> 
     assert ids[0].startswith("call_") and len(ids[1]) == 9 and ids[1].isalnum()
 
 
+def test_what_a_grammar_does_not_hold_is_no_strict_call() -> None:
+    assert read("hermes", f"Sure.<tool_call>{CALL}</tool_call>", strict=True) == ["Sure.", ("weather", OSLO)]
+    assert read("hermes", CALL, strict=True) == [CALL]
+    assert read("json", CALL, strict=True) == [("weather", OSLO)]
+    for text in ('weather{"city": "Oslo"}', f"<|python_tag|>{CALL}", '<function=weather>{"city": "Oslo"}</function>'):
+        assert read("json", text, strict=True) == [text]
+    assert ToolParser("json", NAMES, strict=True).push("wea") == ["wea"]
+
+
 def test_text_is_not_held_back_longer_than_it_must_be() -> None:
     assert ToolParser("hermes", NAMES).push("Hello <b") == ["Hello <b"]
     assert ToolParser("hermes", NAMES).push("Hello <too") == ["Hello"]

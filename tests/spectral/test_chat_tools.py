@@ -60,6 +60,19 @@ def test_tools_and_calls_reach_the_template(tokenizer: Any, monkeypatch: pytest.
     assert '<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call>' in text
 
 
+def test_the_embedded_models_template_knows_tools(tokenizer: Any) -> None:
+    assert tool_format(tokenizer) == "hermes"
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    turns = [Message("system", "Be brief."), Message("user", "Rain?"), Message("assistant", "", {"tool_calls": [call]})]
+    with_tools = tokenizer.decode(encode_chat(tokenizer, turns, [TOOL]))
+    assert with_tools.startswith("<|im_start|>system\nBe brief.\n\n# Tools") and with_tools.count("Be brief.") == 1
+    assert '"name": "weather", "parameters"' in with_tools
+    assert '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>' in with_tools
+    plain = tokenizer.decode(encode_chat(tokenizer, turns[:2]))
+    wanted = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nRain?<|im_end|>\n<|im_start|>assistant\n"
+    assert plain == wanted
+
+
 def test_a_template_that_reads_the_tools_of_its_system_message_gets_them_there(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,7 +85,8 @@ def test_a_template_that_reads_the_tools_of_its_system_message_gets_them_there(
     assert "<|tool|>" not in tokenizer.decode(encode_chat(tokenizer, turns))
 
 
-def test_a_template_without_tools_refuses_them(tokenizer: Any) -> None:
+def test_a_template_without_tools_refuses_them(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages }}")
     with pytest.raises(RequestError) as refused:
         encode_chat(tokenizer, [Message("user", "Rain?")], [TOOL])
     assert (refused.value.param, refused.value.code) == ("tools", "tools_not_supported")

@@ -36,6 +36,18 @@ def answers(engine: Engine, asked: dict[str, SamplingParams]) -> dict[str, tuple
     return {name: (texts[name], reasons[name]) for name in asked}
 
 
+def takes(demo: hf.LoadedModel, grammar: Grammar, text: str) -> bool:
+    """Whether an answer could be this text, and end with it."""
+    state = GrammarCompiler(demo.tokenizer, 8192, demo.eos_token_ids).start(grammar)
+    for token in [*demo.tokenizer(text, add_special_tokens=False)["input_ids"], min(demo.eos_token_ids)]:
+        logits = torch.zeros(8192)
+        state.forbid(logits)
+        if state.error is not None or logits[token] != 0:
+            return False
+        state.accept(token)
+    return True
+
+
 SCHEMA = {
     "type": "object",
     "properties": {"kind": {"enum": ["cat", "dog"]}, "age": {"type": "integer", "minimum": 3, "maximum": 12}},
@@ -93,15 +105,50 @@ def test_a_json_object_is_one_from_its_first_token(demo: hf.LoadedModel) -> None
     ],
 )
 def test_json_may_be_indented_and_has_no_empty_lines(demo: hf.LoadedModel, text: str, taken: bool) -> None:
-    state = GrammarCompiler(demo.tokenizer, 8192, demo.eos_token_ids).start(Grammar("json_object"))
-    fits = True
-    for token in demo.tokenizer(text, add_special_tokens=False)["input_ids"]:
-        logits = torch.zeros(8192)
-        state.forbid(logits)
-        fits = fits and bool(logits[token] == 0)
-        if fits:
-            state.accept(token)
-    assert fits == taken
+    assert takes(demo, Grammar("json_object"), text) == taken
+
+
+CALL = '{"name": "weather", "arguments": {"days": 3}}'
+WRONG = '{"name": "weather", "arguments": {"days": "three"}}'
+LLAMA = "{% if tools %}<|python_tag|>{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "taken"),
+    [
+        (None, "No tool is needed, as 1 < 2.", True),
+        (None, f"Sure.\n<tool_call>\n{CALL}\n</tool_call>\n<tool_call>{CALL}</tool_call> Done.", True),
+        (None, f"<tool_call>\n{WRONG}\n</tool_call>", False),
+        (None, '<tool_call>\n{"name": "other", "arguments": {}}\n</tool_call>', False),
+        (None, f"<tool_call>\n{CALL}\n", False),
+        (LLAMA, "No tool is needed.", True),
+        (LLAMA, CALL.replace("arguments", "parameters") + "; " + CALL.replace("arguments", "parameters"), True),
+        (LLAMA, CALL, False),
+        (LLAMA, '[weather(days="three")]', False),
+    ],
+)
+def test_strict_calls_are_held_among_free_text(
+    demo: hf.LoadedModel, monkeypatch: pytest.MonkeyPatch, template: str | None, text: str, taken: bool
+) -> None:
+    if template is not None:
+        monkeypatch.setattr(demo.tokenizer, "chat_template", template)
+    arguments = {"type": "object", "properties": {"days": {"type": "integer"}}, "required": ["days"]}
+    schema = {
+        "type": "object",
+        "properties": {"name": {"const": "weather"}, "arguments": {**arguments, "additionalProperties": False}},
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
+    assert takes(demo, Grammar("tool_calls", json.dumps(schema)), text) == taken
+
+
+def test_strict_calls_in_a_form_that_no_grammar_holds_name_the_tools(
+    demo: hf.LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo.tokenizer, "chat_template", "{{ tools }}[TOOL_CALLS]")
+    with pytest.raises(RequestError, match="tool_choice") as refused:
+        GrammarCompiler(demo.tokenizer, 8192, demo.eos_token_ids).start(Grammar("tool_calls", "{}"))
+    assert refused.value.param == "tools"
 
 
 @pytest.mark.parametrize(
