@@ -45,8 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command == "metrics":
         sys.stdout.write(table())
         return 0
+    given = {"host": options.host, "port": options.port}
     try:
-        settings = load_settings(options.config, host=options.host, port=options.port)
+        settings = load_settings(options.config, **given)
     except ConfigError as error:
         if options.command == "check" and options.json:
             print(json.dumps({"valid": False, "error": str(error)}, indent=2))
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     if options.command == "check":
         names = [model.name for model in settings.models]
-        text = f"The configuration is valid: {len(names)} models."
+        text = f"The configuration is valid; models: {', '.join(names)}."
         print(json.dumps({"valid": True, "models": names}, indent=2) if options.json else text)
         return 0
     logs.configure(settings.logging, options.log_level)
@@ -69,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 1
     with listener:
-        return _run(settings, listener, Path(options.config) if options.config else default_path(), options.cluster)
+        file = Path(options.config) if options.config else default_path()
+        return _run(settings, listener, file, given, options.cluster)
 
 
 def _event_loop() -> Callable[[Coroutine[Any, Any, int]], int]:
@@ -143,7 +145,9 @@ class GracefulServer(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
 
-def _run(settings: Settings, listener: socket.socket, config_file: Path, cluster: str | None = None) -> int:
+def _run(
+    settings: Settings, listener: socket.socket, config_file: Path, given: dict[str, Any], cluster: str | None = None
+) -> int:
     make = None
     if cluster is not None:
         from server.cluster.join import ClusterError, join, scheduler_of
@@ -154,7 +158,7 @@ def _run(settings: Settings, listener: socket.socket, config_file: Path, cluster
             print(error, file=sys.stderr)
             return 1
     try:
-        app = create_app(settings, config_file=config_file, make_scheduler=make)
+        app = create_app(settings, config_file=config_file, given=given, make_scheduler=make)
     except (StateError, TracingUnavailable) as error:
         print(error, file=sys.stderr)
         return 1

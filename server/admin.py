@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -30,11 +30,18 @@ SWITCH_SECONDS = 600.0
 class Admin:
     """Made before the event loop runs (what was decided in earlier runs is in force from the first load on)."""
 
-    def __init__(self, state: State, events: EventLog, scheduler: Scheduler, config_file: Path | None) -> None:
+    def __init__(
+        self,
+        state: State,
+        events: EventLog,
+        scheduler: Scheduler,
+        config_file: Path | None,
+        given: Mapping[str, Any] | None = None,
+    ) -> None:
         self.state, self.events, self.scheduler = state, events, scheduler
         self.store = ProfileStore(state, scheduler.settings.server.max_profile_bytes)
         self.jobs = Jobs(state, self.store, events)
-        self.config_file = config_file
+        self.config_file, self._given = config_file, dict(given or {})  # the command line wins over the file
         self._fingerprints: dict[str, str] = {}
         self._changing: dict[str, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -233,7 +240,7 @@ class Admin:
     async def reload(self) -> dict[str, Any]:
         """Read the configuration file again. Raises ApiError 400 with every fault, and then nothing has changed."""
         try:
-            new: Settings = await asyncio.to_thread(load_settings, self.config_file)
+            new: Settings = await asyncio.to_thread(partial(load_settings, self.config_file, **self._given))
         except ConfigError as error:
             raise errors.ApiError(400, f"{error}\nNothing was changed.", code="invalid_config") from error
         active = await self.state.run(state_tables.active)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 
@@ -37,10 +38,11 @@ def create_app(
     config_file: Path | None = None,
     tracing: Tracing | None = None,
     make_scheduler: Callable[[Settings, Metrics, EventLog], Scheduler] | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> FastAPI:
     """The application; its lifespan starts and ends the workers. `command` replaces the worker's command line,
-    `config_file` is what a reload reads, `tracing` stands for the configured one, `make_scheduler` makes the scheduler
-    (a cluster's). Raises StateError and TracingUnavailable."""
+    `config_file` is what a reload reads, `given` what the command line says instead of it, `tracing` stands for the
+    configured one, `make_scheduler` makes the scheduler (a cluster's). Raises StateError and TracingUnavailable."""
     if tracing is None and settings.tracing.enabled:
         tracing = Tracing(provider_for(settings.tracing))
     metrics = Metrics()
@@ -48,7 +50,7 @@ def create_app(
     events = EventLog(state)
     make = make_scheduler or (lambda *parts: Scheduler(parts[0], parts[1], command, parts[2]))
     scheduler = make(settings, metrics, events)
-    admin = Admin(state, events, scheduler, config_file)
+    admin = Admin(state, events, scheduler, config_file, given)
     metrics.set_version(ops.installed_version())
     metrics.watch_devices(scheduler.memory.ledger.snapshot)
     events.listeners.append(lambda event: metrics.events.labels(event["kind"], event["model"] or "").inc())

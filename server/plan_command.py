@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -120,4 +121,9 @@ def show(found: DryRun, notes: Sequence[str], *, explain: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `spectral plan | head` ends as other programs do
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -31,7 +31,7 @@ def check(path: str, memory: int, seconds: int) -> int:
     try:
         facts = SpectralProfile.load(path).to_dict()
     except ProfileError as error:
-        print(str(error).replace(path, "the file"), file=sys.stderr)
+        print(str(error).replace(f"profile {path}", "the file").replace(path, "the file"), file=sys.stderr)
         return 2
     except MemoryError:
         print(f"the file needs more than {memory} bytes of memory to be read", file=sys.stderr)

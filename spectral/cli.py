@@ -53,7 +53,7 @@ def main() -> None:
     from spectral.errors import SpectralError
 
     try:
-        app()
+        app(prog_name="spectral")
     except SpectralError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -102,8 +102,9 @@ async def upload(name: str, request: Request, actor: Actor, activate: bool = Fal
         message = f"Content-Type {errors.shorten(kind)!r} is not understood; send the file as application/octet-stream"
         raise errors.ApiError(415, message, code="unsupported_media_type")
     limit, announced = admin.scheduler.settings.server.max_profile_bytes, request.headers.get("content-length", "")
-    async with admin.audited(actor, "upload_profile", slot.name, announced_bytes=announced, activate=activate):
-        if announced.isdigit() and int(announced) > limit:
+    size = int(announced) if announced.isdigit() else None
+    async with admin.audited(actor, "upload_profile", slot.name, announced_bytes=size, activate=activate):
+        if size is not None and size > limit:
             raise errors.body_too_large(limit)
         stored = await _receive(admin, slot, request)
         if activate:

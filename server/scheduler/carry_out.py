@@ -163,7 +163,8 @@ class Moves:
             raise
         if print_ is not None and before.devices:
             for device, share in self._memory.shares_of(slot).items():
-                self._memory.ledger.hold(slot.name, device, self._rest(print_, share))
+                if device != HOST:  # weights on a CPU stay where they are
+                    self._memory.ledger.hold(slot.name, device, self._rest(print_, share))
         return Placement(ASLEEP, before.devices, before.setting), 0
 
     @staticmethod
@@ -173,11 +174,13 @@ class Moves:
         return Holding(0, round(rest * share), 0, round(print_.kv_bytes * share))
 
     async def _wake(self, slot: Slot, action: Action, before: Placement, lease: int) -> tuple[Placement, int]:
-        for device, size in action.expected().items():
+        elsewhere = HOST not in action.target.devices
+        for device, size in action.expected().items() if elsewhere else ():
             self._memory.ledger.hold(slot.name, device, Holding(expected=size))
         began = time.monotonic()
         await self.send(slot, messages.Wake, MOVE_S)
-        self._memory.ledger.drop(slot.name, HOST)
+        if elsewhere:
+            self._memory.ledger.drop(slot.name, HOST)
         setting = slot.ready.setting if slot.ready is not None else before.setting
         self._memory.remember_wake(slot, time.monotonic() - began)
         if action.target.setting != setting:

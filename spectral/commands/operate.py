@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -172,10 +173,10 @@ def events(
 
 
 def event_line(row: dict[str, Any], as_json: bool) -> str:
-    """One event."""
+    """One event; its time is this machine's."""
     if as_json:
         return json.dumps(row)
-    when = str(row["at"])[:19].replace("T", " ")
+    when = datetime.fromtimestamp(row["at"]).strftime("%Y-%m-%d %H:%M:%S")
     return f"{when}  {row['kind']:<10} {row.get('model') or '-'}  {row['reason']}"
 
 

@@ -93,14 +93,16 @@ def build(
 
 @app.command("show")
 def show(
-    file: Path = typer.Argument(..., help="A profile (.safetensors)."),
+    file: Path = typer.Argument(..., help="A profile (.safetensors), or a model that one is shipped for (`demo`)."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
     """Show what a profile holds: the model it fits, its ladder of settings, and each layer's spectrum."""
     from spectral import SpectralProfile
+    from spectral.resources import profile_path
     from spectral.sparkline import DECADES, spectrum_lines
 
-    profile = SpectralProfile.load(file)
+    shipped = None if file.exists() else profile_path(file)
+    profile = SpectralProfile.load(file if shipped is None else shipped)
     if as_json:
         typer.echo(json.dumps(profile.to_dict(), indent=2))
         return

@@ -132,6 +132,19 @@ def test_sleep_and_wake(admin: Running) -> None:
     assert admin.client.post("/v1/chat/completions", json=CHAT).status_code == 200
 
 
+def test_a_model_on_the_cpu_is_in_the_map_while_it_sleeps_and_when_it_is_awake(admin: Running) -> None:
+    def weights() -> list[int]:
+        (device,) = admin.client.get("/admin/vram").json()["devices"]
+        return [s["bytes"] for s in device["segments"] if (s["model"], s["kind"]) == ("demo", "weights")]
+
+    assert weights() == [1000]
+    assert admin.client.post("/admin/models/demo/sleep").status_code == 200
+    assert weights() == [1000], "they stay where they are"
+    assert admin.client.post("/admin/models/demo/wake").status_code == 202
+    admin.until_state("demo", "hot")
+    assert weights() == [1000]
+
+
 def test_every_action_is_in_the_audit_trail_and_events_have_reasons(admin: Running) -> None:
     admin.client.post("/admin/models/demo/pin")
     admin.client.post("/admin/models/demo/unload")

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from server.app import create_app
+from server.config import load_settings
 from spectral.cli import app
 from spectral.commands.client import ServerError
-from tests.server.conftest import ROOT, Running, serving, settings
+from tests.server.conftest import FAKE, ROOT, Running, serving, settings
 
 KEY = "an administrator's key"
 
@@ -76,7 +80,10 @@ def test_events_are_shown_with_their_reasons(run: Any) -> None:
     run("set", "demo", "4x", "--live")
     run("set", "demo", "auto")
     lines = run("events", "--model", "demo", "--kind", "setting").splitlines()
-    assert "by hand" in lines[-1] and " demo " in lines[-1] and lines == sorted(lines)
+    times = [line[:19] for line in lines]
+    assert "by hand" in lines[-1] and " demo " in lines[-1] and times == sorted(times)
+    said = datetime.strptime(times[-1], "%Y-%m-%d %H:%M:%S")
+    assert abs((datetime.now() - said).total_seconds()) < 60
     rows = [json.loads(line) for line in run("events", "--json", "-n", "3").splitlines()]
     assert len(rows) == 3 and [row["id"] for row in rows] == sorted(row["id"] for row in rows)
 
@@ -109,6 +116,16 @@ def test_the_configuration_is_read_again(tmp_path: Path) -> None:
         file.write_text("models: [{name: demo, treads: 1}]\n")
         faulty = CliRunner().invoke(app, ["reload", "--url", running.url])
         assert isinstance(faulty.exception, ServerError) and "treads" in str(faulty.exception)
+
+
+def test_a_reload_keeps_what_the_command_line_said(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("server: {port: 8000}\nmodels: [{name: demo}]\n")
+    given = {"host": None, "port": 8077}
+    app = create_app(load_settings(file, **given), FAKE, file, given=given)
+    found = asyncio.run(app.state.admin.reload())
+    assert (found["server"], found["needs_server_restart"]) == ([], [])
+    app.state.admin.state.close()
 
 
 def test_without_the_key_it_is_said_what_is_missing(operated: Running, monkeypatch: pytest.MonkeyPatch) -> None:

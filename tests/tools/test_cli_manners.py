@@ -86,3 +86,23 @@ def test_a_refused_key_is_explained(monkeypatch: pytest.MonkeyPatch, key: str, w
     monkeypatch.setenv("SPECTRAL_API_KEY", key)
     answer = httpx.Response(401, json={"error": {"message": "this server asks for an API key"}})
     assert f"SPECTRAL_API_KEY {words}" in str(client.refusal(answer))
+
+
+def test_a_plan_may_be_cut_off_by_the_program_that_reads_it() -> None:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "server.plan_command", "--json", "--config", str(ROOT / "config.yaml")]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(words, env=env, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(write)
+    assert done.returncode != 0 and done.stderr == ""
+
+
+def test_the_package_can_be_run_as_a_program_and_shows_the_shipped_profile() -> None:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "spectral", "profile", "show", "demo", "--json"]
+    shown = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60)
+    assert shown.returncode == 0, shown.stderr
+    assert json.loads(shown.stdout)["ladder"]
+    wrong = subprocess.run([*words[:-2], "absent"], env=env, capture_output=True, text=True, timeout=60)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: profile absent.safetensors cannot be read")

@@ -1,0 +1,5 @@
+"""`python -m spectral`, the same as the command `spectral`."""
+
+from spectral.cli import main
+
+main()
