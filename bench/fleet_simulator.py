@@ -14,12 +14,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from server.cluster import wire
 from server.cluster.ledger import Node, Replica
 from server.cluster.placement import Placements
-from server.cluster.routing import Candidate, Router
+from server.cluster.routing import Candidate, Router, shares
 from server.config import ModelSettings
 from server.scheduler.demand import Rung
 from server.scheduler.steward import Facts
@@ -68,7 +69,9 @@ class Machine:
     replica: Replica
     kind: Kind
     hot: bool = False
+    gone: bool = False
     running: int = 0
+    ended: int = 0
     tokens: int = 0
     queue: deque[tuple[float, int, int]] = field(default_factory=deque)
 
@@ -88,23 +91,27 @@ class SimPlacements(Placements):
 class Simulator:
     """Runs requests on a fleet; `figures` has what came of it. Times in virtual seconds unless they say wall."""
 
-    def __init__(self, gpus: int, gpus_per_node: int, models: list[Kind], most: int = 64) -> None:
+    def __init__(self, gpus: int, gpus_per_node: int, models: list[Kind], most: int = 128) -> None:
         self.now = 0.0
         self.kinds = {kind.name: kind for kind in models}
         self.places = SimPlacements(lambda: self.now, self.kinds)
         self.routers = [Router() for _ in range(GATEWAYS)]
         self.machines: dict[str, Machine] = {}
+        self._on: dict[str, dict[str, Machine]] = {}
         self._by_model: dict[str, dict[str, Machine]] = {name: {} for name in self.kinds}
         self._waiting: dict[str, deque[tuple[float, int, int, tuple[int, ...]]]] = {n: deque() for n in self.kinds}
         self._arrived: dict[str, int] = {}
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._count = itertools.count()
         self.plan_wall: list[float] = []
+        self.plan_cpu: list[float] = []
+        self.left_cells: list[int] = []
         self.planned_cells: list[int] = []
-        self.route_wall = 0.0
+        self.route_cpu = 0.0
+        self._started: list[float] = []
         self.routed = self.cold_starts = self.finished = self.waited = 0
-        self.prefix_hits = 0
-        self.delays: list[float] = []
+        self.prefix_hits = self.moved = self.cut = 0
+        self.delays: list[tuple[float, float]] = []  # when a request came, how long it waited for its first token
         self.samples: list[dict[str, Any]] = []
         per = {"models": [ModelSettings(name=k.name, load="on_demand").model_dump(mode="json") for k in models]}
         replicas = {kind.name: {"min": 1, "max": most} for kind in models}
@@ -117,12 +124,13 @@ class Simulator:
     def join(self, name: str, gpus: int, size: int = 24 * GIB) -> None:
         """A node with so many GPUs."""
         node = self.places.nodes[name] = Node(name)
+        self._on[name] = {}
         node.devices = [wire.DeviceState(f"cuda:{i}", size - GIB // 2, size) for i in range(gpus)]
         self.places.touch()
 
     def lose(self, name: str) -> int:
         """A node is gone; its requests go back to where they waited. Returns how many replicas it had."""
-        gone = [m for m in self.machines.values() if m.replica.node == name]
+        gone = list(self._on[name].values())
         for machine in gone:
             self._drop(machine)
         self.places.lost(name)
@@ -132,10 +140,13 @@ class Simulator:
 
     def _drop(self, machine: Machine) -> None:
         self.machines.pop(machine.replica.name, None)
+        self._on[machine.replica.node].pop(machine.replica.name, None)
         self._by_model[machine.kind.name].pop(machine.replica.name, None)
         for at, prompt, answer in machine.queue:
             self._waiting[machine.kind.name].append((at, prompt, answer, ()))
         machine.queue.clear()
+        machine.gone, machine.hot = True, False
+        self._send_waiting(machine.kind.name)
 
     # ------------------------------------------------------------------------------------------ time
 
@@ -173,18 +184,22 @@ class Simulator:
         for node in list(self.places.nodes.values()):
             self.places.reported(node, self._states(node.name))
         if new or self.places.due():
-            began = time.perf_counter()
+            began, cpu = time.perf_counter(), time.thread_time()
             self.places.plan()
             self.plan_wall.append(time.perf_counter() - began)
+            self.plan_cpu.append(time.thread_time() - cpu)
             self.planned_cells.append(self.places.last.planned if self.places.last else 0)
+            self.left_cells.append(self.places.last.left if self.places.last else 0)
         self._obey()
         if int(self.now) % 30 == 0:
             self._sample()
 
     def _states(self, node: str) -> list[wire.ReplicaState]:
         found = []
-        for machine in self._on_node.get(node, ()):
-            stats = messages.Stats(running=machine.running, queued=len(machine.queue), kv_tokens=machine.tokens)
+        for machine in self._on[node].values():
+            ended = {"stop": machine.ended}
+            queued = len(machine.queue)
+            stats = messages.Stats(running=machine.running, queued=queued, kv_tokens=machine.tokens, finished=ended)
             replica, streams = machine.replica, machine.running + len(machine.queue)
             state = "hot" if machine.hot else "loading"
             found.append(
@@ -195,17 +210,6 @@ class Simulator:
             )  # fmt: skip
         return found
 
-    @property
-    def _on_node(self) -> dict[str, list[Machine]]:
-        if self._cached_at != self.now:
-            self._cached, self._cached_at = {}, self.now
-            for machine in self.machines.values():
-                self._cached.setdefault(machine.replica.node, []).append(machine)
-        return self._cached
-
-    _cached: dict[str, list[Machine]] = {}
-    _cached_at = -1.0
-
     def _obey(self) -> None:
         """What nodes do with their orders: load what is new, end what is no longer there."""
         for replica in list(self.places.replicas.values()):
@@ -213,9 +217,10 @@ class Simulator:
             if machine is None and replica.node and not replica.retiring:
                 kind = self.kinds[replica.model]
                 machine = self.machines[replica.name] = Machine(replica, kind)
-                self._by_model[kind.name][replica.name] = machine
+                self._by_model[kind.name][replica.name] = self._on[replica.node][replica.name] = machine
                 self.cold_starts += 1
-                self.at(self.now + kind.facts.load_s, lambda m=machine: self._hot(m))
+                self._started.append(self.now)
+                self.at(self.now + kind.facts.load_s, partial(self._hot, machine))
             elif machine is not None and replica.retiring and not machine.running:
                 self._drop(machine)
         for name in [name for name, m in self.machines.items() if name not in self.places.replicas]:
@@ -224,11 +229,24 @@ class Simulator:
     def _hot(self, machine: Machine) -> None:
         if machine.replica.name not in self.machines:
             return
+        others = {name: m for name, m in self._by_model[machine.kind.name].items() if m.hot}
         machine.hot = True
-        queue = self._waiting[machine.kind.name]
-        while queue:
+        self._send_waiting(machine.kind.name)
+        for name, count in shares({n: len(m.queue) for n, m in others.items()}, CONCURRENCY - machine.running).items():
+            for at, prompt, answer in [others[name].queue.pop() for _ in range(count)][::-1]:
+                self._route(at, machine.kind.name, prompt, answer, ())
+                self.moved += 1
+
+    def _send_waiting(self, model: str) -> None:
+        """To a replica, where one is hot."""
+        queue = self._waiting[model]
+        while queue and any(m.hot and not m.replica.retiring for m in self._by_model[model].values()):
             at, prompt, answer, blocks = queue.popleft()
-            self._route(at, machine.kind.name, prompt, answer, blocks)
+            self._route(at, model, prompt, answer, blocks)
+
+    def cold_starts_by(self, when: float) -> int:
+        """How many loads had begun by then."""
+        return sum(at <= when for at in self._started)
 
     # ------------------------------------------------------------------------------------------ requests
 
@@ -241,14 +259,14 @@ class Simulator:
         self._route(at, model, prompt, answer, blocks)
 
     def _route(self, at: float, model: str, prompt: int, answer: int, blocks: tuple[int, ...]) -> None:
-        began = time.perf_counter()
+        began = time.thread_time()
         machines = [m for m in self._by_model[model].values() if m.hot and not m.replica.retiring]
         rows = [Candidate(m.replica.name, m.running, len(m.queue), CONCURRENCY) for m in machines]
         router = self.routers[self.routed % GATEWAYS]
         chosen = router.choose(blocks, prompt, rows).replica
         known = router.known(blocks, chosen)
         router.sent(blocks, chosen)
-        self.route_wall += time.perf_counter() - began
+        self.route_cpu += time.thread_time() - began
         self.routed += 1
         self.prefix_hits += known > 0
         machine = self.machines[chosen]
@@ -261,12 +279,16 @@ class Simulator:
             machine.running += 1
             machine.tokens += prompt + answer
             first = self.now + prompt / PREFILL_TOKENS_S
-            self.delays.append(first - at)
-            self.at(first + answer * TOKEN_S, lambda n=prompt + answer: self._finish(machine, n))
+            self.delays.append((at, first - at))
+            self.at(first + answer * TOKEN_S, partial(self._finish, machine, prompt + answer))
 
     def _finish(self, machine: Machine, tokens: int) -> None:
+        if machine.gone:  # its node was lost: the client got an error
+            self.cut += 1
+            return
         machine.running -= 1
         machine.tokens -= tokens
+        machine.ended += 1
         self.finished += 1
         self._serve(machine)
 

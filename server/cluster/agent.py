@@ -56,13 +56,13 @@ class NodeAgent:
     """Serves replicas on this machine. `command` replaces the workers' command line."""
 
     def __init__(
-        self, node: str, settings: Settings, token: str, conductor: Conductor, command: Sequence[str] = DEFAULT_COMMAND
+        self, node: str, settings: Settings, secret: str, conductor: Conductor, command: Sequence[str] = DEFAULT_COMMAND
     ) -> None:
-        self.node, self._token, self._conductor = node, token, conductor
+        self.node, self._secret, self._conductor = node, secret, conductor
         self.life = uuid.uuid4().hex
         alone: dict[str, Any] = {"models": ()}
         self.scheduler = Scheduler(settings.model_copy(update=alone), Metrics(), command)
-        self.chats = Chats(self.scheduler, token)
+        self.chats = Chats(self.scheduler, secret)
         self.address = ""
         self._assigned: dict[str, wire.Assignment] = {}
         self.retiring: set[str] = set()
@@ -75,7 +75,7 @@ class NodeAgent:
     async def start(self, host: str, port: int = 0, reached_at: str = "") -> None:
         """Listen for gateways on `host` and begin to fetch orders. `reached_at`: the address that they are told, where
         `host` is not one ("0.0.0.0"). Raises OSError."""
-        self._server = await asyncio.start_server(self._connected, host, port)
+        self._server = await link.listen(self._connected, host, port, self._secret)
         bound = self._server.sockets[0].getsockname()[1]
         told = reached_at or host
         self.address = f"[{told}]:{bound}" if ":" in told else f"{told}:{bound}"
@@ -181,11 +181,12 @@ class NodeAgent:
 
     def _state(self, slot: Slot) -> wire.ReplicaState:
         ward = self.scheduler.memory.steward.wards.get(slot.name)
+        spread = sorted((ward.moving or ward.now).devices) if ward is not None else []
         return wire.ReplicaState(
             replica=slot.name,
             model=slot.name.rpartition("#")[0],
             state=slot.state,
-            device=slot.settings.device,
+            device=",".join(spread) if len(spread) > 1 else slot.settings.device,
             stage=slot.stage if slot.state == "loading" else "",
             error=slot.error,
             restarts=slot.restarts,
@@ -221,12 +222,7 @@ class NodeAgent:
 
     # ------------------------------------------------------------------------------------------ gateways
 
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            connection = await link.accept(reader, writer, self._token)
-        except link.NotTrusted as error:
-            log.warning("%s", error)
-            return
+    async def _connected(self, connection: link.Link[wire.ToAgent]) -> None:
         relay = Relay(self, connection)
         self._relays.add(relay)
         connection.send(self.board())

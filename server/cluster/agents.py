@@ -133,7 +133,7 @@ class Agents:
         """Keep a link to one agent until the conductor knows it no longer."""
         while peer.info.node in self.peers:
             try:
-                peer.link = await link.dial(peer.info.address, self._client.token)
+                peer.link = await link.dial(peer.info.address, self._client.secret)
                 peer.broken = False
                 await self._listen(peer, peer.link)
             except (OSError, NotTrusted, BadFrame) as error:

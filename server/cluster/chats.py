@@ -35,8 +35,8 @@ KEEP_S = 600.0
 class Chats:
     """One agent's part. Files lie in a folder that only this user reads, and are deleted."""
 
-    def __init__(self, scheduler: Scheduler, token: str) -> None:
-        self._scheduler, self._token = scheduler, token
+    def __init__(self, scheduler: Scheduler, secret: str) -> None:
+        self._scheduler, self._secret = scheduler, secret
         self._folder = Path(tempfile.mkdtemp(prefix="spectral-chats-"))
         self._kept: dict[str, float] = {}  # replicas that have ended, and until when their chats are kept
         self.bytes_received = self.bytes_sent = self.moved = 0
@@ -118,7 +118,7 @@ class Chats:
 
     async def _fetch(self, forward: wire.Forward, request: messages.Submit, path: Path) -> int:
         """Write the pages to a file; their bytes. Raises OSError and what `dial` raises."""
-        link: Link[Any] = await dial(forward.session_at, self._token)
+        link: Link[Any] = await dial(forward.session_at, self._secret)
         ident, size = uuid.uuid4().hex, 0
         try:
             link.send(wire.Fetch(ident, forward.session_replica, request.session or "", request.cache_salt))

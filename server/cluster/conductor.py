@@ -5,7 +5,7 @@
     command        what an administrator wants
 
 What is decided follows from what nodes report, so a conductor that was restarted knows everything again after the
-first reports; storage has what cannot be asked for: the configuration, choices, drained nodes, and the token.
+first reports; storage has what cannot be asked for: the configuration, choices, drained nodes, and the secret.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Conductor:
 
     def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
         self._store, self._clock = store, clock
-        self.token = store.token()
+        self.secret = store.secret()
         self.places = Placements(clock)
         self._changed = asyncio.Condition()
         self._version = 1
@@ -117,7 +117,7 @@ class Conductor:
                 node.address,
                 node.draining,
                 devices=node.devices,
-                replicas=[r.name for r in self.places.replicas.values() if r.node == node.name],
+                replicas=[r.name for r in self.places.replicas.on(node.name)],
             )
             for node in self.places.nodes.values()
         ]
@@ -159,8 +159,8 @@ class Conductor:
         self._store.put("drained", sorted(self._drained))
         if name in self.places.nodes:
             self.places.nodes[name].draining = on
-            for replica in self.places.replicas.values():
-                replica.leaving = on if replica.node == name else replica.leaving
+            for replica in self.places.replicas.on(name):
+                replica.leaving = on
             self.places.touch()
 
     # ------------------------------------------------------------------------------------------ the loop

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from server.scheduler.demand import Demand, Device, Plan
+from server.scheduler.demand import Choice, Demand, Device, Plan
 from server.scheduler.options import KL_SECONDS
 
 TRIES, SWAPS = 3, 4
@@ -23,8 +23,14 @@ class Cell:
     members: dict[str, Demand] = field(default_factory=dict)
     plan: Plan | None = None
     dirty: bool = True
+    urgent: bool = True
+    """Somebody in it waits for its plan."""
+    waits: int = 0
+    """Plans that had no time for it."""
     stuck: set[str] = field(default_factory=set)
     """Members for which no better place was found since this cell was planned."""
+    given: dict[str, Choice] = field(default_factory=dict)
+    """Members that were given a place where they fit, until the cell is planned."""
     drifted: int = 0
     """For how many plans its traffic has been another one than that which it was planned for."""
 
@@ -32,10 +38,10 @@ class Cell:
 Solve = Callable[[Cell, Mapping[str, Demand]], Plan]
 
 
-def exchange(cells: Iterable[Cell], solve: Solve) -> bool:
+def exchange(cells: Iterable[Cell], solve: Solve, over: Callable[[], bool] = lambda: False) -> bool:
     """Move the replica that loses most by its cell's want of bytes, alone or in exchange for another one. False where
-    nobody loses anything that was not tried since its cell was planned."""
-    every = list(cells)
+    nobody loses anything that was not tried since its cell was planned, or where the time is `over`."""
+    every = [cell for cell in cells if not cell.dirty]
     worst = _worst(every)
     if worst is None:
         return False
@@ -46,6 +52,8 @@ def exchange(cells: Iterable[Cell], solve: Solve) -> bool:
     for other in roomiest(every, cell, demand)[:TRIES]:
         before = _cost(cell) + _cost(other)
         for back in (None, *_partners(demand, other, cell)):
+            if over():
+                return False
             here = rest if back is None else {**rest, back.name: back}
             there = {n: d for n, d in other.members.items() if back is None or n != back.name} | {name: demand}
             plans = alone if back is None else solve(cell, here), solve(other, there)
@@ -70,8 +78,8 @@ def _worst(cells: Iterable[Cell]) -> tuple[Cell, str] | None:
     found: tuple[float, Cell, str] | None = None
     for cell in cells:
         for name, choice in cell.plan.choices.items() if cell.plan is not None else ():
-            demand = cell.members[name]
-            if name in cell.stuck or demand.busy:
+            demand = cell.members.get(name)  # it may have gone since
+            if demand is None or name in cell.stuck or demand.busy:
                 continue
             finest = min((rung.kl for rung in demand.rungs), default=0.0)
             regret = choice.cost - finest * KL_SECONDS * demand.rate * demand.priority
@@ -87,4 +95,5 @@ def _partners(demand: Demand, other: Cell, cell: Cell) -> list[Demand]:
 
 
 def _cost(cell: Cell) -> float:
-    return cell.plan.cost if cell.plan is not None else 0.0
+    """Of those that are still there."""
+    return sum(choice.cost for name, choice in cell.plan.choices.items() if name in cell.members) if cell.plan else 0.0

@@ -34,10 +34,10 @@ class Conductor(Protocol):
 
 
 class Client:
-    """Typed calls of the conductor, and the cluster's token."""
+    """Typed calls of the conductor, and the cluster's secret."""
 
-    def __init__(self, conductor: Conductor, token: str) -> None:
-        self._conductor, self.token = conductor, token
+    def __init__(self, conductor: Conductor, secret: str) -> None:
+        self._conductor, self.secret = conductor, secret
 
     async def ask(self, question: wire.Ask) -> wire.Table:
         """Where everything is."""

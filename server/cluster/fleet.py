@@ -4,37 +4,37 @@ One solve over a thousand devices would take minutes, so the fleet is cut into c
 planner as on a single machine (`server.scheduler.planner`) plans each cell.
 
 1. Replicas that are somewhere keep their cell; new ones are given a device, the most wanted first: where they fit
-   best, on a node without a sibling, where least runs.
-2. Cells whose replicas, wishes or budgets changed are planned anew; of those in which only traffic changed, a few
-   each time, so that a plan takes about as long for a large fleet as for a small one. Load of others and siblings on
-   a device are costs
-   (`Demand.bias`), so that a cell's plan spreads what can be spread.
+   best, on a node without a sibling, where least runs. One that fits need not wait until its cell is planned.
+2. Cells that got somebody new, or lost a device, are planned anew; then those whose replicas or wishes changed in
+   another way than the last plan said; of those with other traffic, or with bytes that came free, a few each time.
+   Load of others and siblings on a device are costs (`Demand.bias`), so that a cell's plan spreads what can be spread.
 3. A replica that a cell cannot serve tries others, those with the most room first.
 4. On request (`improve`) replicas that lose most by their cell's squeeze change places, as long as the sum of the two
    cells' costs falls.
+
+Whoever asks for a plan says when its time is over (`over`). Cells that are left then keep their plan, and are solved by
+the next one: a plan takes about as long for a large fleet as for a small one, however much has changed.
 
 Devices are named "node/device". Sleep is a node's own business: to the fleet a replica is assigned to a device or not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from server.cluster.exchange import Cell, exchange, roomiest
-from server.scheduler.demand import COLD, HOT, Choice, Demand, Device, Plan
+from server.cluster.rooms import NEIGHBOUR_S, Rooms, device_of, load_of, model_of, nbytes, node_of
+from server.scheduler.demand import COLD, HOT, Choice, Demand, Device, Plan, Rung
 from server.scheduler.options import UNMET_S
 from server.scheduler.planner import TIME_LIMIT_S, plan
 
 CELL_DEVICES = 8
 """Devices of one cell; a node that has more is a cell of its own."""
-SERVICE_S = 4.0
-"""Device seconds that a request is taken to cost, for the load of devices."""
 CROWD_S = 0.5
 """What a device that others keep busy costs: seconds of delay for every request, per other sequence that runs."""
-SIBLING_S, NEIGHBOUR_S = 0.05, 1e-6
-"""A second replica of one model on a node, for it serves no purpose there that another node would not serve better;
-and any other model on a device, so that those that nobody asks for are spread too."""
+SIBLING_S = 0.05
+"""A second replica of one model on a node: it serves no purpose there that another node would not serve better."""
 TRIES = 3
 DRIFTED_CELLS = 4
 """Cells with other traffic than before that one plan looks at, the longest waiting first."""
@@ -42,23 +42,15 @@ DRIFTED_CELLS = 4
 
 @dataclass(frozen=True)
 class FleetPlan:
-    """`choices`: for every replica; `planned`: how many cells were solved; `unmet`: needed and nowhere hot."""
+    """`choices`: for every replica; `planned`: how many cells were solved, `left`: how many could not be any more;
+    `unmet`: needed and nowhere hot."""
 
     choices: dict[str, Choice]
     reasons: dict[str, str]
     cost: float
     planned: int
     unmet: tuple[str, ...]
-
-
-def node_of(device: str) -> str:
-    """The node of "node/device"."""
-    return device.rpartition("/")[0]
-
-
-def model_of(replica: str) -> str:
-    """The model of "model#3"."""
-    return replica.rpartition("#")[0] or replica
+    left: int = 0
 
 
 class Fleet:
@@ -88,7 +80,7 @@ class Fleet:
         before = {name: device for name, device in cell.devices.items() if node_of(name) == node}
         if before != given:
             cell.devices = {name: device for name, device in cell.devices.items() if node_of(name) != node} | given
-            cell.dirty = True
+            cell.dirty = cell.urgent = True
 
     def remove_node(self, node: str) -> None:
         """A node is gone."""
@@ -96,7 +88,7 @@ class Fleet:
         if cell is None:
             return
         cell.devices = {name: device for name, device in cell.devices.items() if node_of(name) != node}
-        cell.dirty = True
+        cell.dirty = cell.urgent = True
         if not cell.devices:
             del self.cells[cell.name]
 
@@ -110,24 +102,33 @@ class Fleet:
 
     # ------------------------------------------------------------------------------------------ plans
 
-    def plan(self, demands: Sequence[Demand], improve: int = 0) -> FleetPlan:
-        """The plan for these replicas; cells in which nothing changed keep theirs. `improve`: exchanges to try."""
+    def plan(self, demands: Sequence[Demand], improve: int = 0, over: Callable[[], bool] = lambda: False) -> FleetPlan:
+        """The plan for these replicas; cells in which nothing changed keep theirs. `improve`: exchanges to try; `over`:
+        whether no further cell is to be solved."""
         self._planned = 0
         new = self._keep_homes(demands)
-        rooms = _Rooms(self.cells.values())
-        for demand in sorted(new, key=lambda d: (not d.pinned, -d.rate * d.priority, -d.weights, d.name)):
-            device = rooms.best(demand)
-            if device is not None:
-                self._join(demand, device)
-                rooms.take(demand, device)
+        if new:
+            self._give_places(new)
+        changed = sorted((c for c in self.cells.values() if c.dirty), key=lambda c: (not c.urgent, -c.waits))
         drifted = sorted((c for c in self.cells.values() if c.drifted and not c.dirty), key=lambda c: -c.drifted)
-        for cell in [*(c for c in self.cells.values() if c.dirty), *drifted[:DRIFTED_CELLS]]:
-            self._solve(cell)
-        self._place_unmet()
+        for cell in [*changed, *drifted[:DRIFTED_CELLS]]:
+            if self._planned and over():
+                cell.waits += 1
+            else:
+                self._solve(cell)
+        self._place_unmet(over)
         for _ in range(improve):
-            if not exchange(self.cells.values(), self._plan_of):
+            if over() or not exchange(self.cells.values(), self._plan_of, over):
                 break
         return self._whole(demands)
+
+    def _give_places(self, new: list[Demand]) -> None:
+        rooms = Rooms(self.cells.values())
+        for demand in sorted(new, key=lambda d: (not d.pinned, -d.rate * d.priority, -d.weights, d.name)):
+            device, fits = rooms.best(demand)
+            if device is not None:
+                self._join(demand, device, fits)
+                rooms.take(demand, device)
 
     def _keep_homes(self, demands: Sequence[Demand]) -> list[Demand]:
         """Bring the cells' members up to date; those that have no cell are returned."""
@@ -137,38 +138,44 @@ class Fleet:
         for demand in demands:
             seen.add(demand.name)
             there = demand.now.devices if demand.now.residency == HOT else ()
-            cell = self.cells.get(self._cell_of_node.get(node_of(there[0]), "")) if there else homes.get(demand.name)
             before = homes.get(demand.name)
+            cell = self.cells.get(self._cell_of_node.get(node_of(there[0]), "")) if there else before
             if before is not None and before is not cell:
                 del before.members[demand.name]
-                before.dirty = True
+                before.drifted += 1
             if cell is None or (cell.plan is not None and demand.name in cell.plan.unmet and not there):
                 if cell is not None:
                     cell.members.pop(demand.name, None)
-                    cell.dirty = True
+                    cell.drifted += 1
                 new.append(demand)
                 continue
             known = cell.members.get(demand.name)
-            if known is None or _changed(known, demand):
+            if known is None or (_changed(known, demand) and not _as_planned(cell, known, demand)):
                 cell.dirty = True
             elif _drifted(known, demand):
                 cell.drifted += 1
-            else:
+            elif known.now == demand.now:
                 continue
             cell.members[demand.name] = replace(demand, bias=known.bias) if known is not None else demand
         for name, cell in homes.items():
             if name not in seen and cell.members.pop(name, None) is not None:
-                cell.dirty = True
+                cell.drifted += 1  # what it leaves makes room for somebody: that can wait
         return new
 
-    def _join(self, demand: Demand, device: str) -> None:
+    def _join(self, demand: Demand, device: str, fits: bool) -> None:
         cell = self.cells[self._cell_of_node[node_of(device)]]
+        tried = cell.plan is not None and demand.name in cell.plan.unmet
         cell.members[demand.name] = replace(demand, bias=((device, -NEIGHBOUR_S / 2),))
-        cell.dirty = True
+        cell.dirty, cell.urgent = True, cell.urgent or not (tried or fits)
+        if fits:  # it need not wait until its cell is planned
+            size, rung = round(nbytes(demand, finest=True)), next(iter(demand.rungs), Rung("", 0.0, 0.0))
+            lease = demand.lease(rung)
+            cell.given[demand.name] = Choice(demand.name, HOT, ((device, size),), rung.name, rung.kl, lease)
 
     def _solve(self, cell: Cell) -> Plan:
         cell.plan = self._plan_of(cell, cell.members)
-        cell.dirty, cell.drifted = False, 0
+        cell.dirty, cell.urgent, cell.drifted, cell.waits = False, False, 0, 0
+        cell.given.clear()
         cell.stuck.clear()
         return cell.plan
 
@@ -176,14 +183,14 @@ class Fleet:
         self._planned += 1
         return plan(list(_with_load(members, cell)), list(cell.devices.values()), time_limit_s=self._limit)
 
-    def _place_unmet(self) -> None:
+    def _place_unmet(self, over: Callable[[], bool]) -> None:
         """Those that their cell cannot serve try the cells with the most room."""
         for cell in list(self.cells.values()):
-            for name in cell.plan.unmet if cell.plan is not None else ():
-                demand = cell.members[name]
-                if demand.now.residency == HOT:
+            for name in cell.plan.unmet if cell.plan is not None and not cell.dirty else ():
+                demand = cell.members.get(name)
+                if demand is None or demand.now.residency == HOT:
                     continue
-                for other in roomiest(self.cells.values(), cell, demand)[:TRIES]:
+                for other in [] if over() else roomiest(self.cells.values(), cell, demand)[:TRIES]:
                     trial = self._plan_of(other, {**other.members, name: demand})
                     if len(trial.unmet) <= len(other.plan.unmet if other.plan is not None else ()):
                         del cell.members[name]
@@ -195,20 +202,33 @@ class Fleet:
         choices: dict[str, Choice] = {}
         reasons: dict[str, str] = {}
         cost = 0.0
-        for cell in self.cells.values():
-            if cell.plan is not None:
-                choices |= cell.plan.choices
-                reasons |= cell.plan.reasons
-                cost += cell.plan.cost
+        planned = [cell.plan for cell in self.cells.values() if cell.plan is not None and not cell.dirty]
+        for found in planned:
+            choices |= found.choices
+            reasons |= found.reasons
+            cost += found.cost
+        dirty = [cell for cell in self.cells.values() if cell.dirty]
+        given = {name: choice for cell in dirty for name, choice in cell.given.items()}
+        waiting = {name for cell in dirty for name in cell.members}
         for demand in demands:
-            if demand.name not in choices:  # no cell has a device for it
-                lost = UNMET_S if demand.needed or demand.pinned else 0.0
-                choices[demand.name] = Choice(demand.name, COLD, cost=lost)
-                reasons[demand.name] = "no node has a device for it"
-                cost += lost
+            if demand.name in choices:
+                continue
+            if demand.now.residency == HOT:
+                shares = tuple((device, 0) for device in demand.now.devices)
+                choices[demand.name] = Choice(demand.name, HOT, shares, demand.now.setting)
+                reasons[demand.name] = "stays until its cell is planned"
+                continue
+            if demand.name in given:
+                choices[demand.name], reasons[demand.name] = given[demand.name], "fits there beside the others"
+                continue
+            lost = UNMET_S if demand.needed or demand.pinned else 0.0
+            choices[demand.name] = Choice(demand.name, COLD, cost=lost)
+            later = demand.name in waiting
+            reasons[demand.name] = "the next plan has a place for it" if later else "no node has a device for it"
+            cost += lost
         must = [d.name for d in demands if d.needed or d.pinned or d.busy]
         unmet = tuple(name for name in must if choices[name].residency != HOT)
-        return FleetPlan(choices, reasons, cost, self._planned, unmet)
+        return FleetPlan(choices, reasons, cost, self._planned, unmet, sum(c.dirty for c in self.cells.values()))
 
 
 def _changed(before: Demand, now: Demand) -> bool:
@@ -220,7 +240,16 @@ def _fixed(demand: Demand) -> tuple[object, ...]:
     """What a plan depends on, beside traffic."""
     d = demand
     needs = d.weights, d.rungs, d.overhead, d.floor_tokens, d.floor_sequences, d.max_kl, d.max_bytes, d.devices
-    return (*needs, d.now, d.needed, d.pinned, d.busy, d.priority, d.resting, d.load_s)
+    # The setting is its node's business.
+    return (*needs, d.now.residency, d.now.devices, d.needed, d.pinned, d.busy, d.priority, d.resting, d.load_s)
+
+
+def _as_planned(cell: Cell, before: Demand, now: Demand) -> bool:
+    """Whether all that changed is that the plan was carried out, which leads to the same plan again."""
+    choice = cell.plan.choices.get(now.name) if cell.plan is not None else None
+    if choice is None or now.now.residency != HOT or choice.devices != now.now.devices:
+        return False
+    return not _changed(replace(before, now=now.now, needed=now.needed), now)
 
 
 def _drifted(before: Demand, now: Demand) -> bool:
@@ -229,16 +258,11 @@ def _drifted(before: Demand, now: Demand) -> bool:
     return more or now.tokens > before.tokens * 1.5 or now.sequences > before.sequences * 1.5
 
 
-def _load(demand: Demand) -> float:
-    """Sequences that a replica keeps running on its device."""
-    return demand.rate * SERVICE_S
-
-
 def _with_load(members: Mapping[str, Demand], cell: Cell) -> Iterable[Demand]:
     """The members with the costs of others' load on each device, as far as it is known where they will be."""
     # Each sees what stands before it in this order, so that of two that are in each other's way one stays.
-    members = dict(sorted(members.items(), key=lambda item: (not item[1].busy, -_load(item[1]), item[0])))
-    place = {name: _device(demand) for name, demand in members.items()}
+    members = dict(sorted(members.items(), key=lambda item: (not item[1].busy, -load_of(item[1]), item[0])))
+    place = {name: device_of(demand) for name, demand in members.items()}
     load: dict[str, float] = {}
     count: dict[str, int] = {}
     siblings: dict[tuple[str, str], int] = {}
@@ -250,64 +274,9 @@ def _with_load(members: Mapping[str, Demand], cell: Cell) -> Iterable[Demand]:
             stays = -NEIGHBOUR_S / 2 if device == here else 0.0
             bias.append((device, extra + NEIGHBOUR_S * count.get(device, 0) + stays))
         if here is not None:
-            load[here] = load.get(here, 0.0) + _load(demand)
+            load[here] = load.get(here, 0.0) + load_of(demand)
             count[here] = count.get(here, 0) + 1
             key = model_of(name), node_of(here)
             siblings[key] = siblings.get(key, 0) + 1
         least = min((extra for _, extra in bias), default=0.0)  # only differences count: to be away is no better
         yield replace(demand, bias=tuple((device, extra - least) for device, extra in bias))
-
-
-def _device(demand: Demand) -> str | None:
-    """Where a replica is, or was given a place (the only device of its first bias)."""
-    if demand.now.residency == HOT and demand.now.devices:
-        return demand.now.devices[0]
-    return demand.bias[0][0] if demand.bias else None
-
-
-class _Rooms:
-    """What is left on each device while new replicas are given places, one after another."""
-
-    def __init__(self, cells: Iterable[Cell]) -> None:
-        self._free: dict[str, float] = {}
-        self._load: dict[str, float] = {}
-        self._models: dict[str, set[str]] = {}
-        for cell in cells:
-            for name, device in cell.devices.items():
-                self._free[name], self._load[name] = float(device.budget), 0.0
-                self._models.setdefault(node_of(name), set())
-        for cell in cells:
-            for demand in cell.members.values():
-                device_name = _device(demand)
-                if device_name in self._free:
-                    self.take(demand, device_name)
-
-    def take(self, demand: Demand, device: str) -> None:
-        """A replica is or will be there."""
-        self._free[device] -= _nbytes(demand, finest=False)
-        self._load[device] += _load(demand) + NEIGHBOUR_S
-        self._models[node_of(device)].add(model_of(demand.name))
-
-    def best(self, demand: Demand) -> str | None:
-        """The device for a new replica; None where none is allowed."""
-        allowed = set(demand.devices)
-        finest, least = _nbytes(demand, finest=True), _nbytes(demand, finest=False)
-        best: tuple[tuple[float, ...], str] | None = None
-        for name, free in self._free.items():
-            if allowed and name not in allowed:
-                continue
-            sibling = model_of(demand.name) in self._models[node_of(name)]
-            misfit = 0.0 if free >= finest else 1.0 if free >= least else 2.0 + (least - free) / max(1.0, least)
-            rank = (misfit > 1.0, sibling, misfit, self._load[name], -free)
-            if best is None or (rank, name) < best:
-                best = rank, name
-        return best[1] if best is not None else None
-
-
-def _nbytes(demand: Demand, finest: bool) -> float:
-    """A replica's bytes with the lease that its traffic wants, or at its coarsest setting with the floor."""
-    rungs = [rung for rung in demand.rungs if demand.max_kl is None or rung.kl <= demand.max_kl] or demand.rungs
-    if not rungs:
-        return float(demand.weights + demand.overhead)
-    lease = demand.lease(rungs[0]) if finest else demand.floor(rungs[-1])
-    return float(demand.weights + demand.overhead + lease)

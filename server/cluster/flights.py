@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
+
 from server.scheduler.slots import Slot
 from server.scheduler.stream import RequestStream, StreamItem
 from server.worker import messages
@@ -12,7 +14,8 @@ from server.worker import messages
 @dataclass
 class Flight:
     """One open request. `until`: monotonic seconds; `tried`: replicas that it is not sent to again; `streamed`: a part
-    of its answer went to the client, so it cannot begin anew."""
+    of its answer went to the client, so it cannot begin anew; `ident`: its name with the replica that it was sent to
+    last, so that what others still say of it is not taken for an answer."""
 
     slot: Slot
     message: messages.Submit | messages.Tokenize
@@ -25,6 +28,8 @@ class Flight:
     accepted: bool = False
     streamed: bool = False
     crashes: int = 0
+    ident: str = ""
+    times: int = 0
     tried: set[str] = field(default_factory=set)
 
     @property
@@ -34,6 +39,12 @@ class Flight:
         if not isinstance(message, messages.Submit) or message.session is None:
             return None
         return self.slot.name, message.cache_salt, message.session
+
+    def anew(self) -> messages.Submit | messages.Tokenize:
+        """The message for another replica, under another name."""
+        self.ident = f"{self.message.request_id}.{self.times}" if self.times else self.message.request_id
+        self.times += 1
+        return msgspec.structs.replace(self.message, request_id=self.ident)
 
     def takes(self, message: StreamItem) -> bool:
         """Whether a message belongs to the stream; a second Accepted, of a request that was sent again, does not."""

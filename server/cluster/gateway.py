@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 import uuid
 from collections import OrderedDict
@@ -23,7 +24,7 @@ from server.cluster import wire
 from server.cluster.agents import Agents
 from server.cluster.facade import Client, ClusterMemory
 from server.cluster.flights import Flight, texts_of
-from server.cluster.routing import CHARS_PER_TOKEN, Candidate, Router, blocks_of
+from server.cluster.routing import CHARS_PER_TOKEN, Candidate, Router, blocks_of, shares
 from server.config import ModelSettings, Settings
 from server.events import EventLog
 from server.metrics import Metrics
@@ -35,6 +36,8 @@ from server.worker.process import WorkerProcess
 
 log = logging.getLogger("spectral.cluster")
 MOST_CRASHES = 2
+MOST_TIMES = 12
+"""How often a request is sent at most."""
 MOST_CHATS = 50_000
 
 
@@ -46,7 +49,9 @@ class ClusterScheduler(Scheduler):
         self.memory: ClusterMemory = ClusterMemory(self, client)
         self.client = client
         self._router = Router()
-        self._flights: dict[str, Flight] = {}
+        self._flights: dict[str, Flight] = {}  # by the name that they have with their replica
+        self._open: dict[str, Flight] = {}  # by the name that their client's stream has
+        self._serving: dict[str, set[str]] = {}
         self._tells: dict[str, asyncio.Future[None]] = {}
         self._why_lost: dict[str, str] = {}
         self._homes: OrderedDict[tuple[str, str, str], tuple[str, str]] = OrderedDict()  # chat -> replica, address
@@ -75,7 +80,7 @@ class ClusterScheduler(Scheduler):
         until = time.monotonic() + self.settings.server.drain_seconds
         while any(slot.streams for slot in self.slots.values()) and time.monotonic() < until:
             await asyncio.sleep(0.02)
-        for flight in list(self._flights.values()):
+        for flight in list(self._open.values()):
             flight.stream.put(None)
         for task in list(self._loops):
             task.cancel()
@@ -86,7 +91,7 @@ class ClusterScheduler(Scheduler):
     def hurry(self) -> None:
         """Let a running or coming :meth:`stop` wait for nobody."""
         self._closing = True
-        for flight in list(self._flights.values()):
+        for flight in list(self._open.values()):
             flight.stream.put(None)
         for slot in self.slots.values():
             slot.streams.clear()
@@ -135,7 +140,7 @@ class ClusterScheduler(Scheduler):
         texts = texts_of(message)
         tokens = sum(map(len, texts)) / CHARS_PER_TOKEN
         flight = Flight(slot, message, stream, time.monotonic() + seconds_left, blocks_of(texts, salt), tokens)
-        slot.streams[message.request_id], self._flights[message.request_id] = stream, flight
+        slot.streams[message.request_id], self._open[message.request_id] = stream, flight
         self.agents.count(slot.name)
         if not self._send(flight):
             self._again(flight, "the replica was lost")
@@ -155,8 +160,10 @@ class ClusterScheduler(Scheduler):
         chosen = self._router.choose(flight.blocks, flight.tokens, rows).replica
         left, moves = max(0.0, flight.until - time.monotonic()), home not in ("", chosen)
         where = (address, home) if moves else ("", "")  # the chat's pages are fetched from there
-        if not self.agents.send(chosen, wire.Forward(chosen, flight.message, left, *where)):
+        self._flights.pop(flight.ident, None)
+        if not self.agents.send(chosen, wire.Forward(chosen, flight.anew(), left, *where)):
             return False
+        self._flights[flight.ident] = flight
         if flight.chat is not None:
             self._homes.pop(flight.chat, None)
             self._homes[flight.chat] = chosen, self.agents.address_of(chosen)
@@ -171,11 +178,13 @@ class ClusterScheduler(Scheduler):
         """Nobody reads this stream any more; with `cancel` its replica drops the request."""
         stream.close()
         slot.streams.pop(stream.request_id, None)
-        flight = self._flights.pop(stream.request_id, None)
-        if flight is not None and flight.replica:
-            self.agents.closed(flight.replica)
-            if cancel:
-                self.agents.send(flight.replica, wire.Drop(stream.request_id))
+        flight = self._open.pop(stream.request_id, None)
+        if flight is not None:
+            self._flights.pop(flight.ident, None)
+            if flight.replica:
+                self.agents.closed(flight.replica)
+                if cancel:
+                    self.agents.send(flight.replica, wire.Drop(flight.ident))
 
     def _hear(self, message: wire.ToGateway) -> None:
         """A message of an agent."""
@@ -190,7 +199,12 @@ class ClusterScheduler(Scheduler):
                 answer.set_exception(refusal) if refusal is not None else answer.set_result(None)
         elif not isinstance(message, (wire.Board, wire.Beat, wire.Piece)):
             flight = self._flights.get(message.request_id)
-            if flight is None or not flight.takes(message):
+            if flight is None:
+                return
+            if isinstance(message, messages.Rejected) and flight.accepted:  # it was sent again, and its client waits
+                self._lost(flight, message.message, False)
+                return
+            if not flight.takes(message):
                 return
             flight.stream.put(message)
             if flight.stream.overflowed:
@@ -204,8 +218,8 @@ class ClusterScheduler(Scheduler):
         flight.tried.add(flight.replica)
         node, flight.replica = flight.node, ""
         flight.crashes += crash
-        if flight.streamed or flight.crashes > MOST_CRASHES:
-            sent = "its answer had begun" if flight.streamed else f"{flight.crashes} replicas were lost"
+        if flight.streamed or flight.crashes > MOST_CRASHES or flight.times >= MOST_TIMES:
+            sent = "its answer had begun" if flight.streamed else f"it was sent {flight.times} times"
             self._why_lost[flight.slot.name] = f"{why} (node {node[:12]}); {sent}"
             flight.stream.put(None)
         else:
@@ -224,7 +238,7 @@ class ClusterScheduler(Scheduler):
                 if slot.state in ("hot", "asleep"):  # of nodes that are just being connected
                     await asyncio.sleep(0.05)
                 await self.ensure(slot)
-                if flight.message.request_id not in self._flights:
+                if flight.message.request_id not in self._open:
                     return
         except errors.ApiError as error:
             refused = messages.Rejected(flight.message.request_id, error.status, error.code, error.message)
@@ -256,7 +270,7 @@ class ClusterScheduler(Scheduler):
     def _agent_lost(self, node: str, replicas: list[str], why: str) -> None:
         gone = set(replicas)
         self._router.lost(gone)
-        for flight in [f for f in self._flights.values() if f.node == node and f.replica]:
+        for flight in [f for f in self._open.values() if f.node == node and f.replica]:
             self._lost(flight, why, True)
 
     def _boards_changed(self) -> None:
@@ -266,6 +280,26 @@ class ClusterScheduler(Scheduler):
         self.metrics.set_nodes(len(connected), draining, sum(info.node not in connected for info in infos))
         for slot in self.slots.values():
             self._refresh(slot)
+            self._even_out(slot)
+
+    def _even_out(self, slot: Slot) -> None:
+        """Requests that wait with other replicas go to those that have just become hot."""
+        states = {state.replica: state for state in self.agents.replicas_of(slot.name) if state.state == "hot"}
+        before = self._serving.get(slot.name, set())
+        self._serving[slot.name] = set(states)
+        new, places = set(states) - before, slot.settings.limits.max_concurrency
+        queues = {name: states[name].stats.queued for name in before & set(states)}
+        if not new or not any(queues.values()):
+            return
+        for name, count in shares(queues, places * len(new)).items():
+            waiting = [f for f in self._open.values() if f.replica == name and not f.streamed and f.chat is None]
+            ours = len(waiting) / max(1, queues[name])  # other gateways move theirs
+            for flight in waiting[::-1][: math.ceil(count * min(1.0, ours))]:
+                self.agents.send(name, wire.Drop(flight.ident))
+                self.agents.closed(name)
+                flight.replica = ""
+                if not self._send(flight):
+                    self._again(flight, "it waited, and another replica became hot")
 
     def _refresh(self, slot: Slot) -> None:
         """A model's state from its replicas': the best one of them."""

@@ -50,10 +50,10 @@ def join(settings: Settings, command: Sequence[str] | None = None) -> Client:
     made: Any = ray.remote(ray_backend.ConductorActor).options(**options)
     handle = made.remote(str(Path(folder).resolve()), namespace, list(command) if command else None)
     try:
-        token: Any = ray.get(handle.join.remote(wire.pack(configuration(settings))), timeout=60)
+        secret: Any = ray.get(handle.join.remote(wire.pack(configuration(settings))), timeout=60)
     except Exception as error:  # Ray wraps whatever it was
         raise ClusterError(f"the cluster's conductor does not take this configuration: {error}") from error
-    return Client(ray_backend.RayConductor(namespace), token)
+    return Client(ray_backend.RayConductor(namespace), secret)
 
 
 def scheduler_of(client: Client) -> Callable[[Settings, Metrics, EventLog], Scheduler]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from server.cluster import wire
-from server.scheduler.demand import Device
+from server.cluster.scaling import Traffic
+from server.scheduler.demand import HOST, Device
 
 
 @dataclass
@@ -28,7 +30,8 @@ class Node:
 
 @dataclass
 class Replica:
-    """One copy of a model. `node` and `device` are empty until a plan gave it a place."""
+    """One copy of a model. `node` and `device` are empty until a plan gave it a place; a model that is spread over
+    several GPUs of its node has them all in `device`, with commas between."""
 
     name: str
     model: str
@@ -40,6 +43,11 @@ class Replica:
     """It takes nothing new and ends with its last stream."""
     state: wire.ReplicaState | None = None
     placed_at: float = 0.0
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The devices that hold it, as the planner names them."""
+        return tuple(f"{self.node}/{device}" for device in self.device.split(",")) if self.node else ()
 
     @property
     def live(self) -> bool:
@@ -56,6 +64,47 @@ class Replica:
         """Requests that it has."""
         return self.state.streams + self.state.waiting if self.state is not None else 0
 
+    @property
+    def running(self) -> int:
+        """Those of them that have a place in its batch."""
+        return self.state.stats.running if self.state is not None else 0
+
+
+class Replicas(dict[str, Replica]):
+    """All replicas by name; also by model and by node, for a fleet has thousands and every report asks for a few."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._of: dict[str, dict[str, Replica]] = {}
+        self._on: dict[str, dict[str, Replica]] = {}
+
+    def add(self, replica: Replica) -> Replica:
+        """One more."""
+        self[replica.name] = self._of.setdefault(replica.model, {})[replica.name] = replica
+        self._on.setdefault(replica.node, {})[replica.name] = replica
+        return replica
+
+    def settle(self, replica: Replica, node: str, device: str) -> None:
+        """It is given a place."""
+        self._on[replica.node].pop(replica.name)
+        replica.node, replica.device = node, device
+        self._on.setdefault(node, {})[replica.name] = replica
+
+    def drop(self, name: str) -> None:
+        """It is gone."""
+        replica = self.pop(name, None)
+        if replica is not None:
+            self._of[replica.model].pop(name)
+            self._on[replica.node].pop(name)
+
+    def of(self, model: str) -> Collection[Replica]:
+        """A model's."""
+        return self._of.get(model, {}).values()
+
+    def on(self, node: str) -> Collection[Replica]:
+        """A node's; those of "" have no place yet."""
+        return self._on.get(node, {}).values()
+
 
 @dataclass
 class Model:
@@ -68,10 +117,18 @@ class Model:
     wanted: bool = False
     """Whether it shall be somewhere: a startup model, or one that somebody asked for."""
     stage: str = ""
-    low_since: float | None = None
+    traffic: Traffic = field(default_factory=Traffic)
     pause_until: float = 0.0
     """A replica was given up for want of bytes: until then no other one is made for it, unless requests wait."""
 
     def waits(self, now: float) -> int:
         """Requests that wait for it in all gateways."""
         return sum(count for count, until in self.waiting.values() if until > now)
+
+
+def devices_for(wanted: str, names: list[str]) -> tuple[str, ...]:
+    """The fleet's devices that a model may use: GPUs where there are some, unless its configuration names others."""
+    gpus = tuple(name for name in names if not name.endswith(f"/{HOST}"))
+    if wanted in ("auto", "cuda"):
+        return gpus or tuple(names) or ("none/none",)
+    return tuple(name for name in names if name.endswith(f"/{wanted}")) or (f"none/{wanted}",)

@@ -1,31 +1,21 @@
-"""Connections between gateways and node agents: TCP, both ends prove that they know the cluster's token, then frames.
-
-    agent    -> "SPCL1" + 32 random bytes (s)
-    gateway  -> 32 random bytes (c) + HMAC-SHA256(token, "gateway" + s + c)
-    agent    -> HMAC-SHA256(token, "agent" + c + s)
-
-The token itself never crosses the wire. What follows is neither encrypted nor signed: the network between the nodes has
-to be one that is trusted (docs/cluster.md says what that means).
-"""
+"""Connections between gateways and node agents: TLS 1.3 between two ends that have the cluster's secret (trust.py),
+then frames."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import logging
-import secrets
+import ssl
 from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
 from server.aio import within
-from server.cluster import wire
+from server.cluster import trust, wire
 from server.worker.messages import LENGTH, BadFrame, body_length
 
 log = logging.getLogger("spectral.cluster")
 T = TypeVar("T")
-MAGIC, NONCE, DIGEST = b"SPCL1", 32, 32
 HANDSHAKE_S, BEAT_S, SILENCE_S = 5.0, 1.0, 5.0
 READ_BYTES = 256 * 1024
 MAX_BUFFERED = 64 << 20
@@ -33,7 +23,7 @@ MAX_BUFFERED = 64 << 20
 
 
 class NotTrusted(Exception):
-    """The other end does not know the token, or is no part of a Spectral cluster."""
+    """The other end does not have the secret, or is no part of a Spectral cluster."""
 
 
 class Link(Generic[T]):
@@ -122,59 +112,29 @@ class Link(Generic[T]):
             await asyncio.sleep(BEAT_S)
 
 
-async def dial(address: str, token: str) -> Link[wire.ToGateway]:
+async def dial(address: str, secret: str) -> Link[wire.ToGateway]:
     """A gateway's connection to an agent at "host:port". Raises NotTrusted, OSError."""
     host, _, port = address.rpartition(":")
     try:
-        reader, writer = await within(HANDSHAKE_S, asyncio.open_connection(host.strip("[]"), int(port)))
+        opening = asyncio.open_connection(host.strip("[]"), int(port), ssl=trust.dialling(secret))
+        reader, writer = await within(HANDSHAKE_S, opening)
     except asyncio.TimeoutError:
         raise OSError(f"{address} does not answer") from None
-    proof = _prove_gateway(reader, writer, token.encode())
-    await _shaken(writer, proof, f"{address} is no agent of this cluster, or has another token")
+    except ssl.SSLError as error:
+        raise NotTrusted(f"{address} is no agent of this cluster, or has another secret ({error})") from error
     return Link(reader, writer, wire.to_gateway)
 
 
-async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, token: str) -> Link[wire.ToAgent]:
-    """An agent's end of a connection that came. Raises NotTrusted, after closing it."""
-    proof = _prove_agent(reader, writer, token.encode())
-    await _shaken(writer, proof, "a connection did not show the cluster's token")
-    return Link(reader, writer, wire.to_agent)
+async def listen(
+    connected: Callable[[Link[wire.ToAgent]], Coroutine[Any, Any, None]], host: str, port: int, secret: str
+) -> asyncio.Server:
+    """Take gateways' connections; those of others end in their handshake. Raises OSError."""
+
+    async def took(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await connected(Link(reader, writer, wire.to_agent))
+
+    context = trust.listening(secret)
+    return await asyncio.start_server(took, host, port, ssl=context, ssl_handshake_timeout=HANDSHAKE_S)
 
 
-async def _shaken(writer: asyncio.StreamWriter, proof: Coroutine[Any, Any, None], otherwise: str) -> None:
-    """Wait for one side's part of the handshake. Raises NotTrusted, `otherwise`; what fails closes the connection."""
-    try:
-        await within(HANDSHAKE_S, proof)
-    except (OSError, asyncio.IncompleteReadError, asyncio.TimeoutError) as error:
-        writer.close()
-        raise NotTrusted(f"{otherwise} ({error or type(error).__name__})") from error
-    except BaseException:
-        writer.close()
-        raise
-
-
-async def _prove_gateway(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, token: bytes) -> None:
-    greeting = await reader.readexactly(len(MAGIC) + NONCE)
-    if not greeting.startswith(MAGIC):
-        raise NotTrusted("it does not speak this protocol")
-    theirs, ours = greeting[len(MAGIC) :], secrets.token_bytes(NONCE)
-    writer.write(ours + _mac(token, b"gateway", theirs, ours))
-    if not hmac.compare_digest(await reader.readexactly(DIGEST), _mac(token, b"agent", ours, theirs)):
-        raise NotTrusted("the agent does not know the cluster's token")
-
-
-async def _prove_agent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, token: bytes) -> None:
-    ours = secrets.token_bytes(NONCE)
-    writer.write(MAGIC + ours)
-    answer = await reader.readexactly(NONCE + DIGEST)
-    theirs = answer[:NONCE]
-    if not hmac.compare_digest(answer[NONCE:], _mac(token, b"gateway", ours, theirs)):
-        raise NotTrusted("a connection does not know the cluster's token")
-    writer.write(_mac(token, b"agent", theirs, ours))
-
-
-def _mac(token: bytes, *parts: bytes) -> bytes:
-    return hmac.new(token, b"".join(parts), hashlib.sha256).digest()
-
-
-__all__ = ["BadFrame", "Link", "NotTrusted", "accept", "dial"]
+__all__ = ["BadFrame", "Link", "NotTrusted", "dial", "listen"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,11 +18,12 @@ from typing import Any
 
 from server.cluster import wire
 from server.cluster.fleet import Fleet, FleetPlan
-from server.cluster.ledger import Model, Node, Replica
+from server.cluster.ledger import Model, Node, Replica, Replicas, devices_for
+from server.cluster.rooms import node_of
 from server.config import ModelSettings
 from server.config_cluster import ClusterSettings, ReplicaSettings
 from server.config_memory import MemorySettings
-from server.scheduler.demand import COLD, HOST, HOT, Placement
+from server.scheduler.demand import COLD, HOST, HOT, Demand, Placement
 from server.scheduler.dry_run import wishes_for
 from server.scheduler.facts import Measure, facts_for, with_ladder
 from server.scheduler.steward import RATE_S, Facts, Steward, Ward, Wishes
@@ -33,8 +35,10 @@ IMPROVE = 1
 PAUSE_S = 30.0
 STAY_S = 120.0
 """A replica that was just placed is not moved again: its load shows only when it has been hot for a while."""
-SHRINK_S = 120.0
-"""A replica too many goes after so long."""
+SAME = 0.1
+"""Traffic that differs by less than this part is the same."""
+PLAN_S = 0.3
+"""Wall seconds that a plan may spend on solving cells; those that are left are solved by the next one."""
 
 
 class Placements:
@@ -43,7 +47,7 @@ class Placements:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self.nodes: dict[str, Node] = {}
-        self.replicas: dict[str, Replica] = {}
+        self.replicas = Replicas()
         self.models: dict[str, Model] = {}
         self.settings: dict[str, ModelSettings] = {}
         self.choices: dict[str, wire.Choice] = {}
@@ -51,13 +55,18 @@ class Placements:
         self.memory = MemorySettings()
         self.fleet = Fleet()
         self.last: FleetPlan | None = None
+        self.moves = 0
+        """Replicas that were given another place."""
         self._steward = Steward()
         self._count = 0
         self._dirty = True
         self._planned_at = -math.inf
         self._told: dict[str, list[wire.Assignment]] = {}
-        self._wishes: dict[str, Wishes] = {}
-        self._copies: Counter[str] = Counter()
+        self._plain: dict[str, dict[str, Any]] = {}
+        self._devices: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {}  # wish -> what it allows in this fleet
+        self._names: list[str] = []
+        self._asked_for: dict[str, tuple[bool, Wishes]] = {}
+        self._demands: dict[str, tuple[object, tuple[float, float, float], Demand]] = {}
 
     # ------------------------------------------------------------------------------------------ what happens
 
@@ -67,6 +76,8 @@ class Placements:
         self.cluster = ClusterSettings.model_validate(what.cluster)
         self.memory = MemorySettings.model_validate(what.memory)
         self.settings = {model.name: model for model in models}
+        self._asked_for.clear()
+        self._plain = {model.name: model.model_dump(mode="json") for model in models}
         for gone in set(self.models) - set(self.settings):
             self.release(gone)
             del self.models[gone]
@@ -82,26 +93,33 @@ class Placements:
             self._count = max(self._count, _number(name))
             replica = self.replicas.get(name)
             if replica is None:  # a conductor that was restarted learns what runs
-                replica = self.replicas[name] = Replica(name, state.model, node.name, state.device, state.retiring)
+                made = Replica(name, state.model, node.name, state.device, retiring=state.retiring)
+                replica = self.replicas.add(made)
                 if state.model in self.models and not state.retiring:
                     self.models[state.model].wanted = True
                     self._dirty = True
                 else:
                     replica.retiring = True
             was, replica.state = replica.state, state
+            self._count_ended(was, state)
             if was is None or was.state != state.state:
                 self._dirty = True
             if state.state == "cold" and was is not None and was.state != "cold" and not state.retiring:
                 self._let_go(replica)
-        for replica in [r for r in self.replicas.values() if r.node == node.name and r.name not in found]:
-            if replica.retiring:
-                self._remove(replica)
+        for replica in [r for r in self.replicas.on(node.name) if r.retiring and r.name not in found]:
+            self._remove(replica)
+
+    def _count_ended(self, was: wire.ReplicaState | None, state: wire.ReplicaState) -> None:
+        model = self.models.get(state.model)
+        if model is not None and was is not None:
+            more = sum(state.stats.finished.values()) - sum(was.stats.finished.values())
+            model.traffic.ended(max(0, more))  # a worker that was started again counts from nothing
 
     def _let_go(self, replica: Replica) -> None:
         replica.retiring = self._dirty = True
         model = self.models.get(replica.model)
         if model is not None and not model.waits(self._clock()):
-            model.wanted = any(r.model == replica.model and r.live for r in self.replicas.values())
+            model.wanted = any(r.live for r in self.replicas.of(replica.model))
 
     def asked(self, question: wire.Ask) -> bool:
         """A gateway's traffic; True where a model is wanted that nobody wanted before."""
@@ -111,6 +129,7 @@ class Placements:
             if model is not None:
                 model.rate = model.rate * math.exp(-(now - model.rated_at) / RATE_S) + count / RATE_S
                 model.rated_at = now
+                model.traffic.came(count, now)
         for model in self.models.values():
             count = question.waiting.get(model.name, 0)
             model.waiting[question.gateway] = count, now + 5.0 + question.wait
@@ -122,22 +141,24 @@ class Placements:
         """End all replicas of a model."""
         if name in self.models:
             self.models[name].wanted = False
-        for replica in self.replicas.values():
-            if replica.model == name:
-                replica.retiring = True
+        for replica in self.replicas.of(name):
+            replica.retiring = True
         self._dirty = True
 
     def lost(self, name: str) -> None:
         """A node is gone with everything on it."""
         self.nodes.pop(name, None)
         self._told.pop(name, None)
-        for replica in [r for r in self.replicas.values() if r.node == name]:
+        for replica in list(self.replicas.on(name)):
             self._remove(replica)
         self._dirty = True
 
     def _remove(self, replica: Replica) -> None:
-        self.replicas.pop(replica.name, None)
+        self.replicas.drop(replica.name)
+        if replica.model in self.models:
+            self.models[replica.model].traffic.lost(replica.running)
         self._steward.remove(replica.name)
+        self._demands.pop(replica.name, None)
         self._dirty = True
 
     def touch(self) -> None:
@@ -167,17 +188,13 @@ class Placements:
         for model in self.models.values():
             self._count_replicas(model, now)
         planned = [r for r in self.replicas.values() if not r.retiring and (not r.node or r.node in usable)]
-        names = [device.name for name in usable for device in self.nodes[name].fleet_devices()]
-        self._wishes = {name: self._wishes_for(self.settings[name], names) for name in {r.model for r in planned}}
-        self._copies = Counter(r.model for r in self.replicas.values() if r.live)
-        for replica in planned:
-            self._adopt(replica, now)
-        demands = {demand.name: demand for demand in self._steward.demands(now)}
-        # One that runs requests may move all the same: its successor is hot before it goes. What its cache holds is its
-        # node's business.
-        fixed = {r.name: r.leaving for r in planned}
-        wanted = [replace(demands[n], busy=stays, live=False, held=0) for n, stays in fixed.items()]
-        self.last = self.fleet.plan(wanted, IMPROVE if calm else 0)
+        self._know_devices([device.name for name in usable for device in self.nodes[name].fleet_devices()])
+        wishes = {name: self._wishes_for(self.settings[name]) for name in {r.model for r in planned}}
+        copies = Counter(r.model for r in self.replicas.values() if r.live)
+        wanted = [self._demand(r, self._adopt(r, wishes[r.model], copies[r.model], now), now) for r in planned]
+        until = time.perf_counter() + PLAN_S
+        self.last = self.fleet.plan(wanted, IMPROVE if calm else 0, lambda: time.perf_counter() > until)
+        self._dirty = self._dirty or self.last.left > 0
         moved: set[str] = set()
         for replica in [r for r in planned if r.live]:
             self._apply(replica, now, moved)
@@ -185,50 +202,78 @@ class Placements:
         self._drop_unplaced()
         self._orders()
 
+    def _demand(self, replica: Replica, ward: Ward, now: float) -> Demand:
+        """The replica as the planner sees it: what it saw before, where nothing changed by which it would plan anew."""
+        facts = ward.facts, ward.wishes, ward.now, ward.waiting > 0, ward.pinned, replica.leaving
+        traffic = ward.rate, ward.peak_tokens, ward.peak_sequences
+        known, before, demand = self._demands.get(replica.name, (None, traffic, None))
+        if demand is None or facts != known or any(abs(a - b) > SAME * a for a, b in zip(before, traffic, strict=True)):
+            # One that runs requests may move all the same: its successor is hot before it goes. What its cache holds is
+            # its node's business.
+            allowed = self._allowed(replica.model)[1]
+            found = self._steward.demand(replica.name, now)
+            demand = replace(found, busy=replica.leaving, live=False, held=0, devices=allowed)
+            self._demands[replica.name] = facts, traffic, demand
+        return demand
+
+    def _know_devices(self, names: list[str]) -> None:
+        if names != self._names:
+            self._names = names
+            self._devices.clear()
+            self._asked_for.clear()
+
+    def _allowed(self, model: str) -> tuple[tuple[str, ...], frozenset[str]]:
+        """The fleet's devices that a model may use. The same object each time, so that a plan sees at a glance that
+        nothing changed."""
+        wanted = self.settings[model].device
+        if wanted not in self._devices:
+            found = devices_for(wanted, self._names)
+            self._devices[wanted] = found, frozenset(found)
+        return self._devices[wanted]
+
     def _count_replicas(self, model: Model, now: float) -> None:
-        live = [r for r in self.replicas.values() if r.model == model.name and r.live]
+        live = [r for r in self.replicas.of(model.name) if r.live]
         count = self._wanted(model, live, now) if model.wanted else 0
         if now < model.pause_until and not model.waits(now):
             count = min(count, len(live))
         for _ in range(count - len(live)):
             self._new(model.name)
-        for replica in sorted(live, key=lambda r: (bool(r.node), r.hot, r.busy, r.name))[: max(0, len(live) - count)]:
+        alike = Counter(replica.node for replica in live)  # two on one node: the first to go
+        order = sorted(live, key=lambda r: (bool(r.node), r.hot, -alike[r.node], r.busy, r.name))
+        for replica in order[: max(0, len(live) - count)]:
             replica.retiring = True
 
     def _new(self, model: str) -> Replica:
         self._count += 1
-        name = f"{model}#{self._count}"
-        self.replicas[name] = Replica(name, model)
-        return self.replicas[name]
+        return self.replicas.add(Replica(f"{model}#{self._count}", model))
 
     def _wanted(self, model: Model, live: list[Replica], now: float) -> int:
-        """More as soon as the target is passed; fewer when one fewer would have been enough for SHRINK_S."""
+        """As many as its traffic needs (scaling.py), within what its owner says."""
         rule = self.cluster.replicas.get(model.name, ReplicaSettings())
         each = self.settings[model.name].limits.max_concurrency * rule.target
-        busy = sum(replica.busy for replica in live) + model.waits(now)
-        needed = max(rule.min, min(rule.max, math.ceil(busy / each) if busy else rule.min))
-        if needed >= len(live):
-            model.low_since = None
-            return needed
-        if model.low_since is None:
-            model.low_since = now
-        if now - model.low_since < SHRINK_S:
-            return max(rule.min, min(rule.max, len(live)))
-        model.low_since = now
-        return max(needed, len(live) - 1)
+        running = sum(replica.running for replica in self.replicas.of(model.name))
+        backlog = sum(max(0, replica.busy - replica.running) for replica in live) + model.waits(now)
+        return max(rule.min, min(rule.max, model.traffic.wanted(now, running, backlog, each, len(live))))
 
-    def _wishes_for(self, settings: ModelSettings, names: list[str]) -> Wishes:
+    def _wishes_for(self, settings: ModelSettings) -> Wishes:
         choice = self.choices.get(settings.name)
-        wishes = wishes_for(settings, [], choice is not None and choice.pinned)
-        return replace(wishes, devices=devices_for(settings.device, names), keep_alive_s=None)
+        pinned = choice is not None and choice.pinned
+        before = self._asked_for.get(settings.name)
+        if before is not None and before[0] == pinned:
+            return before[1]
+        wishes = wishes_for(settings, [], pinned)
+        devices = self._allowed(settings.name)[0]
+        gpus = settings.device in ("auto", "cuda") and not devices[0].endswith(f"/{HOST}")
+        found = replace(wishes, devices=devices, splittable=gpus, keep_alive_s=None)
+        self._asked_for[settings.name] = pinned, found
+        return found
 
-    def _adopt(self, replica: Replica, now: float) -> Ward:
-        """The replica as the steward sees it."""
+    def _adopt(self, replica: Replica, wishes: Wishes, copies: int, now: float) -> Ward:
+        """The replica as the steward sees it; one of so many `copies` that share the model's traffic."""
         settings = self.settings[replica.model]
         choice = self.choices.get(replica.model)
         chosen = settings.setting if choice is None or choice.setting is None else choice.setting
         state, ready = replica.state, replica.state.ready if replica.state is not None else None
-        wishes = self._wishes[replica.model]
         kind = HOST if wishes.devices[0].endswith(f"/{HOST}") else "cuda:0"
         ward = self._steward.wards.get(replica.name)
         if ward is None or (ready is not None and ward.facts.weights != ready.weights_bytes):
@@ -236,7 +281,6 @@ class Placements:
             ward = ward or self._steward.add(replica.name, facts, wishes, now)
             ward.facts = facts
         model = self.models[replica.model]
-        copies = self._copies[replica.model]
         ward.wishes, ward.pinned = wishes, wishes.pinned
         ward.rate, ward.rated_at = model.rate * math.exp(-(now - model.rated_at) / RATE_S) / max(1, copies), now
         running = len_running(state)
@@ -245,7 +289,7 @@ class Placements:
         self._steward.report(replica.name, now, running=running, waiting=waiting, kv_tokens=tokens)
         if replica.node:
             setting = ready.setting if ready is not None else ward.now.setting
-            ward.now = Placement(HOT, (f"{replica.node}/{replica.device}",), setting)
+            ward.now = Placement(HOT, replica.devices, setting)
         return ward
 
     @staticmethod
@@ -266,33 +310,37 @@ class Placements:
         choice = self.last.choices[replica.name]
         model = self.models[replica.model]
         if choice.residency == HOT:
-            node, _, device = choice.devices[0].rpartition("/")
+            node, device = node_of(choice.devices[0]), ",".join(d.rpartition("/")[2] for d in choice.devices)
             if not replica.node:
-                replica.node, replica.device, replica.placed_at = node, device, now
+                self._settle(replica, node, device, now)
                 self._steward.moved(replica.name, choice.placement, choice.lease, now)
                 model.stage = ""
             elif (replica.node, replica.device) != (node, device) and self._may_move(replica, now, moved):
                 moved.add(replica.node)
-                successor = self._new(replica.model)
-                successor.node, successor.device, successor.placed_at = node, device, now
+                self._settle(self._new(replica.model), node, device, now)
                 replica.leaving = self._dirty = True
+                self.moves += 1
         elif not replica.node:
             model.stage = f"waits for a node, {self.last.reasons[replica.name]}"
         elif choice.residency == COLD and not replica.busy:
             model.pause_until = now + PAUSE_S
             self._let_go(replica)
 
+    def _settle(self, replica: Replica, node: str, device: str, now: float) -> None:
+        self.replicas.settle(replica, node, device)
+        replica.placed_at = now
+
     def _replace_leaving(self) -> None:
         """Replicas that are leaving go when all others of their model are hot, or nobody wants the model."""
         for replica in [r for r in self.replicas.values() if r.leaving and not r.retiring]:
-            same = [r for r in self.replicas.values() if r.model == replica.model and r.live]
+            same = [r for r in self.replicas.of(replica.model) if r.live]
             model = self.models.get(replica.model)
             if model is None or not model.wanted or (same and all(r.hot for r in same)):
                 replica.retiring = True
 
     def _drop_unplaced(self) -> None:
         """Replicas that end before they were anywhere."""
-        for replica in [r for r in self.replicas.values() if r.retiring and not r.node]:
+        for replica in [r for r in self.replicas.on("") if r.retiring]:
             self._remove(replica)
 
     def _orders(self) -> None:
@@ -305,13 +353,14 @@ class Placements:
     def assignments(self, node: str) -> list[wire.Assignment]:
         """What a node shall serve now."""
         found = []
-        for replica in self.replicas.values():
-            if replica.node != node or replica.retiring or replica.model not in self.settings:
+        for replica in self.replicas.on(node):
+            if replica.retiring or replica.model not in self.settings:
                 continue
             choice = self.choices.get(replica.model, wire.Choice(replica.model))
-            settings = self.settings[replica.model].model_dump(mode="json")
             chosen = choice.setting, choice.profile, choice.pinned
-            found.append(wire.Assignment(replica.name, replica.model, replica.device, settings, *chosen))
+            # Which of its GPUs a model is spread over, and what each of them holds, a node knows better than its plan.
+            device = replica.device if "," not in replica.device else "cuda"
+            found.append(wire.Assignment(replica.name, replica.model, device, self._plain[replica.model], *chosen))
         return found
 
     def described(self) -> dict[str, Any]:
@@ -333,14 +382,6 @@ class Placements:
                 for replica in self.replicas.values()
             },
         }
-
-
-def devices_for(wanted: str, names: list[str]) -> tuple[str, ...]:
-    """The fleet's devices that a model may use: GPUs where there are some, unless its configuration names others."""
-    gpus = tuple(name for name in names if not name.endswith(f"/{HOST}"))
-    if wanted in ("auto", "cuda"):
-        return gpus or tuple(names) or ("none/none",)
-    return tuple(name for name in names if name.endswith(f"/{wanted}")) or (f"none/{wanted}",)
 
 
 def len_running(state: wire.ReplicaState | None) -> int:

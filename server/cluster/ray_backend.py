@@ -88,12 +88,12 @@ class ConductorActor:
             self._watch = asyncio.create_task(self._watching())
 
     async def join(self, configure: bytes) -> str:
-        """A gateway starts: take its configuration over. Returns the token. Raises ValueError."""
+        """A gateway starts: take its configuration over. Returns the secret. Raises ValueError."""
         self._begin()
         answer = wire.unpack(await self._conductor.command(configure), wire.Answer)
         if answer.error:
             raise ValueError(answer.error)
-        return self._conductor.token
+        return self._conductor.secret
 
     async def sync(self, report: bytes) -> bytes:
         """See Conductor."""
@@ -150,7 +150,7 @@ class ConductorActor:
             "scheduling_strategy": NodeAffinitySchedulingStrategy(ident, soft=False),
         }
         made = ray.remote(AgentActor).options(**options)
-        return made.remote(ident, config, self._conductor.token, self._namespace, (host, told), self._command)
+        return made.remote(ident, config, self._conductor.secret, self._namespace, (host, told), self._command)
 
 
 class AgentActor:
@@ -160,7 +160,7 @@ class AgentActor:
         self,
         node: str,
         config: dict[str, Any],
-        token: str,
+        secret: str,
         namespace: str,
         host: tuple[str, str],
         command: list[str] | None,
@@ -170,8 +170,8 @@ class AgentActor:
         words = tuple(command) if command else (sys.executable, "-m", "server.worker.main")
         self._agent: NodeAgent | None = None
         self._loop = asyncio.new_event_loop()
-        self._node, self._token, self._host = node, token, host
-        self._build = lambda: NodeAgent(node, settings, token, RayConductor(namespace), words)
+        self._node, self._host = node, host
+        self._build = lambda: NodeAgent(node, settings, secret, RayConductor(namespace), words)
         self._ports = settings.cluster.ports
         self._thread = threading.Thread(target=self._run, name="agent", daemon=True)
         self._thread.start()

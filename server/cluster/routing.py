@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+
+import msgspec
 
 from server.scheduler.options import KL_SECONDS
 
@@ -28,6 +29,7 @@ BLOCK_CHARS = 1024
 """Text of one block, about the 256 tokens that the engine's prefixes are made of."""
 MAX_BLOCKS = 64
 CHARS_PER_TOKEN = 4.0
+BLOCK_TOKENS = BLOCK_CHARS / CHARS_PER_TOKEN
 KNOWN_BLOCKS = 65_536
 PREFILL_TOKENS_S = 2000.0
 SERVICE_S = 4.0
@@ -41,8 +43,7 @@ AGREED = 0.5
 """How sure the replica that all gateways agree on is to have a prompt's first block."""
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(msgspec.Struct, frozen=True, gc=False):
     """A replica as a router sees it. `kv_share`: the part of its lease that is in use; `kl`: of its setting."""
 
     replica: str
@@ -82,7 +83,19 @@ def _next(link: bytes, text: str) -> bytes:
 
 def rendezvous(block: int, replicas: Iterable[str]) -> str:
     """The replica that everybody chooses for a block, whatever order they know them in."""
-    return max(replicas, key=lambda name: ((((block ^ _number(name)) * MIX) & MASK) >> 16, name))
+    best, most = "", -1
+    for name in replicas:
+        mixed = (((block ^ _number(name)) * MIX) & MASK) >> 16
+        if mixed > most or (mixed == most and name > best):
+            best, most = name, mixed
+    return best
+
+
+def shares(queues: Mapping[str, int], places: int) -> dict[str, int]:
+    """How many of the requests that wait with each replica go to one that has just become hot and has so many free
+    places: those, and then as many that all queues are as long."""
+    level = -(-max(0, sum(queues.values()) - places) // (len(queues) + 1))
+    return {name: count - level for name, count in queues.items() if count > level}
 
 
 @lru_cache(maxsize=65_536)
@@ -101,20 +114,40 @@ class Router:
         """The best of `candidates`, of which there must be one. `tokens`: the prompt's, as far as can be told."""
         if len(candidates) == 1:
             return candidates[0]
-        agreed = rendezvous(blocks[0], [each.replica for each in candidates]) if blocks else ""
-        return min(candidates, key=lambda each: (self.loss(blocks, tokens, each, agreed), each.replica))
+        known = self._known(blocks)
+        agreed = "" if known or not blocks else rendezvous(blocks[0], [each.replica for each in candidates])
+        unread = max(0.0, tokens) / PREFILL_TOKENS_S
+        best, least = candidates[0], float("inf")
+        for each in candidates:  # a fleet's busiest model has a hundred: no calls in here
+            name, busy, places = each.replica, each.running + each.queued, each.concurrency
+            lost = busy * STEP_S + each.kl * KL_SECONDS
+            if busy >= places:
+                lost += (busy + 1 - places) / places * SERVICE_S
+            if each.kv_share > PRESSURE_FROM:
+                lost += (each.kv_share - PRESSURE_FROM) * PRESSURE_S
+            if each.asleep:
+                lost += WAKE_S
+            count = len(blocks) if each.home else known.get(name, AGREED if name == agreed else 0.0)
+            if count:
+                lost += max(0.0, tokens - count * BLOCK_TOKENS) / PREFILL_TOKENS_S
+            else:
+                lost += unread
+            if lost < least or (lost == least and name < best.replica):
+                best, least = each, lost
+        return best
 
-    def loss(self, blocks: Sequence[int], tokens: float, candidate: Candidate, agreed: str = "") -> float:
-        """Seconds that the request is likely to lose with this replica."""
-        known = float(len(blocks) if candidate.home else self.known(blocks, candidate.replica))
-        if not known and candidate.replica == agreed:
-            known = AGREED
-        block = BLOCK_CHARS / CHARS_PER_TOKEN
-        read = max(0.0, tokens - known * block) / PREFILL_TOKENS_S
-        busy = candidate.running + candidate.queued
-        wait = max(0, busy + 1 - candidate.concurrency) / candidate.concurrency * SERVICE_S + busy * STEP_S
-        pressure = max(0.0, candidate.kv_share - PRESSURE_FROM) * PRESSURE_S
-        return read + wait + pressure + candidate.kl * KL_SECONDS + (WAKE_S if candidate.asleep else 0.0)
+    def _known(self, blocks: Sequence[int]) -> dict[str, float]:
+        """Replicas that were given a prompt's beginning before, and how many of its leading blocks."""
+        found: dict[str, float] = {}
+        have: Sequence[str] = ()
+        for at, block in enumerate(blocks):
+            there = self._where.get(block, ())
+            have = there if not at else [name for name in have if name in there]
+            if not have:
+                break
+            for name in have:
+                found[name] = at + 1.0
+        return found
 
     def known(self, blocks: Sequence[int], replica: str) -> int:
         """How many leading blocks of a prompt this replica was given before."""

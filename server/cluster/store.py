@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import secrets
 import sqlite3
 from pathlib import Path
 from typing import Any
 
+from server.cluster import trust
 from server.state import State
 
 log = logging.getLogger("spectral.cluster")
@@ -20,7 +20,7 @@ class Store:
     def __init__(self, folder: Path | None) -> None:
         self._state = State.open(str(folder)) if folder is not None else None
         self._memory: dict[str, str] = {}
-        self.restored = self.get("token", None) is not None
+        self.restored = self.get("secret", None) is not None
 
     def get(self, name: str, default: Any) -> Any:
         """The last value of a name."""
@@ -42,12 +42,12 @@ class Store:
             return
         self._state.run_now(lambda db: db.execute("INSERT OR REPLACE INTO cluster VALUES (?, ?)", (name, text)))
 
-    def token(self) -> str:
-        """The cluster's token, made once."""
-        found = self.get("token", None)
+    def secret(self) -> str:
+        """The cluster's secret, made once."""
+        found = self.get("secret", None)
         if found is None:
-            found = secrets.token_hex(32)
-            self.put("token", found)
+            found = trust.make()
+            self.put("secret", found)
         return str(found)
 
     def close(self) -> None:

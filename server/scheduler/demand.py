@@ -5,6 +5,7 @@ Bytes are integers, times are seconds, rates are requests per second, KL is nats
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 HOT, ASLEEP, COLD = "hot", "asleep", "cold"
@@ -80,7 +81,7 @@ class Demand:
     residue: int = 0
     max_kl: float | None = None
     max_bytes: int | None = None
-    devices: tuple[str, ...] = ()
+    devices: Collection[str] = ()
     splittable: bool = True
     pinned: bool = False
     needed: bool = False

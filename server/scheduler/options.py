@@ -128,12 +128,24 @@ def _places(model: Demand, devices: Sequence[Device], rungs: Sequence[Rung]) -> 
     single = [d for d in usable if least + model.overhead <= d.budget]
     if single or not model.splittable:
         return [[(device, 1.0)] for device in single]
-    largest = sorted((d for d in usable if d.name != HOST), key=lambda d: (-d.budget, d.name))
-    for count in range(2, len(largest) + 1):
-        if sum(d.budget - model.overhead for d in largest[:count]) >= least:
-            groups = [largest[i : i + count] for i in range(len(largest) - count + 1)]
-            return [_balanced(model, group) for group in groups if sum(d.budget for d in group) >= least]
-    return []
+    return [_balanced(model, group) for group in _splits(model, usable, least)]
+
+
+def _splits(model: Demand, usable: Sequence[Device], least: int) -> list[list[Device]]:
+    """The smallest sets of GPUs that hold a model, each of one machine: a fleet's devices are named "node/device"."""
+    machines: dict[str, list[Device]] = {}
+    for device in sorted(usable, key=lambda d: (-d.budget, d.name)):
+        machine, _, name = device.name.rpartition("/")
+        if name != HOST:
+            machines.setdefault(machine, []).append(device)
+    found = []
+    for largest in machines.values():
+        for count in range(2, len(largest) + 1):
+            if sum(d.budget - model.overhead for d in largest[:count]) >= least:
+                groups = [largest[i : i + count] for i in range(len(largest) - count + 1)]
+                found += [group for group in groups if sum(d.budget for d in group) >= least]
+                break
+    return found
 
 
 def _balanced(model: Demand, group: Sequence[Device]) -> list[tuple[Device, float]]:

@@ -188,9 +188,11 @@ class Steward:
 
     def demands(self, now: float) -> list[Demand]:
         """Every model as the planner sees it."""
-        return [self._demand(ward, now) for ward in self.wards.values()]
+        return [self.demand(name, now) for name in self.wards]
 
-    def _demand(self, ward: Ward, now: float) -> Demand:
+    def demand(self, name: str, now: float) -> Demand:
+        """One of them."""
+        ward = self.wards[name]
         facts, wishes, at = ward.facts, ward.wishes, ward.moving or ward.now
         floor = min(wishes.min_context, facts.context)
         sequences = max(1, wishes.max_concurrency)

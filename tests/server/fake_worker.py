@@ -6,6 +6,7 @@
 "full"       is rejected with queue_full
 "fail"       fails after its first word
 "mute"       is accepted and says nothing until it is cancelled
+"line"       is accepted and waits as long as somebody gets ticks, else it is answered as "hello"
 "flood"      answers with large pieces, as fast as the gateway takes them, until it is cancelled
 "drop"       is accepted and then given up by the worker itself
 "garbage"    the worker writes bytes that are no message
@@ -83,6 +84,7 @@ class Worker:
         self.ticking: list[str] = []
         self.flooding: list[str] = []
         self.mute: list[str] = []
+        self.line: list[str] = []
         self.cancelled = 0
 
     def serve(self) -> None:
@@ -106,6 +108,7 @@ class Worker:
             self.cancelled += 1
             self.ticking = [x for x in self.ticking if x != message.request_id]
             self.mute = [x for x in self.mute if x != message.request_id]
+            self.line = [x for x in self.line if x != message.request_id]
             self.flooding = [x for x in self.flooding if x != message.request_id]
             self.report()
         elif isinstance(message, m.SetProfile):
@@ -140,7 +143,8 @@ class Worker:
         """The snapshot that tests watch."""
         running = len(self.ticking) + len(self.mute) + len(self.flooding)
         finished, held = {"cancelled": self.cancelled}, 100 * running
-        self.channel.send(m.Stats(running=running, kv_bytes_used=held, kv_bytes_allocated=held, finished=finished))
+        queued = len(self.line)
+        self.channel.send(m.Stats(running, queued, kv_bytes_used=held, kv_bytes_allocated=held, finished=finished))
 
     def submit(self, message: m.Submit, text: str) -> None:
         """Behave as the prompt says."""
@@ -165,6 +169,9 @@ class Worker:
                 self.channel.send(m.Delta(name, 0, "one ", [1]), m.Finished(name, 0, "cancelled", m.Usage(5, 1, 64)))
             elif text == "flood":
                 self.flooding.append(name)
+                self.report()
+            elif text == "line" and self.ticking:
+                self.line.append(name)
                 self.report()
             elif text == "mute":
                 self.mute.append(name)

@@ -92,7 +92,7 @@ class Local:
         """One more machine."""
 
         async def start() -> NodeAgent:
-            agent = NodeAgent(name, self.settings, self.conductor.token, self.direct, self.worker)
+            agent = NodeAgent(name, self.settings, self.conductor.secret, self.direct, self.worker)
             await agent.start("127.0.0.1")
             return agent
 
@@ -119,7 +119,7 @@ class Local:
         """One more gateway; a client of it."""
 
         async def start() -> tuple[GracefulServer, asyncio.Task[None], str, Any]:
-            client = Client(self.direct, self.conductor.token)
+            client = Client(self.direct, self.conductor.secret)
             server = self.settings.server.model_copy(update={"state_dir": tempfile.mkdtemp(prefix="spectral-test-")})
             app = create_app(self.settings.model_copy(update={"server": server}), make_scheduler=scheduler_of(client))
             listener = socket.create_server(("127.0.0.1", 0))

@@ -173,6 +173,30 @@ def test_replicas_of_a_hot_model_are_on_several_nodes_and_share_its_requests() -
             reader.thread.join(10)
 
 
+def test_requests_that_wait_go_to_a_replica_that_becomes_hot() -> None:
+    config = settings({**DEMO, "limits": {"max_concurrency": 1}})
+    config = config.model_copy(update={"cluster": type(config.cluster)(replicas={"demo": {"max": 2}})})
+    with cluster(config, "a", "b") as local:
+        client = local.clients[0]
+        until_ready(client)
+        (first,) = where(client)
+        slot = next(iter(local.agents[first].scheduler.slots.values()))
+        running = Reader(client, "forever")
+        until(lambda: len(running.lines) > 3)
+        waiting = [Reader(client, "line", stream=streams) for streams in (False, True, False, True)]
+        (second,) = {"a", "b"} - {first}
+        until(lambda: second in where(client), 20)
+        done = lambda: [reader for reader in waiting if not reader.thread.is_alive()]  # noqa: E731
+        until(lambda: len(done()) >= 2)  # with the first replica nobody gets an answer while ticks go on
+        assert slot.stats.finished["cancelled"], "they were sent there before"
+        assert all(reader.status == 200 and "three" in "".join(reader.lines) for reader in done())
+        assert not any(reader.errors for reader in done()) and running.thread.is_alive() and not running.errors
+        local.kill(first)
+        for reader in (running, *waiting):
+            reader.thread.join(10)
+        assert len(done()) == 4 and running.errors == ["node_lost"]
+
+
 def test_drain_moves_models_before_streams_end() -> None:
     with cluster(settings(DEMO, drain_seconds=3.0), "a", "b") as local:
         client = local.clients[0]

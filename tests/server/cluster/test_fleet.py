@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from server.cluster.fleet import Fleet, FleetPlan, model_of, node_of
+from server.cluster.fleet import Fleet, FleetPlan
+from server.cluster.rooms import model_of, node_of
 from server.scheduler.demand import HOT, Demand, Device, Placement, Rung
 from server.scheduler.planner import plan
 from tests.server.scheduler.cases import GIB
@@ -90,6 +91,51 @@ def test_one_more_replica_and_a_lost_node_touch_few_cells() -> None:
     assert found.planned <= 2 + 2 * len(lost)
     stay = [d for d in away if not d.needed]
     assert all(found.choices[d.name].placement.devices == d.now.devices for d in stay)
+
+
+def test_a_plan_that_runs_out_of_time_places_everybody_and_leaves_cells_to_the_next() -> None:
+    made = fleet(20)
+    demands = [demand(f"m{i}#{i}", rate=0.1 + i % 5) for i in range(40)]
+    found = made.plan(demands, over=lambda: True)
+    assert found.planned == 1 and found.left == len(made.cells) - 1
+    assert not found.unmet and len({choice.devices for choice in found.choices.values()}) == 40
+    placed, plans = carried_out(demands, found), 0
+    while found.left:
+        found = made.plan(placed, over=lambda: True)
+        assert all(found.choices[d.name].residency == HOT for d in placed), "nobody goes because time is short"
+        placed, plans = carried_out(placed, found), plans + 1
+    assert plans < len(made.cells), "each plan solves at least one"
+
+
+def test_who_waits_comes_before_who_could_be_better_off() -> None:
+    made = fleet(20, gib=8.0)
+    demands = [demand(f"m{i}#{i}") for i in range(40)]
+    placed = carried_out(demands, made.plan(demands))
+    busy = [replace(d, load_s=20.0) for d in placed]  # something changed everywhere
+    made.remove_node("n7")
+    away = [replace(d, now=Placement(), needed=True) if d.now.devices[0].startswith("n7/") else d for d in busy]
+    squeezed = made.plan(away, over=lambda: True)
+    (cell,) = [cell for cell in made.cells.values() if not cell.dirty]
+    assert squeezed.planned == 1 and any(d.name in cell.members for d in away if d.needed)
+
+
+def test_what_came_as_planned_is_not_planned_again() -> None:
+    made = fleet(10)
+    demands = [demand(f"m{i}#{i}") for i in range(20)]
+    placed = carried_out(demands, made.plan(demands))
+    assert made.plan(placed).planned == 0
+    elsewhere = next(d for d in made.cells["cell-2"].devices)
+    moved = [replace(placed[0], now=Placement(HOT, (elsewhere,), "4x")), *placed[1:]]
+    assert made.plan(moved).planned >= 1
+
+
+def test_a_model_too_large_for_a_gpu_is_split_over_those_of_one_node() -> None:
+    made = fleet(4, gpus=2, gib=16.0, cell=8)
+    assert len(made.cells) == 1
+    found = made.plan([demand("big#1", gib=24.0), demand("m#1")])
+    devices = found.choices["big#1"].devices
+    assert len(devices) == 2 and len({node_of(device) for device in devices}) == 1
+    assert made.plan([demand("huge#1", gib=40.0)]).unmet == ("huge#1",), "no node has so much, though two would"
 
 
 def test_traffic_alone_replans_a_few_cells_at_a_time() -> None:

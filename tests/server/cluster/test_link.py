@@ -4,41 +4,40 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
-from server.cluster import link, wire
+from server.cluster import link, trust, wire
 from server.worker import messages
+
+SECRET, OTHER = trust.make(), trust.make()
 
 
 async def end(connection: link.Link[Any]) -> None:
     connection.close()
-    with contextlib.suppress(ConnectionError):
+    with contextlib.suppress(OSError):
         await connection._writer.wait_closed()
 
 
 @asynccontextmanager
-async def agent(token: str, serve: Callable[[Any], Any]) -> AsyncIterator[tuple[str, list[Exception]]]:
-    """Something that listens as an agent does; its address, and what it refused."""
-    refused: list[Exception] = []
-    tasks = []
+async def agent(serve: Callable[[Any], Any]) -> AsyncIterator[tuple[str, list[Any]]]:
+    """Something that listens as an agent does; its address, and who was let in."""
+    tasks, accepted = [], []
 
-    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def connected(connection: link.Link[wire.ToAgent]) -> None:
         tasks.append(asyncio.current_task())
-        try:
-            accepted = await link.accept(reader, writer, token)
-        except link.NotTrusted as error:
-            refused.append(error)
-            return
-        await serve(accepted)
-        await end(accepted)
+        accepted.append(connection)
+        await serve(connection)
+        await end(connection)
 
-    server = await asyncio.start_server(connected, "127.0.0.1", 0)
+    server = await link.listen(connected, "127.0.0.1", 0, SECRET)
     try:
-        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}", refused
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}", accepted
     finally:
         server.close()
         await asyncio.gather(*(task for task in tasks if task is not None), return_exceptions=True)
@@ -60,41 +59,85 @@ async def deltas(connection: link.Link[wire.ToGateway], count: int) -> str:
     return text
 
 
-async def test_both_ends_know_the_token_and_messages_keep_their_order() -> None:
-    async with agent("secret", echo) as (address, refused):
-        connection = await link.dial(address, "secret")
+async def test_messages_keep_their_order() -> None:
+    async with agent(echo) as (address, accepted):
+        connection = await link.dial(address, SECRET)
         connection.send(wire.Drop("r"))
-        assert await deltas(connection, 3) == "abc" and not refused
+        assert await deltas(connection, 3) == "abc" and len(accepted) == 1
         await end(connection)
         await end(connection)
 
 
-async def test_another_token_is_refused_by_the_agent() -> None:
-    async with agent("secret", echo) as (address, refused):
-        with pytest.raises(link.NotTrusted):
-            await link.dial(address, "guess")
-        while not refused:
-            await asyncio.sleep(0)
-        assert "token" in str(refused[0]) and "secret" not in str(refused[0])
+async def test_another_secret_is_refused() -> None:
+    async with agent(echo) as (address, accepted):
+        with pytest.raises(link.NotTrusted, match="secret") as refused:
+            await link.dial(address, OTHER)
+        assert "PRIVATE" not in str(refused.value) and not accepted
 
 
-async def test_an_agent_that_does_not_know_the_token_is_refused_by_the_gateway() -> None:
-    over = asyncio.Event()
+@pytest.mark.parametrize("shows", ["nothing", "another certificate"])
+async def test_a_stranger_who_trusts_the_agent_gets_nothing(shows: str) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with tempfile.NamedTemporaryFile("w") as file:
+        file.write(OTHER)
+        file.flush()
+        if shows != "nothing":
+            context.load_cert_chain(file.name)
+    async with agent(echo) as (address, accepted):
+        host, port = address.split(":")
+        reader, writer = await asyncio.open_connection(host, int(port), ssl=context)
+        writer.write(wire.frame(wire.Drop("r")))
+        with contextlib.suppress(OSError):
+            assert await reader.read() == b""
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+        assert not accepted
 
+
+async def test_an_agent_that_speaks_without_tls_is_refused() -> None:
     async def impostor(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(link.MAGIC + bytes(link.NONCE))
-        await reader.readexactly(link.NONCE + link.DIGEST)
-        writer.write(bytes(link.DIGEST))
+        writer.write(wire.frame(wire.Beat(1)))
         await reader.read()
         writer.close()
-        await writer.wait_closed()
-        over.set()
 
     server = await asyncio.start_server(impostor, "127.0.0.1", 0)
-    with pytest.raises(link.NotTrusted, match="agent does not know"):
-        await link.dial(f"127.0.0.1:{server.sockets[0].getsockname()[1]}", "secret")
-    await over.wait()
+    with pytest.raises((link.NotTrusted, OSError)):
+        await link.dial(f"127.0.0.1:{server.sockets[0].getsockname()[1]}", SECRET)
     server.close()
+
+
+async def test_who_listens_on_the_way_reads_nothing() -> None:
+    seen = bytearray()
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(4096):
+            seen.extend(data)
+            writer.write(data)
+        writer.close()
+
+    async with agent(echo) as (address, _):
+        host, port = address.split(":")
+
+        async def between(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            there = await asyncio.open_connection(host, int(port))
+            await asyncio.gather(copy(reader, there[1]), copy(there[0], writer))
+
+        tap = await asyncio.start_server(between, "127.0.0.1", 0)
+        connection = await link.dial(f"127.0.0.1:{tap.sockets[0].getsockname()[1]}", SECRET)
+        connection.send(wire.Drop("a request whose name is long"))
+        assert await deltas(connection, 3) == "abc"
+        await end(connection)
+        tap.close()
+    assert len(seen) > 1000 and b"a request whose name" not in seen
+
+
+def test_what_is_no_secret_is_refused() -> None:
+    for wrong in ("", "a token", SECRET[:200], SECRET[SECRET.index(trust.CERTIFICATE) :]):
+        with pytest.raises(ValueError, match="no secret of a cluster"):
+            trust.dialling(wrong)
+    assert trust.make() != SECRET
 
 
 @pytest.mark.parametrize("body", [b"zz", b"\x81\xa4type\xa2\xff\xfe", b"\x91" * 5_000, b""])
@@ -110,8 +153,8 @@ async def test_bad_bytes_and_silence_end_a_connection(monkeypatch: pytest.Monkey
         accepted._writer.write(b"\x00\x00\x00\x02zz")
         await accepted._writer.drain()
 
-    async with agent("secret", bad) as (address, _):
-        connection = await link.dial(address, "secret")
+    async with agent(bad) as (address, _):
+        connection = await link.dial(address, SECRET)
         with pytest.raises(link.BadFrame):
             while await connection.receive() is not None:
                 pass
@@ -123,8 +166,8 @@ async def test_bad_bytes_and_silence_end_a_connection(monkeypatch: pytest.Monkey
     async def mute(accepted: link.Link[Any]) -> None:
         assert await accepted.receive() is not None  # the first beat
 
-    async with agent("secret", mute) as (address, _):
-        connection = await link.dial(address, "secret")
+    async with agent(mute) as (address, _):
+        connection = await link.dial(address, SECRET)
         while await connection.receive() is not None:
             pass
         await end(connection)
@@ -132,4 +175,4 @@ async def test_bad_bytes_and_silence_end_a_connection(monkeypatch: pytest.Monkey
 
 async def test_nobody_there() -> None:
     with pytest.raises(OSError):
-        await link.dial("127.0.0.1:1", "secret")
+        await link.dial("127.0.0.1:1", SECRET)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from server.cluster.routing import MAX_BLOCKS, Candidate, Router, blocks_of, rendezvous
+from server.cluster.routing import MAX_BLOCKS, Candidate, Router, blocks_of, rendezvous, shares
 
 SYSTEM = "You answer in verse. " * 200
 
@@ -59,3 +59,13 @@ def test_lost_replicas_and_old_blocks_are_forgotten() -> None:
     assert router.known(blocks, "a") == 0
     router.sent(blocks_of(["x" * 1024 * 20]), "b")
     assert len(router._where) == 10
+
+
+def test_queues_are_evened_out_for_a_replica_that_becomes_hot() -> None:
+    assert shares({"a": 3}, 8) == {"a": 3}, "all of them have a place there"
+    assert shares({"a": 28, "b": 0}, 8) == {"a": 21}, "8 run there, and 7 wait with each of three at most"
+    assert shares({"a": 0, "b": 0}, 8) == {}
+    for queues in ({"a": 100, "b": 40, "c": 3}, {"a": 17, "b": 18}, {"a": 9}):
+        given = shares(queues, 8)
+        left = {name: count - given.get(name, 0) for name, count in queues.items()}
+        assert max(0, sum(given.values()) - 8) <= max(left.values()), "whoever goes waits behind no more than before"
