@@ -96,6 +96,8 @@ SPECS = (
          "Memory by device, kind (weights, workspace, context, kv, foreign, free) and model (or none).",
          ("device", "kind", "model")),
     Spec("gauge", "device_memory_total_bytes", "The device's memory.", ("device",)),
+    Spec("gauge", "spare_workers_bytes", "Host memory of workers that wait for a model with all libraries imported.",
+         ()),
     Spec("gauge", "cluster_nodes", "Nodes of the cluster by state: connected, draining, lost; 0 on one machine.",
          ("state",)),
     Spec("gauge", "build_info", "1; versions of the server and of Python.", ("version", "python")),
@@ -134,6 +136,7 @@ class Metrics:
         self.waiting: Gauge = self._made["waiting_requests"]
         self.state: Gauge = self._made["model_state"]
         self.weights: Gauge = self._made["weights_bytes"]
+        self.spare_bytes: Gauge = self._made["spare_workers_bytes"]
         self._settings: dict[str, tuple[str, str]] = {}
         self._counted: dict[tuple[str, str], int] = {}
         counter, histogram = (BY_NAME[name] for name in _METERED)

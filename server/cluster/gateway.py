@@ -121,7 +121,7 @@ class ClusterScheduler(Scheduler):
                 raise errors.shutting_down()
             if slot.state == "failed" and slot.permanent:
                 raise self._not_served(slot)
-            await self._next_change(slot)
+            await slot.changed.wait()
 
     def _not_served(self, slot: Slot) -> errors.ApiError:
         return errors.model_unavailable(slot.name, slot.state, slot.error or slot.stage, 5)

@@ -17,6 +17,7 @@ by rendezvous hashing of its first block.
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -94,7 +95,8 @@ def rendezvous(block: int, replicas: Iterable[str]) -> str:
 def shares(queues: Mapping[str, int], places: int) -> dict[str, int]:
     """How many of the requests that wait with each replica go to one that has just become hot and has so many free
     places: those, and then as many that all queues are as long."""
-    level = -(-max(0, sum(queues.values()) - places) // (len(queues) + 1))
+    fair = lambda level: sum(max(0, count - level) for count in queues.values()) <= places + level  # noqa: E731
+    level = bisect_left(range(max(queues.values(), default=0)), True, key=fair)
     return {name: count - level for name, count in queues.items() if count > level}
 
 

@@ -26,6 +26,7 @@ from server.scheduler.admission import Refusal
 from server.scheduler.liveness import watch
 from server.scheduler.memory import WAITS, MemoryManager, NoRoom
 from server.scheduler.slots import Slot
+from server.scheduler.spare import Spares
 from server.scheduler.stream import RequestStream, StreamItem
 from server.worker import messages
 from server.worker.process import DEFAULT_COMMAND, WorkerProcess
@@ -46,7 +47,7 @@ class Scheduler:
         self.settings = settings
         self.metrics = metrics
         self.events = events
-        self._command = tuple(command)
+        self._spares = Spares(settings.memory.spare_workers, command, metrics)
         self._closing = False
         self.slots: dict[str, Slot] = {model.name: Slot(model) for model in settings.models}
         for name in self.slots:
@@ -59,6 +60,7 @@ class Scheduler:
         for slot in self.slots.values():
             if slot.settings.load == "startup":
                 self._launch(slot)
+        self._spares.fill(self.slots.values())
 
     def slot(self, name: str) -> Slot:
         """The slot of a model by name or alias. Raises ApiError 404."""
@@ -76,7 +78,7 @@ class Scheduler:
         """Return when each startup model is hot or has failed."""
         for slot in self.slots.values():
             while slot.settings.load == "startup" and slot.state not in ("hot", "failed"):
-                await self._next_change(slot)
+                await slot.changed.wait()
 
     async def ensure(self, slot: Slot, keep_alive: float | None = None) -> WorkerProcess:
         """The model's hot worker; starts one load for all who wait. `keep_alive`: seconds that the model stays hot
@@ -110,7 +112,7 @@ class Scheduler:
                 self._launch(slot)
             elif slot.state == "failed" and not slot.killed:  # one that was killed is back within seconds
                 raise self._unavailable(slot)
-            await self._next_change(slot)
+            await slot.changed.wait()
 
     def _unavailable(self, slot: Slot) -> errors.ApiError:
         wait = policy.retry_after(slot.state, slot.next_start - time.monotonic())
@@ -220,6 +222,7 @@ class Scheduler:
     async def stop(self) -> None:
         """End all workers; hot ones with running requests get the configured time. Safe to call twice."""
         self._closing = True
+        await self._spares.stop()
         drain = self.settings.server.drain_seconds if any(slot.streams for slot in self.slots.values()) else 0.0
         tasks = [slot.task for slot in self.slots.values() if slot.task is not None]
         for slot in self.slots.values():
@@ -295,14 +298,14 @@ class Scheduler:
         until = time.monotonic() + seconds
         while not self._closing and (left := until - time.monotonic()) > 0:
             try:
-                await within(left, self._next_change(slot))
+                await within(left, slot.changed.wait())
             except asyncio.TimeoutError:
                 return
 
     async def _run_worker(self, slot: Slot) -> None:
         """One life of a worker, from its start to its end; afterwards slot.error says why it ended."""
         slot.error, slot.load_began = "", time.monotonic()
-        worker = await WorkerProcess.start(slot.name, slot.settings.threads, self._command)
+        worker = await self._spares.take(slot.name, slot.settings.threads)
         slot.worker, slot.last_pong = worker, time.monotonic()
         pings = asyncio.create_task(watch(slot, worker, self.settings.server.worker_silence_seconds))
         try:
@@ -388,11 +391,9 @@ class Scheduler:
         slot.state = state
         self.metrics.set_state(slot.name, state)
         self._notify(slot)
+        self._spares.fill(self.slots.values())
 
     def _notify(self, slot: Slot) -> None:
         """Wake all who wait for a change; later waiters wait for the next one."""
         slot.changed.set()
         slot.changed = asyncio.Event()
-
-    async def _next_change(self, slot: Slot) -> None:
-        await slot.changed.wait()

@@ -20,6 +20,13 @@ CHUNK_TOKENS = {"cpu": (256, 512), "gpu": (1024, 4096)}
 model costs tens of milliseconds in launches alone."""
 
 
+def import_libraries() -> None:
+    """What every load needs, and what transformers imports only when it is used. No device is touched."""
+
+    import spectral.engine.build
+    import spectral.hf  # noqa: F401
+
+
 def load(spec: wire.Load, tell: Callable[[wire.ToParent], None]) -> tuple[Built, wire.Ready]:
     """Load the model and its profile and build an engine; `tell` gets the stages. Raises SpectralError, or others."""
     tell(wire.Loading("importing libraries", 0.0))

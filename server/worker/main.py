@@ -28,7 +28,7 @@ from server.worker import child_sessions, child_wire
 from server.worker import messages as wire
 from server.worker.channel import SocketChannel
 from server.worker.child_engines import Change, Engines
-from server.worker.child_load import load
+from server.worker.child_load import import_libraries, load
 from server.worker.child_memory import COMMANDS, MemoryControl
 from server.worker.child_queue import QueueDeadlines
 from spectral.engine import types
@@ -308,10 +308,13 @@ class Worker:
         self._writer.send(child_wire.stats(figures, self._memory.watch(figures.kv_bytes_allocated)))
 
 
-def serve(channel: SocketChannel) -> int:
-    """Run the whole life of a worker on a channel; returns its exit status."""
+def serve(channel: SocketChannel, ahead: bool = False) -> int:
+    """Run the whole life of a worker on a channel; returns its exit status. `ahead`: import everything before the first
+    message comes."""
     writer = Writer(channel)
     reader = Reader(channel, writer)
+    if ahead:
+        import_libraries()
     first = reader.inbox.get()
     if isinstance(first, wire.Shutdown):
         return EXIT_OK
@@ -341,11 +344,12 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point. Never returns: other threads may be waiting on the socket, so the process is ended."""
     parser = argparse.ArgumentParser(description="A Spectral model worker; the server starts it.")
     parser.add_argument("--fd", type=int, required=True, help="descriptor of the socket to the gateway")
+    parser.add_argument("--ahead", action="store_true", help="import all libraries before a model is asked for")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     status = EXIT_DIED
     try:
-        status = serve(SocketChannel.from_fd(arguments.fd))
+        status = serve(SocketChannel.from_fd(arguments.fd), arguments.ahead)
     except Exception:  # logged, and told to the gateway by the exit status
         log.exception("the inference thread failed")
     finally:

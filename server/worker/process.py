@@ -69,6 +69,15 @@ class WorkerProcess:
         """The child's process id."""
         return self._process.pid
 
+    @property
+    def alive(self) -> bool:
+        """Whether the child has not ended, as far as is known."""
+        return self._process.returncode is None
+
+    async def ended(self) -> None:
+        """Return when the child has ended."""
+        await self._process.wait()
+
     def cpu_seconds(self) -> float:
         """Processor time that the child has used; 0 where it has ended, or where that cannot be known."""
         try:

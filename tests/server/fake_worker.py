@@ -40,6 +40,7 @@ def main() -> None:
     """Speak the protocol until the gateway closes the socket."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--ahead", action="store_true")
     sock = socket.socket(fileno=parser.parse_args().fd)
     channel = SocketChannel(sock)
     load = channel.receive()

@@ -63,8 +63,8 @@ def test_lost_replicas_and_old_blocks_are_forgotten() -> None:
 
 def test_queues_are_evened_out_for_a_replica_that_becomes_hot() -> None:
     assert shares({"a": 3}, 8) == {"a": 3}, "all of them have a place there"
-    assert shares({"a": 28, "b": 0}, 8) == {"a": 21}, "8 run there, and 7 wait with each of three at most"
-    assert shares({"a": 0, "b": 0}, 8) == {}
+    assert shares({"a": 28, "b": 0}, 8) == {"a": 18}, "8 run there and 10 wait, as with the first"
+    assert shares({"a": 0, "b": 0}, 8) == {} == shares({}, 8)
     for queues in ({"a": 100, "b": 40, "c": 3}, {"a": 17, "b": 18}, {"a": 9}):
         given = shares(queues, 8)
         left = {name: count - given.get(name, 0) for name, count in queues.items()}
