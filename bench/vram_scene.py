@@ -145,7 +145,7 @@ class Scene:
         self._devices, self._state = Devices(), tempfile.TemporaryDirectory()
         self.base = reading(self._devices, self.device)
         self.budget = int(sizes.budget * GIB) if self.device != "cpu" else self.base + int(sizes.budget * GIB)
-        limits = {"max_concurrency": STREAMS, "context_length": 2 * sizes.long}
+        limits = {"max_concurrency": STREAMS, "context_length": 2 * sizes.long, "longest_wait_seconds": 120}
         given = [
             {
                 "name": name, "path": str(folder / name), "profile": str(folder / name / "profile.safetensors"),

@@ -269,12 +269,20 @@ def choose_device(device: str = "auto") -> torch.device:
     return torch.device(device)
 
 
-def _placement(device: torch.device, max_memory: dict[str, int] | None) -> dict[str, Any]:
-    """Where from_pretrained puts the weights: on one device, or whole layers spread by accelerate."""
+def _placement(device: torch.device, max_memory: dict[str, int] | None, layers: int = 1) -> dict[str, Any]:
+    """Where from_pretrained puts the weights: on one device, or whole layers spread by accelerate, device after device.
+
+    "auto" would divide them evenly, whatever each device has free. A device takes whole layers, so half of one more
+    than its part; the first one is asked by accelerate to keep a layer's room, which nothing here ever uses.
+    """
     if not max_memory:
         return {"device_map": None if device.type == "cpu" else {"": device}}
-    limits = {torch.device(name).index if name.startswith("cuda") else name: size for name, size in max_memory.items()}
-    return {"device_map": "auto", "max_memory": limits}
+    total, limits = sum(max_memory.values()), {}
+    for number, (name, size) in enumerate(max_memory.items()):
+        room = size + (3 if number == 0 else 1) * total // (2 * max(1, layers))
+        limits[torch.device(name).index if name.startswith("cuda") else name] = room
+    limits[next(reversed(limits))] = total  # the last one takes what is left
+    return {"device_map": "sequential", "max_memory": limits}
 
 
 def load_model(
@@ -291,8 +299,8 @@ def load_model(
     Args:
         dtype: "auto" is float32 on a CPU (bf16 arithmetic is several times slower there) and the checkpoint's own
             type elsewhere; or "float32", "bfloat16", "float16".
-        max_memory: bytes of weights by device, of two or more, over which the layers are spread; `device` is then not
-            asked.
+        max_memory: bytes of weights that each device of two or more is to have, in this order; the layers are spread
+            like that, and `device` is not asked.
 
     Raises ModelError with the reason and a remedy.
     """
@@ -316,7 +324,7 @@ def load_model(
             dtype=torch_dtype,
             attn_implementation=NAME,
             quantization_config=quant,
-            **_placement(where, max_memory),
+            **_placement(where, max_memory, int(getattr(config, "num_hidden_layers", None) or 1)),
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
         ).eval()

@@ -13,7 +13,7 @@ from spectral.shapes import ModelShape
 
 EXACT_PAGE_TOKENS = 16
 
-GIVE_BACK_BYTES = 256 << 20
+GIVE_BACK_BYTES = 64 << 20
 """Pools of a GPU that are replaced are returned to the driver whenever so many bytes of old ones have come together."""
 
 Pools = list["torch.Tensor | None"]
@@ -29,14 +29,40 @@ def empty_pool(capacity: int, nbytes: int, device: torch.device) -> torch.Tensor
     return torch.empty(total + slack, dtype=torch.uint8, device=device)[:total].view(capacity, nbytes)
 
 
+class _Old:
+    """Pools that new ones have taken the place of. They stay until enough of them have come together: new ones would
+    be put into their places and hold on to what is left of them, and returning memory to the driver takes a while."""
+
+    left = 0  # bytes that earlier ones left behind in the allocator
+
+    def __init__(self) -> None:
+        self._kept: list[torch.Tensor] = []
+
+    def add(self, pool: torch.Tensor) -> None:
+        """Keep one; on a CPU the allocator needs no help."""
+        if pool.device.type == "cuda":
+            self._kept.append(pool)
+
+    def release(self, *, now: bool = False) -> None:
+        """Return them if they are many; the caller holds none of them any more."""
+        held = sum(pool.numel() for pool in self._kept)
+        if self._kept and (now or held + _Old.left >= GIVE_BACK_BYTES):
+            self._kept.clear()
+            _Old.left = 0
+            give_back("cuda")
+
+    def close(self) -> None:
+        """The rest waits for the next time."""
+        _Old.left += sum(pool.numel() for pool in self._kept)
+
+
 def remake(pools: Pools, kept: torch.Tensor | None, sizes: list[int], fill: Fill) -> None:
     """In place: every pool becomes one with the pages `kept` (ascending; None: all), each of the layer's `sizes` bytes.
 
-    One after another, so that old and new never lie side by side as a whole: memory is short when this is wanted. On a
-    GPU old pools stay until GIVE_BACK_BYTES have come together: new ones that took their places would hold on to
-    what is left of them. Where the device has no memory for a new pool, its pages are rewritten where they lie.
+    One after another, so that old and new never lie side by side as a whole: memory is short when this is wanted. Where
+    the device has no memory for a new pool, its pages are rewritten where they lie.
     """
-    old: list[torch.Tensor] = []
+    old = _Old()
     for layer, pool in enumerate(pools):
         if pool is None:
             continue
@@ -44,16 +70,12 @@ def remake(pools: Pools, kept: torch.Tensor | None, sizes: list[int], fill: Fill
         try:
             pools[layer] = _remade(pool, index, sizes[layer], layer, fill)
         except torch.OutOfMemoryError:
-            old.clear()
-            give_back(pool.device.type)
+            old.release(now=True)
             pools[layer] = _rewritten(pool, index, sizes[layer], layer, fill)
-        if pool.device.type != "cuda":
-            continue
-        old.append(pool)
+        old.add(pool)
         del pool
-        if sum(each.numel() for each in old) >= GIVE_BACK_BYTES:
-            old.clear()
-            give_back("cuda")
+        old.release()
+    old.close()
 
 
 def _remade(pool: torch.Tensor, kept: torch.Tensor | None, nbytes: int, layer: int, fill: Fill) -> torch.Tensor:
@@ -86,7 +108,7 @@ def grow(pools: Pools, capacity: int) -> None:
     """In place: room for `capacity` pages, the present ones first. Raises OutOfMemoryError; pools are then as before
     (those that had grown already keep their memory until they are made anew)."""
     before = next((pool.shape[0] for pool in pools if pool is not None), 0)
-    old: list[torch.Tensor] = []
+    old = _Old()
     for layer, pool in enumerate(pools):
         if pool is None:
             continue
@@ -99,13 +121,10 @@ def grow(pools: Pools, capacity: int) -> None:
             raise
         new[: pool.shape[0]] = pool
         pools[layer] = new
-        if pool.device.type != "cuda":
-            continue
-        old.append(pool)
-        del pool
-        if sum(each.numel() for each in old) >= GIVE_BACK_BYTES:
-            old.clear()
-            give_back("cuda")
+        old.add(pool)
+        del pool, new
+        old.release()
+    old.close()
 
 
 def squeezed(pool: torch.Tensor, old: PageCodec, new: PageCodec) -> torch.Tensor:

@@ -114,7 +114,7 @@ class Moves:
         assert ready is not None
         if ward.moving is not None and slot.granted is not None:
             lease = slot.granted.lease
-        place = Placement(HOT, tuple(sorted(self._memory.shares_of(slot))), ready.setting)
+        place = Placement(HOT, tuple(sorted(self._memory.books.shares_of(slot))), ready.setting)
         self._memory.steward.moved(slot.name, place, lease, time.monotonic())
         reason = slot.granted.reason if slot.granted is not None else f"hot at {ready.setting}"
         self._scheduler.note("load", reason, slot, setting=ready.setting, lease_bytes=lease)
@@ -162,7 +162,7 @@ class Moves:
                 self._scheduler.set_state(slot, "hot", "could not sleep")
             raise
         if print_ is not None and before.devices:
-            for device, share in self._memory.shares_of(slot).items():
+            for device, share in self._memory.books.shares_of(slot).items():
                 if device != HOST:  # weights on a CPU stay where they are
                     self._memory.ledger.hold(slot.name, device, self._rest(print_, share))
         return Placement(ASLEEP, before.devices, before.setting), 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 HOT, ASLEEP, COLD = "hot", "asleep", "cold"
 HOST = "cpu"
@@ -100,9 +101,9 @@ class Demand:
         return max(self.floor(rung), rung.nbytes(self.tokens, self.sequences))
 
 
-@dataclass(frozen=True)
-class Choice:
-    """One way to hold one model. `shares`: bytes on each device; `cost`: seconds of delay per second, KL included."""
+class Choice(NamedTuple):
+    """One way to hold one model. `shares`: bytes on each device; `cost`: seconds of delay per second, KL included.
+    A tuple because a plan of many models makes thousands of them."""
 
     model: str
     residency: str

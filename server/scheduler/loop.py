@@ -358,7 +358,7 @@ class Scheduler:
             slot.stage, slot.fraction = message.stage, message.fraction
         elif isinstance(message, messages.Footprint):
             slot.footprint = message
-            self.memory.footprint(slot, message)
+            self.memory.books.footprint(slot, message)
         elif isinstance(message, messages.Ready):
             self._take_ready(slot, message)
         elif isinstance(message, messages.LoadFailed):

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from server.aio import within
 from server.config import ModelSettings
+from server.scheduler.books import Books
 from server.scheduler.carry_out import Moves
 from server.scheduler.demand import COLD, HOST, HOT, Device, Placement, Plan
 from server.scheduler.dry_run import ledger_for, wishes_for
@@ -32,7 +33,6 @@ from server.scheduler.patient import PatientReader
 from server.scheduler.planner import PATIENT_S, plan
 from server.scheduler.slots import Slot
 from server.scheduler.steward import FREEING, Action, Steward
-from server.worker import messages
 
 if TYPE_CHECKING:
     from server.scheduler.loop import Scheduler
@@ -59,6 +59,7 @@ class MemoryManager:
         state = Path(scheduler.settings.server.state_dir or ".spectral")
         self.measured = Measured(state / "measured.json")
         self.moves = Moves(scheduler, self)
+        self.books = Books(self)
         self._pending: list[Action] = []
         self._grants: dict[str, asyncio.Future[Action]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -135,14 +136,7 @@ class MemoryManager:
         running = max(len(slot.streams) - slot.stats.queued, slot.stats.running)
         now = time.monotonic()
         self.steward.report(slot.name, now, running=running, waiting=waiting, kv_tokens=slot.stats.kv_tokens)
-        held, shares = self.ledger.of(slot.name), self.shares_of(slot)
-        for device in held.keys() & shares.keys():
-            holding, part = held[device], shares[device]
-            if not holding.expected:
-                kv, work = round(slot.stats.kv_bytes_allocated * part), holding.workspace
-                if slot.stats.reserved_bytes:
-                    work = max(0, round(slot.stats.reserved_bytes * part) - holding.weights - kv)
-                self.ledger.hold(slot.name, device, Holding(holding.weights, work, 0, kv))
+        self.books.report(slot)
         if self._pending or self.steward.due(now):  # most requests change nothing: the loop is not even woken
             self.look()
 
@@ -150,42 +144,12 @@ class MemoryManager:
         """Something may be due."""
         self._wake.set()
 
-    def footprint(self, slot: Slot, message: messages.Footprint) -> None:
-        """A worker's own report of its bytes."""
-        device = self.device_of(slot)
-        if device != HOST:
-            workspace = max(0, message.reserved_bytes - message.weights_bytes - message.kv_bytes)
-            sizes, shares = (message.weights_bytes, workspace, 0, message.kv_bytes), self.shares_of(slot)
-            for name, share in shares.items():
-                holding = Holding(*(round(size * share) for size in sizes))
-                self.ledger.hold(slot.name, name, holding, slot.worker.pid if slot.worker is not None else 0)
-            if len(shares) == 1:
-                self._measure_overhead(slot, device, message)
-        if message.host_bytes:
-            self.ledger.hold(slot.name, HOST, Holding(weights=message.host_bytes))
-        if slot.ready is not None and slot.ready.context_length != message.context_length:
-            slot.update_ready(context_length=message.context_length)
-
-    def _measure_overhead(self, slot: Slot, device: str, message: messages.Footprint) -> None:
-        """What a model takes beside weights and cache, at its largest; and what is left of that while it sleeps."""
-        holding = self.ledger.of(slot.name)[device]
-        if not holding.context:
-            return
-        ward = self.steward.wards[slot.name]
-        ward.residue = holding.context + (holding.workspace if not message.weights_bytes else 0)
-        work = max(holding.workspace, message.peak_bytes)
-        if message.weights_bytes:
-            account = self.ledger.accounts[device]
-            key = Measured.key(slot.settings, account.reading.name)
-            known = self.measured.get(key)
-            self.measured.put(key, overhead=max(holding.context + work, known.overhead if known is not None else 0))
-
     def hot(self, slot: Slot, seconds: float) -> None:
         """A load ended well: predictions give way to measures, and the worker gets its lease."""
-        ready, device = slot.ready, self.device_of(slot)
+        ready, device = slot.ready, self.books.device_of(slot)
         assert ready is not None
         settle = GPU_OVERHEAD if device != HOST else 0
-        for name, share in self.shares_of(slot).items():
+        for name, share in self.books.shares_of(slot).items():
             kv = round(slot.stats.kv_bytes_allocated * share)
             holding = Holding(round(ready.weights_bytes * share), kv=kv, settle=settle)
             self.ledger.hold(slot.name, name, holding, slot.worker.pid if slot.worker is not None else 0)
@@ -206,7 +170,7 @@ class MemoryManager:
 
     def remember_wake(self, slot: Slot, seconds: float) -> None:
         """How long a wake-up took, for the next plan."""
-        account = self.ledger.accounts[self.device_of(slot)]
+        account = self.ledger.accounts[self.books.device_of(slot)]
         self.measured.put(Measured.key(slot.settings, account.reading.name), wake_s=round(seconds, 3))
         self.adopt(slot)
 
@@ -216,22 +180,6 @@ class MemoryManager:
         if slot.name in self.steward.wards:
             self.steward.moved(slot.name, Placement(COLD), 0, time.monotonic())
         self.report(slot)
-
-    def device_of(self, slot: Slot) -> str:
-        """Where a model is, or is going."""
-        ward = self.steward.wards[slot.name]
-        place = ward.moving or ward.now
-        if place.devices:
-            return place.devices[0]
-        if slot.ready is not None and slot.ready.device != "cpu":
-            return "cuda:0" if slot.ready.device == "cuda" else slot.ready.device
-        return HOST
-
-    def shares_of(self, slot: Slot) -> dict[str, float]:
-        """The devices that a model lies on, and each one's part of its bytes."""
-        if slot.ready is not None and len(slot.ready.shares) > 1:
-            return slot.ready.shares
-        return {self.device_of(slot): 1.0}
 
     # ------------------------------------------------------------------------------------------ loads
 
@@ -287,7 +235,7 @@ class MemoryManager:
         if readings is None:  # the driver hangs: decisions rest on the last figures
             return
         for slot in self._scheduler.slots.values():
-            self._resident(slot)
+            self.books.resident(slot)
         for device, change in self.ledger.observe(readings, per_process=self.devices.trusts_processes).items():
             if device == HOST and not self.ledger.excess().get(HOST):
                 continue  # other programs' host memory comes and goes by the second
@@ -297,14 +245,6 @@ class MemoryManager:
                 self.moves.note_foreign(device, change, self.ledger.accounts[device].foreign)
         if self.ledger.excess():
             self.steward.changed()
-
-    def _resident(self, slot: Slot) -> None:
-        """A CPU worker's memory beside weights and cache, as the kernel counts it."""
-        holding = self.ledger.of(slot.name).get(HOST)
-        if holding is None or holding.expected or slot.worker is None or self.device_of(slot) != HOST:
-            return
-        rest = max(0, self.devices.resident(slot.worker.pid) - holding.weights - holding.kv)
-        self.ledger.hold(slot.name, HOST, Holding(holding.weights, rest, 0, holding.kv))
 
     def _decide(self) -> None:
         now = time.monotonic()

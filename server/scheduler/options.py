@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from server.scheduler.demand import ASLEEP, COLD, HOST, HOT, Choice, Demand, Device, Rung
+from server.scheduler.demand import ASLEEP, COLD, HOST, HOT, Choice, Demand, Device, Placement, Rung
 
 KL_SECONDS = 60.0
 """Seconds of delay that one nat of KL in every token of a request is worth: 0.01 nats against 0.6 s."""
@@ -42,6 +44,27 @@ def options(model: Demand, devices: Sequence[Device]) -> list[Choice]:
     return found
 
 
+def worth_having(found: Sequence[Choice], now: Placement) -> list[Choice]:
+    """Those that no other one beats in cost without taking more bytes, and those that are what is now. Of choices of
+    one place the later ones take fewer bytes; what takes none at all beats whatever costs more."""
+    free = min((choice.cost for choice in found if not choice.shares), default=math.inf)
+    best: dict[tuple[str, ...], float] = {}
+    kept = []
+    for choice in reversed(found):
+        place = tuple([name for name, _ in choice.shares])
+        if choice.cost < min(best.get(place, math.inf), free) or not place or is_now(choice, now):
+            kept.append(choice)
+            best[place] = min(choice.cost, best.get(place, math.inf))
+    return kept[::-1]
+
+
+def is_now(choice: Choice, now: Placement) -> bool:
+    """Whether a choice is what a model has now; asleep and cold ones are alike wherever they were."""
+    if choice.residency != now.residency:
+        return False
+    return now.residency != HOT or (choice.setting == now.setting and choice.devices == now.devices)
+
+
 def _traffic(model: Demand) -> float:
     return max(model.rate, IDLE_RATE) * model.priority
 
@@ -73,38 +96,55 @@ def switch_cost(model: Demand, residency: str, devices: tuple[str, ...], setting
     return DROP_S / HORIZON_S
 
 
+class _Way(NamedTuple):
+    """A setting with a lease, wherever it is. least: bytes below which the lease is not cut; wanted: what traffic wants
+    of this setting; quality: what its KL costs."""
+
+    rung: Rung
+    least: int
+    lease: int
+    wanted: int
+    quality: float
+
+
 def _hot(model: Demand, devices: Sequence[Device]) -> list[Choice]:
+    rungs, traffic, ways = _rungs(model), _traffic(model), []
+    for rung in rungs:
+        held, wanted = rung.nbytes(max(model.floor_tokens, model.held), model.floor_sequences), model.lease(rung)
+        ways.append(_Way(rung, held, max(held, wanted), max(1, wanted), rung.kl * KL_SECONDS))
+    if rungs and model.floor(rungs[-1]) < model.lease(rungs[-1]):
+        floor = model.floor(rungs[-1])
+        ways.append(ways[-1]._replace(least=floor, lease=floor))
     found = []
-    rungs = _rungs(model)
     for place in _places(model, devices, rungs):
-        for rung in rungs:
-            held = rung.nbytes(max(model.floor_tokens, model.held), model.floor_sequences)
-            wanted = _fit(model, place, rung, held, max(held, model.lease(rung)))
-            if wanted is not None:
-                found.append(wanted)
-        if rungs and model.floor(rungs[-1]) < model.lease(rungs[-1]):
-            lean = _fit(model, place, rungs[-1], model.floor(rungs[-1]), model.floor(rungs[-1]))
-            if lean is not None:
-                found.append(lean)
+        found += _at(model, place, ways, traffic)
     return found
 
 
-def _fit(model: Demand, place: Sequence[tuple[Device, float]], rung: Rung, least: int, lease: int) -> Choice | None:
-    """The choice of this place and setting with a lease: cut to the model's cap and the device, not below `least`."""
-    fixed = model.weights + model.overhead * len(place)
-    most = sum(device.budget for device, _ in place)
+def _at(model: Demand, place: Sequence[tuple[Device, float]], ways: Sequence[_Way], traffic: float) -> list[Choice]:
+    """The choices of one place: leases are cut to the model's cap and the devices."""
+    names = tuple([device.name for device, _ in place])
+    most = sum([device.budget for device, _ in place])
     most = most if model.max_bytes is None else min(most, model.max_bytes)
-    lease = max(least, min(lease, most - fixed))
-    if fixed + lease > most:
-        return None
-    shares = tuple((d.name, round((model.weights + lease) * part) + model.overhead) for d, part in place)
-    if any(size > device.budget for (device, _), (_, size) in zip(place, shares, strict=True)):
-        return None
-    names = tuple(device.name for device, _ in place)
-    waits = QUEUE_S * (1 - lease / max(1, model.lease(rung)))
-    cost = _traffic(model) * (rung.kl * KL_SECONDS + waits) + switch_cost(model, HOT, names, rung.name)
-    cost += sum(extra for name, extra in model.bias if name in names)
-    return Choice(model.name, HOT, shares, rung.name, rung.kl, lease, cost)
+    fixed = model.weights + model.overhead * len(place)
+    bias = sum([extra for name, extra in model.bias if name in names])
+    here = model.now.residency == HOT and model.now.devices == names
+    switch = 0.0 if here else switch_cost(model, HOT, names, "")  # elsewhere it is the same for every setting
+    found = []
+    for rung, least, lease, wanted, quality in ways:
+        lease = max(least, min(lease, most - fixed))
+        if fixed + lease > most:
+            continue
+        if len(place) == 1:
+            shares: tuple[tuple[str, int], ...] = ((names[0], fixed + lease),)
+        else:
+            shares = tuple((d.name, round((model.weights + lease) * part) + model.overhead) for d, part in place)
+            if any(size > device.budget for (device, _), (_, size) in zip(place, shares, strict=True)):
+                continue
+        moved = switch_cost(model, HOT, names, rung.name) if here else switch
+        cost = traffic * (quality + QUEUE_S * (1 - lease / wanted)) + moved + bias
+        found.append(Choice(model.name, HOT, shares, rung.name, rung.kl, lease, cost))
+    return found
 
 
 def _rungs(model: Demand) -> list[Rung]:

@@ -9,6 +9,7 @@ same input gives the same plan on any machine.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,6 +34,7 @@ class Search:
             for name, size in option.shares:
                 self.size[k, number[name]] = size
         self.budgets = np.array(list(budgets.values()), dtype=np.int64)
+        self._every = [np.arange(int(a), int(b)) for a, b in zip(self.first, self.first[1:], strict=False)]
         self._looks = 0
 
     def total(self, chosen: np.ndarray) -> float:
@@ -93,10 +95,11 @@ class Search:
             gain = self.cost[chosen][self.owner] - self.cost
             promise = worth[chosen][self.owner] - worth
             tried = np.flatnonzero(gain > EPSILON)
+            used = self.size[chosen].sum(0)
             for k in tried[np.argsort(-promise[tried], kind="stable")]:
                 if self._looks <= 0:
                     break
-                found = self._repair(chosen, int(k))
+                found = self._repair(chosen, used, int(k))
                 if found is not None:
                     chosen, moved = found, True
                     break
@@ -106,23 +109,24 @@ class Search:
         """In place: the cheapest move of a single model that fits, again and again."""
         while True:
             self._looks -= 1
-            now = chosen[self.owner]
-            saved = self.cost[now] - self.cost
-            fits = (self.size - self.size[now] <= self.budgets - used).all(1)
-            k = int(np.argmax(np.where(fits, saved, -np.inf)))
-            if not fits[k] or saved[k] <= EPSILON:
+            saved = self.cost[chosen][self.owner] - self.cost
+            better = np.flatnonzero(saved > EPSILON)  # few: only their bytes are looked at
+            change = self.size[better] - self.size[chosen[self.owner[better]]]
+            better = better[(change <= self.budgets - used).all(1)]
+            if not better.size:
                 return
+            k = int(better[np.argmax(saved[better])])
             used += self.size[k] - self.size[chosen[self.owner[k]]]
             chosen[self.owner[k]] = k
 
-    def _repair(self, chosen: np.ndarray, k: int) -> np.ndarray | None:
-        """The assignment with option k and what that displaces, if its cost is lower; else None."""
+    def _repair(self, chosen: np.ndarray, used: np.ndarray, k: int) -> np.ndarray | None:
+        """The assignment with option k and what that displaces, if its cost is lower; else None. `used`: bytes of each
+        device that `chosen` takes."""
         fixed = int(self.owner[k])
         gain = float(self.cost[chosen[fixed]] - self.cost[k])
-        before = self.total(chosen)
         trial = chosen.copy()
+        used = used + (self.size[k] - self.size[chosen[fixed]])
         trial[fixed] = k
-        used = self.size[trial].sum(0)
         while (over := used > self.budgets).any():
             step = self._relief(trial, used, int(np.argmax(over)), fixed, gain)
             if step is None:
@@ -132,20 +136,39 @@ class Search:
             used += self.size[step] - self.size[trial[other]]
             trial[other] = step
         self._step_up(trial, used)
-        return trial if self.total(trial) < before - EPSILON else None
+        return trial if self.total(trial) < self.total(chosen) - EPSILON else None
 
     def _relief(self, trial: np.ndarray, used: np.ndarray, device: int, fixed: int, most: float) -> int | None:
-        """The option that takes bytes from a device at the least cost per byte that is needed there."""
+        """The option that takes bytes from a device at the least cost per byte that is needed there; None where all
+        that is too many there cannot be freed for less than `most`, as far as can be seen now."""
         self._looks -= 1
-        now = trial[self.owner]
-        change = self.size - self.size[now]
-        freed = -change[:, device]
-        fits = change <= np.maximum(self.budgets - used, 0)
-        fits[:, device] = freed > 0
-        extra = self.cost - self.cost[now]
-        usable = fits.all(1) & (extra < most - EPSILON) & (self.owner != fixed)
-        if not usable.any():
+        # Few models lie on one device, and only their options are looked at.
+        there = [self._every[m] for m in np.flatnonzero(self.size[trial, device]) if m != fixed]
+        if not there:
             return None
+        k = np.concatenate(there)
+        now = trial[self.owner[k]]
+        extra, freed = self.cost[k] - self.cost[now], self.size[now, device] - self.size[k, device]
+        good = np.flatnonzero((freed > 0) & (extra < most - EPSILON))
+        change = self.size[k[good]] - self.size[now[good]]
+        change[:, device] = 0
+        good = good[(change <= np.maximum(self.budgets - used, 0)).all(1)]
         excess = int(used[device] - self.budgets[device])
-        rank = np.where(usable, extra / np.maximum(1, np.minimum(freed, excess)), np.inf)
-        return int(np.argmin(rank))
+        extra, freed = extra[good], freed[good]
+        if least_extra(extra, freed, excess) >= most - EPSILON:
+            return None
+        return int(k[good[np.argmin(extra / np.minimum(freed, excess))]])
+
+
+def least_extra(extra: np.ndarray, freed: np.ndarray, excess: int) -> float:
+    """A bound from below on what it costs to free so many bytes: the cheapest bytes of all options first, in parts and
+    as if a model could take several. extra: float64 [n]; freed: int64 [n], all above 0."""
+    price = np.maximum(extra, 0.0) / freed
+    order = np.argsort(price)
+    reach = np.cumsum(freed[order])
+    last = int(np.searchsorted(reach, excess))
+    if last == len(reach):
+        return math.inf
+    before = int(reach[last - 1]) if last else 0
+    whole = np.maximum(extra, 0.0)[order[:last]].sum()
+    return float(whole + price[order[last]] * (excess - before))

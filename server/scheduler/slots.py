@@ -68,7 +68,7 @@ class Slot:
             target = self.granted.target
             changes["device"] = target.devices[0]
             if len(target.devices) > 1:
-                changes["max_memory"] = {name: self.granted.needs[name] for name in target.devices}
+                changes["max_memory"] = {name: self.granted.weights[name] for name in target.devices}
             if self.setting is None and message.setting == "auto" and target.setting != "exact":
                 changes["setting"] = target.setting
         return msgspec.structs.replace(message, **{name: value for name, value in changes.items() if value is not None})

@@ -101,7 +101,8 @@ class Ward:
 class Action:
     """One thing to do. kind: lease (a smaller one), squeeze, sleep, evict; wake, load, move; grow (the lease), relax.
 
-    `target`: where the model is afterwards; `lease`: its KV bytes; `needs`: bytes by device that have to be free.
+    `target`: where the model is afterwards; `lease`: its KV bytes; `needs`: bytes by device that have to be free;
+    `weights`: those of them that are weights, for a model that is spread over several devices.
     """
 
     kind: str
@@ -110,6 +111,7 @@ class Action:
     lease: int
     reason: str
     needs: dict[str, int] = field(default_factory=dict)
+    weights: dict[str, int] = field(default_factory=dict)
 
     def expected(self) -> dict[str, int]:
         """Bytes by device beside the cache."""
@@ -257,7 +259,10 @@ class Steward:
     def _action(self, ward: Ward, choice: Choice, reason: str, now: float) -> Action | None:
         here, there = ward.now, choice.placement
         needs = dict(choice.shares) if choice.residency == HOT else {}
-        make = lambda kind, why: Action(kind, ward.name, there, choice.lease, why, needs)  # noqa: E731
+        # Weights and cache are divided alike, and every device has the whole overhead.
+        cache = {name: max(0, size - ward.facts.overhead) for name, size in needs.items()} if len(needs) > 1 else {}
+        weights = {name: ward.facts.weights * size // max(1, sum(cache.values())) for name, size in cache.items()}
+        make = lambda kind, why: Action(kind, ward.name, there, choice.lease, why, needs, weights)  # noqa: E731
         if there.residency == HOT:
             if here.residency == COLD:
                 return make("load", reason)

@@ -8,6 +8,7 @@ is changed within the engine (Engine.set_setting).
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from spectral.errors import SpectralError
 if TYPE_CHECKING:
     from spectral.engine.build import Built
     from spectral.engine.engine import Engine
+
+log = logging.getLogger("spectral.worker")
 
 PRESENT = (
     "running", "queued", "kv_bytes_allocated", "kv_bytes_used", "kv_tokens",
@@ -85,13 +88,16 @@ class Engines:
         return events
 
     def trim(self) -> None:
-        """Give back memory that no request uses; to the kernel too, as often as costs a twentieth of the time."""
+        """Give back memory that no request uses, to the driver or the kernel too; to the kernel as often as costs a
+        twentieth of the time."""
         from spectral.residency import give_back
 
         for engine in self.all:
             engine.trim()
         kind, now = self.current.loaded.device.type, time.monotonic()
-        if kind == "cpu" and now >= self._give_back_at:
+        if kind == "cuda":
+            give_back(kind)
+        elif now >= self._give_back_at:
             give_back(kind)
             took = time.monotonic() - now
             self._give_back_at = now + 20 * took
@@ -122,6 +128,23 @@ def _sum(a: types.EngineStats, b: types.EngineStats) -> types.EngineStats:
         else:
             total[name] = right if isinstance(right, str) else left + right
     return types.EngineStats(**total)
+
+
+class Preparation:
+    """What another setting needs, made on a thread of its own while requests run; then it comes into the inbox, and
+    the command is carried out between two steps. Whatever goes wrong here goes wrong there again, and is told there."""
+
+    def __init__(self, command: wire.SetSetting, engines: Engines, done: Callable[[Preparation], None]) -> None:
+        self.command = command
+        self._lanes, self._done = engines.current.lanes, done
+        threading.Thread(target=self._run, name="setting", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._lanes.prepare(self.command.setting)
+        except Exception as error:  # see above
+            log.debug("setting %s could not be prepared: %s", self.command.setting, error)
+        self._done(self)
 
 
 class Change:

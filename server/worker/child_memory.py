@@ -65,16 +65,16 @@ class MemoryControl:
         loaded = self._engines.current.loaded
         return {loaded.device, *loaded.layer_devices}
 
-    def watch(self, kv: int) -> int:
-        """The bytes that torch holds on the devices now. Remembers the most that tensors beside weights and a cache of
-        `kv` bytes held since the last look, if the cache stayed the same: one that grows holds old and new at once."""
+    def watch(self, kv: int) -> tuple[int, int]:
+        """The bytes that torch holds on the devices now; and the most that tensors beside weights and a cache of `kv`
+        bytes ever held between two looks at which the cache was the same: one that grows holds old and new at once."""
         from spectral.residency import peak_nbytes, reserved_nbytes
 
         peak = sum(peak_nbytes(device, anew=True) for device in self._devices)
         if kv == self._kv and not self.asleep:
             self._beside = max(self._beside, peak - self._engines.current.loaded.weights_nbytes - kv)
         self._kv = kv
-        return sum(map(reserved_nbytes, self._devices))
+        return sum(map(reserved_nbytes, self._devices)), self._beside
 
     def footprint(self, freed: int = 0, seconds: float = 0.0) -> wire.Footprint:
         """What this worker holds now."""
@@ -87,7 +87,6 @@ class MemoryControl:
             context_length=self._engines.current.context_length,
             weights_bytes=0 if self.asleep else loaded.weights_nbytes,
             reserved_bytes=sum(map(reserved_nbytes, self._devices)),
-            peak_bytes=self._beside,
             host_bytes=host,
             kv_bytes=self._engines.stats().kv_bytes_allocated,
             freed_bytes=freed,

@@ -92,8 +92,8 @@ def failed(request_id: str, error: Exception) -> wire.Failed:
     return wire.Failed(request_id, f"{type(error).__name__}: {error}", "internal_error")
 
 
-def stats(figures: types.EngineStats, reserved: int = 0) -> wire.Stats:
-    """A snapshot for the gateway; `reserved`: bytes that torch holds on the devices."""
+def stats(figures: types.EngineStats, reserved: int = 0, beside: int = 0) -> wire.Stats:
+    """A snapshot for the gateway; `reserved`, `beside`: bytes that torch holds on the devices."""
     return wire.Stats(
         running=figures.running,
         queued=figures.queued,
@@ -111,6 +111,7 @@ def stats(figures: types.EngineStats, reserved: int = 0) -> wire.Stats:
         preemptions=figures.preemptions,
         squeezes=figures.squeezes,
         reserved_bytes=reserved,
+        beside_bytes=beside,
     )
 
 

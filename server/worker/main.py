@@ -27,7 +27,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from server.worker import child_sessions, child_wire
 from server.worker import messages as wire
 from server.worker.channel import SocketChannel
-from server.worker.child_engines import Change, Engines
+from server.worker.child_engines import Change, Engines, Preparation
 from server.worker.child_load import import_libraries, load
 from server.worker.child_memory import COMMANDS, MemoryControl
 from server.worker.child_queue import QueueDeadlines
@@ -53,7 +53,7 @@ class Encoded:
     outcome: list[int] | Exception
 
 
-Inbox = queue.SimpleQueue["wire.ToWorker | Encoded | Change"]
+Inbox = queue.SimpleQueue["wire.ToWorker | Encoded | Change | Preparation"]
 
 
 class Writer:
@@ -168,6 +168,7 @@ class Worker:
         self._memory = MemoryControl(engines, engines.current.limits.max_kv_bytes, writer.send)
         self._queue = QueueDeadlines(engines, writer.send)
         self._encoding: dict[str, bool] = {}  # requests at the encoder, and whether they were cancelled meanwhile
+        self._preparing = 0
         self._stop_at: float | None = None
         self._trim_at: float | None = None  # when the cache's unused memory is given back
         self._stats_at = 0.0
@@ -196,7 +197,7 @@ class Worker:
         else:
             self._trim_at = time.monotonic() + IDLE_TRIM_S
 
-    def _next(self) -> wire.ToWorker | Encoded | Change:
+    def _next(self) -> wire.ToWorker | Encoded | Change | Preparation:
         """The next message, however long it takes to come."""
         if self._trim_at is not None:
             try:
@@ -212,7 +213,7 @@ class Worker:
         if not self._engines.has_work and self._inbox.empty():
             if self._stop_at is None:
                 self._handle(self._next())
-            elif self._encoding:
+            elif self._encoding or self._preparing:
                 try:
                     self._handle(self._inbox.get(timeout=max(0.0, self._stop_at - time.monotonic())))
                 except queue.Empty:
@@ -221,9 +222,9 @@ class Worker:
             self._handle(self._inbox.get())
         if self._stop_at is None:
             return True
-        return time.monotonic() < self._stop_at and (self._engines.has_work or bool(self._encoding))
+        return time.monotonic() < self._stop_at and (self._engines.has_work or bool(self._encoding or self._preparing))
 
-    def _handle(self, message: wire.ToWorker | Encoded | Change) -> None:
+    def _handle(self, message: wire.ToWorker | Encoded | Change | Preparation) -> None:
         if isinstance(message, wire.Submit):
             self._queue.add(message)
             self._submit(message)
@@ -240,8 +241,13 @@ class Worker:
         elif isinstance(message, Change):
             self._writer.send(*message.apply())
             self._report()
-        elif isinstance(message, COMMANDS):
-            self._writer.send(*self._memory.handle(message))
+        elif isinstance(message, wire.SetSetting) and self._engines.has_work:
+            self._preparing += 1
+            Preparation(message, self._engines, self._inbox.put)
+        elif isinstance(message, (Preparation, *COMMANDS)):
+            self._preparing -= isinstance(message, Preparation)
+            command = message.command if isinstance(message, Preparation) else message
+            self._writer.send(*self._memory.handle(command))
             self._report()
         elif isinstance(message, child_sessions.COMMANDS):
             self._writer.send(child_sessions.handle(self._engines, message))
@@ -305,7 +311,7 @@ class Worker:
         self._queue.look()
         self._stats_at = time.monotonic() + STATS_EVERY_S
         figures = self._engines.stats()
-        self._writer.send(child_wire.stats(figures, self._memory.watch(figures.kv_bytes_allocated)))
+        self._writer.send(child_wire.stats(figures, *self._memory.watch(figures.kv_bytes_allocated)))
 
 
 def serve(channel: SocketChannel, ahead: bool = False) -> int:

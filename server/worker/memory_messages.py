@@ -40,14 +40,12 @@ class Wake(msgspec.Struct, tag="wake", frozen=True):
 
 class Footprint(msgspec.Struct, tag="footprint", frozen=True):
     """What a worker holds, after a memory command. Bytes; `reserved_bytes`: all that torch holds on the device;
-    `peak_bytes`: the most of them beside weights and cache; `host_bytes`: weights that sleep. `freed_bytes` and
-    `seconds` are the command's."""
+    `host_bytes`: weights that sleep. `freed_bytes` and `seconds` are the command's."""
 
     lease: int | None = None
     context_length: int = 0
     weights_bytes: int = 0
     reserved_bytes: int = 0
-    peak_bytes: int = 0
     host_bytes: int = 0
     kv_bytes: int = 0
     freed_bytes: int = 0

@@ -319,7 +319,7 @@ class Stats(msgspec.Struct, tag="stats", frozen=True):
     """A snapshot, about once a second while there is work and after each change to idle. Counters since the start.
 
     `prefix_asked`, `prefix_reused`: prompt tokens, and those that an earlier prompt had left in the cache.
-    `reserved_bytes`: all that torch holds on GPUs.
+    `reserved_bytes`: all that torch holds on GPUs; `beside_bytes`: the most of it beside weights and cache.
     """
 
     running: int = 0
@@ -338,7 +338,7 @@ class Stats(msgspec.Struct, tag="stats", frozen=True):
     preemptions: int = 0
     squeezes: int = 0
     reserved_bytes: int = 0
-
+    beside_bytes: int = 0
 
 MemoryCommand = SetLease | SetSetting | Sleep | Wake
 Session = SaveSession | ResumeSession

@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from spectral.code_dispatch import codes_for
+from spectral.dispatch import kernels_for
 from spectral.engine.prefix import PrefixCache, block_length
 from spectral.engine.sequence import Sequence
 from spectral.engine.types import EngineLimits
 from spectral.errors import DamagedPages, OutOfPages, ProfileError, RequestError
 from spectral.pages import PageStore
 from spectral.parking import park, unpark
+from spectral.pools import squeeze_fill
 from spectral.rows import cut_row
 
 if TYPE_CHECKING:
@@ -195,12 +198,20 @@ class Lanes:
         )
 
     def prepare(self, setting: str) -> None:
-        """Make what a setting needs, so that `set_setting` is quick. Another thread may call it.
+        """Make what a setting needs, so that `set_setting` and the step after it are quick. Another thread may call it.
 
         Raises SettingError or ProfileError.
         """
-        setting = self._resolve(setting)
-        self._books = {setting: self._codebook(setting)}
+        setting, now = self._resolve(setting), self.current.store.codebook
+        book = self._codebook(setting)
+        if book is not None and coarser(now, book):
+            squeeze_fill(now.layers, book.layers)
+        for layer, codec in enumerate(book.layers if book is not None else ()):
+            shape = self._loaded.shape
+            group = shape.query_heads // shape.layers[layer].kv_heads
+            kernels_for(codec, book.window, group, next(self._loaded.model.parameters()).dtype)  # type: ignore[union-attr]
+            codes_for(codec)
+        self._books = {setting: book}
 
     def leave(self, sequence: Sequence) -> None:
         """A sequence ended or goes back to begin anew."""

@@ -89,9 +89,10 @@ def test_the_most_beside_weights_and_cache_is_told_without_what_a_growing_cache_
     monkeypatch.setattr("spectral.residency.reserved_nbytes", lambda device: 42)
     control = MemoryControl(Engines(build(loaded)), None, lambda *_: None)
     for kv in (100, 100, 400, 400, 400):  # the third look sees old and new pools together
-        assert control.watch(kv) == 42
-    assert control.footprint().peak_bytes == max(500 - 100, 700 - 400, 300 - 400)
+        found = control.watch(kv)
+    assert found == (42, max(500 - 100, 700 - 400, 300 - 400))
 
 
-def test_what_a_worker_reserves_between_commands_is_its_workspace_in_the_ledger() -> None:
-    assert child_wire.stats(NO_WORK, 77).reserved_bytes == 77
+def test_what_torch_holds_goes_with_every_report() -> None:
+    told = child_wire.stats(NO_WORK, 77, 7)
+    assert (told.reserved_bytes, told.beside_bytes) == (77, 7)

@@ -90,11 +90,38 @@ def test_a_model_with_accelerates_hooks_gives_the_same_tokens() -> None:
 def test_limits_become_accelerates() -> None:
     assert _placement(CPU, None) == {"device_map": None}
     assert _placement(torch.device("cuda:1"), None) == {"device_map": {"": torch.device("cuda:1")}}
-    limits = {"cuda:0": 5, "cuda:2": 7}
-    assert _placement(torch.device("cuda:0"), limits) == {"device_map": "auto", "max_memory": {0: 5, 2: 7}}
+    limits = {"cuda:0": 400, "cuda:1": 300, "cuda:2": 300}  # ten layers of 100: half of one more, and one to spare
+    found = _placement(torch.device("cuda:0"), limits, 10)
+    assert found == {"device_map": "sequential", "max_memory": {0: 550, 1: 350, 2: 1000}}
     with pytest.raises(ModelError, match="cuda"):
         load_model("demo-7m", max_memory={"cuda:0": 1 << 30, "cuda:1": 1 << 30})
     assert decode_choice(torch.device("cuda"), split=True) == "eager"
+
+
+@pytest.mark.parametrize("parts", [(0.3, 0.7), (0.5, 0.5), (0.72, 0.28), (0.2, 0.5, 0.3)])
+def test_layers_are_spread_as_they_were_planned(parts: tuple[float, ...]) -> None:
+    """accelerate's own division of a model of twelve layers, under the limits of a plan: within a layer of it."""
+    from accelerate import infer_auto_device_map, init_empty_weights
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    config = Qwen3Config(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=12, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, vocab_size=128, tie_word_embeddings=False,
+    )  # fmt: skip
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    sizes = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
+    total = sum(sizes.values())
+    layer = sum(size for name, size in sizes.items() if ".layers.0." in name)
+    wanted = {f"cuda:{number}": int(part * total) for number, part in enumerate(parts)}
+    limits = _placement(torch.device("cuda:0"), wanted, 12)["max_memory"]
+    places = infer_auto_device_map(model, max_memory=limits, no_split_module_classes=["Qwen3DecoderLayer"])
+    held = dict.fromkeys(limits, 0)
+    for name, size in sizes.items():
+        home = next(place for prefix, place in places.items() if name == prefix or name.startswith(f"{prefix}."))
+        held[home] += size
+    for device, size in held.items():
+        assert abs(size - wanted[f"cuda:{device}"]) <= 1.01 * layer, (held, wanted, layer)
 
 
 def test_the_script_that_compares_one_gpu_with_two_runs(tmp_path: Path) -> None:
