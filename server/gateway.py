@@ -63,6 +63,7 @@ class Generation:
         self.prompt_tokens = 0
         self.completion_tokens = 0
         self.kv_bytes = 0
+        self.cached_tokens = 0  # of the prompt, those whose cache was there
         self.finish_reasons: dict[int, str] = {}
         self._choices = submit.sampling.n
         self._field_names = field_names or {}
@@ -149,6 +150,8 @@ class Generation:
             raise self._failed(self._scheduler.worker_lost(self._slot))
         if item.reason == "cancelled":
             raise self._failed(self._scheduler.was_cancelled())
+        cached = item.usage.cached_tokens  # choices take over what one of them computed: the least is what was there
+        self.cached_tokens = min(self.cached_tokens, cached) if self.finish_reasons else cached
         self.finish_reasons[item.index] = item.reason
         self.completion_tokens += item.usage.completion_tokens
         if self._permit is not None:
@@ -194,7 +197,7 @@ class Generation:
         """Stop listening; cancel the request in the worker where it is not over. Safe to call twice."""
         if not self._closed:
             self._closed = True
-            self._notes["usage"] = self.usage
+            self._notes["usage"] = self.counts
             if self._permit is not None:
                 self._permit.release()
             self._scheduler.release(self._slot, self._stream, cancel=not self._over)
@@ -213,8 +216,13 @@ class Generation:
         return about if self._permit is None else {**about, **self._permit.headers}
 
     @property
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         """Token counts as the OpenAI API has them."""
+        return {**self.counts, "prompt_tokens_details": {"cached_tokens": self.cached_tokens}}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Tokens of the prompt and the answer, and both."""
         total = self.prompt_tokens + self.completion_tokens
         counts = {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens}
         return {**counts, "total_tokens": total}

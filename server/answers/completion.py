@@ -56,11 +56,13 @@ class Completions:
         ident = "cmpl-" + first.request_id
         return {"id": ident, "object": "text_completion", "created": first.created, "model": first.model}
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
         prompt = sum(generation.prompt_tokens for generation in self._generations)
         answer = sum(generation.completion_tokens for generation in self._generations)
         answer = 0 if self._body.max_tokens == 0 else answer
-        return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+        cached = sum(generation.cached_tokens for generation in self._generations)
+        counts = {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+        return {**counts, "prompt_tokens_details": {"cached_tokens": cached}}
 
     def _spectral(self) -> dict[str, Any]:
         held = sum(generation.kv_bytes for generation in self._generations)

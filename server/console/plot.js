@@ -1,6 +1,6 @@
 // Two small plots as SVG: logarithmic or linear axes, lines and points. What they show is in a table beside them as well.
 const SVG = "http://www.w3.org/2000/svg";
-const WIDTH = 480, HEIGHT = 300, LEFT = 58, RIGHT = 12, TOP = 12, BOTTOM = 40;
+const WIDTH = 480, HEIGHT = 300, LEFT = 58, RIGHT = 24, TOP = 12, BOTTOM = 40;
 
 function node(name, attributes, text) {
   const made = document.createElementNS(SVG, name);

@@ -151,6 +151,8 @@ def _call_schema(tools: list[Tool]) -> dict[str, Any]:
     definitions: dict[str, Any] = {}
     for place, tool in enumerate(tools):
         arguments = _moved(tool.function.parameters or _ANY_OBJECT, f"#/$defs/{place}.")
+        if arguments.get("properties"):  # a function takes the arguments that it declares
+            arguments.setdefault("additionalProperties", False)
         for kind in _DEFINITIONS:
             definitions |= {f"{place}.{name}": part for name, part in arguments.pop(kind, {}).items()}
         if f'"#/$defs/{place}."' in json.dumps([arguments, definitions]):  # it refers to itself as a whole

@@ -134,7 +134,8 @@ class EventTranslator:
         if isinstance(event, types.Finished):
             used = event.usage
             times = self.clock.finished(event.request_id, event.index)
-            usage = wire.Usage(used.prompt_tokens, used.completion_tokens, used.kv_bytes, used.setting, *times)
+            tokens = used.prompt_tokens, used.completion_tokens
+            usage = wire.Usage(*tokens, used.kv_bytes, used.setting, *times, cached_tokens=used.cached_tokens)
             return wire.Finished(event.request_id, event.index, event.reason, usage)
         if isinstance(event, types.Failed):
             self.clock.forget(event.request_id)

@@ -296,7 +296,7 @@ class Engine:
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         held = 0 if sequence.row is None else self.store.row_nbytes(sequence.row)
         setting = self.setting if sequence.lane is None else sequence.lane.setting
-        usage = Usage(sequence.prompt_length, sequence.answer.count, held, setting)
+        usage = Usage(sequence.prompt_length, sequence.answer.count, held, setting, sequence.cached)
         self._events.append(Finished(sequence.request_id, sequence.index, reason, usage))
         self.finished[reason] += 1
         name = self._session_of.get(sequence.request_id)

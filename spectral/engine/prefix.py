@@ -114,6 +114,8 @@ class PrefixCache:
             self._computing.setdefault(key, sequence)
         self.asked_tokens += sequence.prompt_length
         self.reused_tokens += blocks * self.block
+        if len(sequence.tokens) == sequence.prompt_length:  # else it finds its own pages again
+            sequence.cached = blocks * self.block
         return row
 
     def waits(self, sequence: Sequence) -> bool:

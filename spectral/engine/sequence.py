@@ -19,6 +19,7 @@ class Sequence:
         lane: its spectral.engine.lanes.Lane, from its first step on.
         row: its row in the lane's store, None while it waits. The row holds tokens[: row.length].
         parked: its row in host memory, to go on from; keep: tokens of it that are still right (None: all).
+        cached: tokens of the prompt that were not computed for it.
         started: it has left the queue once; resumed: its row did not begin as a prompt, so it makes no prefix entries.
         scores: log probabilities of the prompt's tokens by position, as far as they are computed; None: not wanted.
         keys: what spectral.engine.prefix knows it by; sampler: its SamplerState; answer: its Answer.
@@ -40,6 +41,7 @@ class Sequence:
     row: Any = None
     parked: Any = None
     keep: int | None = None
+    cached: int = 0
     started: bool = False
     resumed: bool = False
     scores: dict[int, Any] | None = None

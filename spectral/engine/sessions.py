@@ -85,7 +85,7 @@ class Sessions:
         self.forget(name)
         sequence.lane = lane
         lane.members += 1
-        sequence.parked, sequence.keep, sequence.resumed = shelved.parked, same, True
+        sequence.parked, sequence.keep, sequence.resumed, sequence.cached = shelved.parked, same, True, same
         self._lanes.parked_nbytes += shelved.parked.nbytes
 
     def save(self, name: Name, path: str | os.PathLike[str]) -> Path:

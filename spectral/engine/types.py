@@ -221,12 +221,16 @@ class EngineLimits:
 
 @dataclass(frozen=True)
 class Usage:
-    """What one choice used: tokens, the cache bytes that its row held at the end, and the setting that it ended at."""
+    """What one choice used: tokens, the cache bytes that its row held at the end, and the setting that it ended at.
+
+    cached_tokens: of the prompt, those whose cache was there already (an earlier prompt's, or its session's).
+    """
 
     prompt_tokens: int
     completion_tokens: int
     kv_bytes: int
     setting: str = ""
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,19 @@ def test_a_chat_goes_on_in_its_session_at_a_setting_of_its_own(client: openai.Op
     assert refused.value.param == "kv_quality.setting"
 
 
+def test_the_usage_tells_what_of_the_prompt_was_cached(client: openai.OpenAI) -> None:
+    numbers = " ".join(str(i * 7919 % 10007) for i in range(400))
+    turns: list[Any] = [{"role": "user", "content": f"Cached tokens: {numbers}"}]
+    found = []
+    for choices in (2, 1):  # the second of two choices takes over what the first computed, and that counts for nothing
+        answer = client.chat.completions.create(model=MODEL, messages=turns, max_tokens=1, n=choices)
+        assert answer.usage is not None and answer.usage.prompt_tokens_details is not None
+        found.append(answer.usage.prompt_tokens_details.cached_tokens)
+    assert found[0] == 0 and found[1] is not None and 512 <= found[1] < answer.usage.prompt_tokens
+    response = client.responses.create(model=MODEL, input=turns, max_output_tokens=1)
+    assert response.usage is not None and response.usage.input_tokens_details.cached_tokens == found[1]
+
+
 def test_model_list_names_the_demo(client: openai.OpenAI) -> None:
     assert MODEL in [model.id for model in client.models.list()]
 
