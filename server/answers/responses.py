@@ -134,7 +134,7 @@ class Responses:
             "output": list(self._output),
             "parallel_tool_calls": body.parallel_tool_calls,
             "previous_response_id": None,
-            "reasoning": {"effort": None, "summary": None},
+            "reasoning": {"effort": (body.reasoning or {}).get("effort"), "summary": None},
             "store": False,
             "temperature": body.temperature,
             "text": body.text.model_dump(by_alias=True) if body.text and body.text.format else _PLAIN,

@@ -97,7 +97,7 @@ async def _answer(request: Request, schema: type[OllamaChatRequest] | type[Ollam
     if asked.loads_only:
         return await _load(request, gateway, asked.model, named)
     held = asked.tool_use is not None and asked.tool_use.grammar is not None
-    generation = await gateway.open(named, request, {"grammar": "tools" if held else "format"})
+    generation = await gateway.open(named, request, {"grammar": "tools" if held else "format", "thinking": "think"})
     answer = Ollama(generation, asked)
     slot = gateway.scheduler.slot(named.model)
 

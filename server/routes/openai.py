@@ -21,13 +21,15 @@ from server.scheduler.slots import Slot
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
 _COMPLETION_NAMES = {"max_kl": "kv_quality.max_kl", "setting": "kv_quality.setting"}
-_RESPONSES_NAMES = {**_COMPLETION_NAMES, "messages": "input", "max_tokens": "max_output_tokens"}
+_CHAT_NAMES = {**_COMPLETION_NAMES, "thinking": "reasoning_effort"}
+_RESPONSES_NAMES = {**_COMPLETION_NAMES, "messages": "input", "thinking": "reasoning"}
+_RESPONSES_NAMES["max_tokens"] = "max_output_tokens"
 
 
 @router.post("/chat/completions", openapi_extra=body(schemas.ChatRequest), responses=streamed())
 async def chat_completions(request: Request) -> Response:
     """Chat, streamed or whole."""
-    return await _answer(request, schemas.ChatRequest, Chat, _COMPLETION_NAMES)
+    return await _answer(request, schemas.ChatRequest, Chat, _CHAT_NAMES)
 
 
 @router.post("/completions", openapi_extra=body(schemas.CompletionRequest), responses=streamed())

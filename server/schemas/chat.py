@@ -10,7 +10,7 @@ from pydantic import Field
 from server.errors import bad_request, unsupported
 from server.schemas.base import Harmless, Strict, json_object
 from server.schemas.fields import MAX_TOOLS, FunctionName, Limit, Text
-from server.schemas.sampling import COMMON_HARMLESS, OpenAIFields
+from server.schemas.sampling import COMMON_HARMLESS, Effort, OpenAIFields, without_thoughts
 from server.schemas.tools import ResponseFormat, Tool, ToolChoice, ToolUse, format_grammar
 from server.worker import messages as wire
 
@@ -77,7 +77,6 @@ class ChatRequest(OpenAIFields):
         "functions": lambda value: value == [],
         "function_call": lambda value: value in ("none", "auto"),
         "modalities": lambda value: value == ["text"],
-        "reasoning_effort": lambda value: value == "none",
     }
 
     messages: list[ChatMessage] = Field(min_length=1)
@@ -88,6 +87,7 @@ class ChatRequest(OpenAIFields):
     tools: list[Tool] = Field([], max_length=MAX_TOOLS)
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool = True
+    reasoning_effort: Effort | None = None
 
     @classmethod
     def prepare(cls, data: dict[str, Any]) -> dict[str, Any]:
@@ -109,6 +109,7 @@ class ChatRequest(OpenAIFields):
 
     def submit(self, request_id: str) -> wire.Submit:
         """The message to the worker. Raises ApiError 400."""
+        thinking = without_thoughts(self.reasoning_effort, "reasoning_effort")
         if self.top_logprobs is not None and not self.logprobs:
             raise bad_request("top_logprobs: needs logprobs to be true", "top_logprobs")
         wanted = (self.top_logprobs or 0) if self.logprobs else None
@@ -126,6 +127,7 @@ class ChatRequest(OpenAIFields):
             ),
             messages=[turn.to_wire(f"messages[{place}]") for place, turn in enumerate(self.messages)],
             tools=self.tool_use.described,
+            thinking=thinking,
             **self.service,
         )
 

@@ -65,7 +65,6 @@ _HINTS = {
     "shift": "an answer ends where the context is full; remove it",
     "suffix": "models here go on from a prompt and fill no gaps; say in the prompt what comes after",
     "template": "the model's own chat template is used; with raw the prompt is taken as it is",
-    "think": "a model that thinks does so as its chat template says; remove it",
     "truncate": "a prompt is never cut; shorten it",
     **dict.fromkeys(("width", "height", "steps"), _TEXT_ONLY),
 }
@@ -100,9 +99,11 @@ class Options(Strict):
         )
 
 
+Think = Annotated[bool | str, WithJsonSchema({"const": False, "description": "Without thoughts before the answer."})]
+
+
 class _Generating(Request):
     harmless: ClassVar[Harmless] = {
-        "think": lambda value: value is False,
         "truncate": lambda value: value is False,
         "shift": lambda value: value is False,
     }
@@ -113,6 +114,7 @@ class _Generating(Request):
     options: Options = Options()
     format: Format | None = None
     keep_alive: KeepAlive | None = Field(None, description="The model stays at least so long (seconds).")
+    think: Think | None = None
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
 
@@ -153,6 +155,13 @@ class _Generating(Request):
         if self.top_logprobs and not self.logprobs:
             raise bad_request("top_logprobs: needs logprobs to be true", "top_logprobs")
         return self.options.sampling(self._grammar(), self.top_logprobs if self.logprobs else None)
+
+    @property
+    def _thinking(self) -> bool | None:
+        """Raises ApiError 400."""
+        if self.think not in (None, False):
+            raise unsupported("think", "thoughts are a part of the answer here; only false, for none, is understood")
+        return None if self.think is None else False
 
     def _grammar(self) -> wire.Grammar | None:
         if self.format is None:
@@ -243,7 +252,9 @@ class OllamaChatRequest(_Generating):
         for place, turn in enumerate(turns):  # a tool's answer belongs to the calls before it, in their order
             if turn.role == "tool" and turn.tool_call_id is None:
                 turns[place] = wire.Message(turn.role, turn.content, [], _call_before(turns, place), turn.name)
-        return wire.Submit(request_id, "chat", sampling, turns, tools=self.tool_use.described)
+        return wire.Submit(
+            request_id, "chat", sampling, turns, tools=self.tool_use.described, thinking=self._thinking
+        )
 
 
 def _call_before(turns: list[wire.Message], place: int) -> str | None:
@@ -278,13 +289,14 @@ class OllamaGenerateRequest(_Generating):
 
     def submit(self, request_id: str) -> wire.Submit:
         """The message to the worker. Raises ApiError 400."""
-        sampling = self._sampling()
+        sampling, thinking = self._sampling(), self._thinking
         if self.raw:
             if self.system:
                 raise bad_request("system: has no place in a raw prompt; write it into the prompt", "system")
             return wire.Submit(request_id, "completion", sampling, prompt=self.prompt)
         turns = [wire.Message("system", self.system)] if self.system else []
-        return wire.Submit(request_id, "chat", sampling, [*turns, wire.Message("user", self.prompt)])
+        turns = [*turns, wire.Message("user", self.prompt)]
+        return wire.Submit(request_id, "chat", sampling, turns, thinking=thinking)
 
 
 class ShowRequest(Request):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 
 from server.errors import bad_request, unsupported
 from server.schemas.base import Harmless, JsonObject, Strict, json_object
 from server.schemas.fields import MAX_TOOLS, FunctionName, Limit, Text
-from server.schemas.sampling import COMMON_HARMLESS, SamplingFields
+from server.schemas.sampling import COMMON_HARMLESS, HINTS, SamplingFields, without_thoughts
 from server.schemas.tools import (
     Function,
     JsonSchema,
@@ -90,6 +90,11 @@ def _or_string(schema: dict[str, Any]) -> None:
     schema["anyOf"] = [{"type": "string", "minLength": 1}, items]
 
 
+Reasoning = Annotated[
+    dict[str, Any], WithJsonSchema({"properties": {"effort": {"const": "none"}}, "additionalProperties": False})
+]
+
+
 class ResponsesRequest(SamplingFields):
     """POST /v1/responses."""
 
@@ -97,7 +102,6 @@ class ResponsesRequest(SamplingFields):
         **{name: test for name, test in COMMON_HARMLESS.items() if name not in ("audio", "prediction", "store")},
         "truncation": lambda value: value == "disabled",
         "background": lambda value: value is False,
-        "reasoning": lambda value: value == {} or value == {"effort": "none"},
     }
 
     input: list[InputItem] = Field(min_length=1, json_schema_extra=_or_string)
@@ -109,6 +113,7 @@ class ResponsesRequest(SamplingFields):
     parallel_tool_calls: bool = True
     top_logprobs: int | None = Field(None, ge=0, le=20)
     include: list[Literal["message.output_text.logprobs"]] = Field([], max_length=8)
+    reasoning: Reasoning | None = None
     store: bool = Field(False, description="Taken as a wish: nothing is ever stored, and the answer says store: false.")
     stream_options: ResponsesStreamOptions | None = None
     user: str | None = None
@@ -154,6 +159,10 @@ class ResponsesRequest(SamplingFields):
         """The message to the worker. Raises ApiError 400."""
         if self.top_logprobs and not self.wants_logprobs:
             raise bad_request(f"top_logprobs: needs {LOGPROBS!r} in include", "top_logprobs")
+        asked = _plain(self.reasoning or {})
+        if asked.keys() - {"effort"}:
+            raise unsupported("reasoning", HINTS["reasoning"])
+        thinking = without_thoughts(asked.get("effort"), "reasoning")
         wanted = (self.top_logprobs or 0) if self.wants_logprobs else None
         grammar = self._grammar()
         if grammar is not None and self.tool_use:
@@ -165,6 +174,7 @@ class ResponsesRequest(SamplingFields):
             sampling=self.sampling(logprobs=wanted, max_tokens=self.max_output_tokens, grammar=grammar),
             messages=self._turns(),
             tools=self.tool_use.described,
+            thinking=thinking,
             **self.service,
         )
 

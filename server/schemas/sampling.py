@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 
+from server.errors import unsupported
 from server.schemas.base import Harmless, Request
 from server.schemas.fields import (
     MAX_TOKEN_ID,
@@ -49,8 +50,8 @@ HINTS = {
     "prediction": "a predicted answer is not used here; remove it",
     "previous_response_id": _NOTHING_KEPT,
     "prompt": "stored prompts are not there; send instructions and input",
-    "reasoning": "no effort can be set; a model that thinks does so as its chat template says; remove it",
-    "reasoning_effort": "no effort can be set; a model that thinks does so as its chat template says; remove it",
+    "reasoning": "the only effort is none, without thoughts; else a model thinks as its chat template says; remove it",
+    "reasoning_effort": "the only effort is none, without thoughts; else a model thinks as its chat template says",
     "service_tier": "there is one tier, auto; priority says who goes first",
     "store": _NOTHING_KEPT,
     "suffix": "models here go on from a prompt and fill no gaps; say in the prompt what comes after",
@@ -58,6 +59,16 @@ HINTS = {
     "web_search_options": "nothing is searched here; offer a tool of your own",
 }
 """What to do instead of a field that is refused."""
+Effort = Annotated[str, WithJsonSchema({"const": "none"})]
+
+
+def without_thoughts(effort: Any, param: str) -> bool | None:
+    """False where an effort of "none" is asked for, None where nothing is. Raises ApiError 400 for any other."""
+    if effort is None or effort == "none":
+        return None if effort is None else False
+    raise unsupported(param, HINTS["reasoning_effort"])
+
+
 _PASSED_ON = (
     "temperature",
     "top_p",

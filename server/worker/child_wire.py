@@ -42,6 +42,7 @@ def to_request(message: wire.Submit) -> types.GenerateRequest:
         priority=message.priority,
         setting=message.setting,
         session=message.session,
+        thinking=message.thinking,
     )
 
 

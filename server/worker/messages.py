@@ -53,7 +53,7 @@ class Submit(msgspec.Struct, tag="submit", frozen=True):
     `timeout_s`: it fails with deadline_exceeded if it has not ended by then. `max_kl`: how far the cache's setting may
     be from the exact cache (mean KL, nats); `setting`: which it is. `tenant`: on whose behalf; `cache_salt`: who shares
     prefixes and sessions with it. `priority`: higher ones run first. `session`: keep the cache under this name.
-    `queue_s`: it fails with queue_timeout if it has not begun by then.
+    `queue_s`: it fails with queue_timeout if it has not begun by then. `thinking` False: without thoughts before it.
     """
 
     request_id: str
@@ -70,6 +70,7 @@ class Submit(msgspec.Struct, tag="submit", frozen=True):
     setting: str | None = None
     session: str | None = None
     queue_s: float | None = None
+    thinking: bool | None = None
 
 
 class Tokenize(msgspec.Struct, tag="tokenize", frozen=True):

@@ -28,10 +28,13 @@ def tool_format(tokenizer: Any) -> str:
     return form_of(str(getattr(tokenizer, "chat_template", None) or ""))
 
 
-def encode_chat(tokenizer: Any, messages: list[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+def encode_chat(
+    tokenizer: Any, messages: list[Message], tools: Sequence[dict[str, Any]] = (), thinking: bool | None = None
+) -> list[int]:
     """Token ids of a conversation with the opening of the answer. Raises RequestError naming what the template refused.
 
-    "developer" is what newer clients call "system"; it becomes that where the template does not know it.
+    "developer" is what newer clients call "system"; it becomes that where the template does not know it. `thinking`
+    goes to templates that ask for it (`enable_thinking`); False is refused where the template opens thoughts anyway.
     """
     if not has_template(tokenizer):
         raise RequestError(
@@ -56,7 +59,8 @@ def encode_chat(tokenizer: Any, messages: list[Message], tools: Sequence[dict[st
     if tools and _READS_OWN.search(str(tokenizer.chat_template)) is None:
         _add_to_system(turns, tools)
     try:
-        ids = _template_ids(tokenizer, turns, list(tools) or None)
+        switch = {} if thinking is None else {_SWITCH: thinking}
+        ids = _template_ids(tokenizer, turns, list(tools) or None, switch)
     except TemplateFailed as error:
         bounded = error.kind in ("Timeout", "TooLong", "MemoryError", "Died")
         what = "was ended" if bounded else "refuses these messages"
@@ -69,7 +73,14 @@ def encode_chat(tokenizer: Any, messages: list[Message], tools: Sequence[dict[st
         raise RequestError(
             f"the model's chat template refuses these messages: {error}", param="messages", code="invalid_messages"
         ) from error
+    if thinking is False and str(tokenizer.decode(ids[-8:])).rstrip().endswith("<think>"):
+        raise RequestError(
+            "this model's chat template makes it think and has no switch for that; leave this out", param="thinking"
+        )
     return [int(i) for i in ids]
+
+
+_SWITCH = "enable_thinking"
 
 
 def _add_to_system(turns: list[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> None:
@@ -79,9 +90,11 @@ def _add_to_system(turns: list[dict[str, Any]], tools: Sequence[dict[str, Any]])
     turns[0]["tools"] = json.dumps([tool["function"] for tool in tools], ensure_ascii=False)
 
 
-def _template_ids(tokenizer: Any, turns: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[int]:
+def _template_ids(
+    tokenizer: Any, turns: list[dict[str, Any]], tools: list[dict[str, Any]] | None, switch: dict[str, bool]
+) -> list[int]:
     if is_jinja(tokenizer):
-        text = render_chat(tokenizer, turns, tools)
+        text = render_chat(tokenizer, turns, tools, switch)
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
     found: list[int] = tokenizer.apply_chat_template(
@@ -105,7 +118,7 @@ def encode_prompt(tokenizer: Any, request: GenerateRequest, vocab_size: int) -> 
             start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
             ids = [] if start is None else [int(start)]
     elif request.is_chat:
-        ids = encode_chat(tokenizer, [m for m in prompt if isinstance(m, Message)], request.tools)
+        ids = encode_chat(tokenizer, [m for m in prompt if isinstance(m, Message)], request.tools, request.thinking)
     else:
         ids = [i for i in prompt if isinstance(i, int) and not isinstance(i, bool)]
         if len(ids) != len(prompt):

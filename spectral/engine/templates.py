@@ -16,7 +16,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from spectral.engine.template_child import LENGTH
@@ -161,13 +163,18 @@ RENDERER = Renderer()
 atexit.register(RENDERER.close)
 
 
-def render_chat(tokenizer: Any, turns: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
-    """A conversation as the tokenizer's template writes it, with the opening of the answer. Raises TemplateFailed,
-    or what a tokenizer raises that has no template of its own kind."""
+def render_chat(
+    tokenizer: Any,
+    turns: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None,
+    switches: Mapping[str, bool] = MappingProxyType({}),
+) -> str:
+    """A conversation as the tokenizer's template writes it, with the opening of the answer. `switches`: variables that
+    some templates ask for. Raises TemplateFailed, or what a tokenizer raises that has no template of its own kind."""
     template = tokenizer.get_chat_template(None, tools)
     plain = [{name: value for name, value in turn.items() if value is not None} for turn in turns]
     variables = {"messages": plain, "tools": tools, "documents": None, "add_generation_prompt": True}
-    return RENDERER.render(template, {**variables, **tokenizer.special_tokens_map})
+    return RENDERER.render(template, {**variables, **switches, **tokenizer.special_tokens_map})
 
 
 def is_jinja(tokenizer: Any) -> bool:

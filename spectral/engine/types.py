@@ -147,6 +147,7 @@ class GenerateRequest:
         setting: "exact" or a row of the profile's ladder, instead of the engine's; None for that one.
         session: a name under which the cache is kept in host memory when the answer has ended, for the next request
             with this name and a prompt that goes on from there.
+        thinking: False asks the chat template for an answer without thoughts before it; None leaves that to it.
     """
 
     request_id: str
@@ -160,6 +161,7 @@ class GenerateRequest:
     max_kl: float | None = None
     session: str | None = None
     setting: str | None = None
+    thinking: bool | None = None
 
     def __post_init__(self) -> None:
         if not self.request_id:

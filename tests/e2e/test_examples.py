@@ -17,7 +17,7 @@ from harness import ROOT, Server
 pytestmark = pytest.mark.e2e
 EXAMPLES = ROOT / "examples"
 PROGRAMS = {
-    "openai_client.py": ("openai", ["in form:  city=", "setting:", "KL"]),
+    "openai_client.py": ("openai", ["in form:  city=", "tool:     temperature city=", "then:", "setting:", "KL"]),
     "langchain_client.py": ("langchain_openai", ["ChatOpenAI, in form: city=", "ChatOllama, streamed:", "3 answers"]),
     "httpx_client.py": ("httpx", ["tokens, cache", "given up after: data:"]),
 }

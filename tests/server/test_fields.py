@@ -140,6 +140,24 @@ def test_our_own_fields_reach_the_worker(server: Running, path: str, body: dict[
 
 
 @pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": ECHO, "reasoning_effort": "none"}),
+        ("/v1/responses", {"input": "echo", "reasoning": {"effort": "none", "summary": None}}),
+        ("/api/chat", {"messages": ECHO, "think": False, "stream": False}),
+        ("/api/generate", {"prompt": "echo", "think": False, "stream": False}),
+    ],
+)
+def test_an_answer_without_thoughts_is_asked_for(server: Running, path: str, body: dict[str, Any]) -> None:
+    def thinking(body: dict[str, Any]) -> str:
+        text = server.client.post(path, json={"model": "demo", **body}).text.replace('\\"', '"')
+        return text.partition('"thinking":')[2].partition("}")[0]
+
+    assert thinking(body) == "false"
+    assert thinking({name: value for name, value in body.items() if name[:4] not in ("reas", "thin")}) == "null"
+
+
+@pytest.mark.parametrize(
     ("change", "param"),
     [
         ({"session": ""}, "session"),

@@ -90,3 +90,27 @@ def test_a_template_without_tools_refuses_them(tokenizer: Any, monkeypatch: pyte
     with pytest.raises(RequestError) as refused:
         encode_chat(tokenizer, [Message("user", "Rain?")], [TOOL])
     assert (refused.value.param, refused.value.code) == ("tools", "tools_not_supported")
+
+
+QWEN = """{% for m in messages %}{{ m.role }}:{{ m.content }}
+{% endfor %}{% if add_generation_prompt %}assistant:
+{% if enable_thinking is defined and enable_thinking is false %}<think>
+
+</think>
+{% endif %}{% endif %}"""
+
+
+def test_thoughts_are_left_out_where_the_template_has_a_switch(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = [Message("user", "Rain?")]
+
+    def written(thinking: bool | None) -> str:
+        return str(tokenizer.decode(encode_chat(tokenizer, turns, thinking=thinking)))
+
+    assert written(False) == written(None)  # the embedded model does not think
+    monkeypatch.setattr(tokenizer, "chat_template", QWEN)
+    assert "<think>" not in written(None) and written(False).endswith("<think>\n\n</think>\n")
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0].content }} <think>\n")
+    assert written(None).endswith("<think>")
+    with pytest.raises(RequestError, match="makes it think") as refused:
+        written(False)
+    assert refused.value.param == "thinking"
