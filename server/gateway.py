@@ -331,15 +331,16 @@ class Gateway:
         """A worker's answer to Tokenize. Raises ApiError, or ClientGone. `field_names`: see :meth:`open`."""
         slot, permit = self._admit(model, request)
         try:
-            return await unless_gone(request, self._tokenize(slot, message, field_names))
+            return await unless_gone(request, self._tokenize(slot, message, request, field_names))
         finally:
             if permit is not None:
                 permit.release()
 
     async def _tokenize(
-        self, slot: Slot, message: messages.Tokenize, field_names: dict[str, str]
+        self, slot: Slot, message: messages.Tokenize, request: Request, field_names: dict[str, str]
     ) -> messages.Tokenized:
-        worker = await self.scheduler.ensure(slot)
+        record = caller_of(request.scope).record
+        worker = await self.scheduler.ensure(slot, tenant="" if record is None else record.name)
         seconds = self.scheduler.settings.server.request_timeout_seconds
         stream = self.scheduler.submit(slot, worker, message, seconds)
         try:
@@ -365,7 +366,7 @@ class Gateway:
         field_names: dict[str, str] | None,
     ) -> Generation:
         # 0 is carried out by the interface that has it, when the answer is over.
-        worker = await self.scheduler.ensure(slot, getattr(body, "keep_alive", None) or None)
+        worker = await self.scheduler.ensure(slot, getattr(body, "keep_alive", None) or None, submit.tenant)
         ready = slot.ready
         if ready is None:  # the worker ended in the very moment after it was hot
             raise self.scheduler.worker_lost(slot)

@@ -98,20 +98,17 @@ class ClusterScheduler(Scheduler):
 
     # ------------------------------------------------------------------------------------------ requests
 
-    async def ensure(self, slot: Slot, keep_alive: float | None = None) -> WorkerProcess:
+    async def ensure(self, slot: Slot, keep_alive: float | None = None, tenant: str = "") -> WorkerProcess:
         """Wait until some node serves the model. The value stands for all of its replicas. Raises ApiError 429, 503."""
         if slot.state not in ("hot", "asleep"):
-            if slot.waiting >= slot.settings.limits.max_queue + slot.settings.limits.max_concurrency:
-                raise errors.queue_full("too many requests wait for this model to load")
-            slot.waiting += 1
-            self.metrics.waiting.labels(slot.name).set(slot.waiting)
-            self.agents.look()
             try:
-                await within(self.settings.server.load_wait_seconds, self._until_served(slot))
+                with slot.waits(tenant, 5):
+                    self.metrics.waiting.labels(slot.name).set(slot.waiting)
+                    self.agents.look()
+                    await within(self.settings.server.load_wait_seconds, self._until_served(slot))
             except asyncio.TimeoutError:
                 raise self._not_served(slot) from None
             finally:
-                slot.waiting -= 1
                 self.metrics.waiting.labels(slot.name).set(slot.waiting)
         return cast(WorkerProcess, self)
 

@@ -80,26 +80,24 @@ class Scheduler:
             while slot.settings.load == "startup" and slot.state not in ("hot", "failed"):
                 await slot.changed.wait()
 
-    async def ensure(self, slot: Slot, keep_alive: float | None = None) -> WorkerProcess:
+    async def ensure(self, slot: Slot, keep_alive: float | None = None, tenant: str = "") -> WorkerProcess:
         """The model's hot worker; starts one load for all who wait. `keep_alive`: seconds that the model stays hot
-        after this request, negative for ever, None as configured. Raises ApiError 429 or 503."""
+        after this request, negative for ever, None as configured; `tenant`: who asks. Raises ApiError 429 or 503."""
         self.memory.requested(slot, keep_alive)
         if slot.state == "hot" and slot.worker is not None:
             return slot.worker
-        if slot.waiting >= slot.settings.limits.max_queue + slot.settings.limits.max_concurrency:
-            wait = policy.retry_after(slot.state, slot.next_start - time.monotonic())
-            raise errors.queue_full("too many requests wait for this model to load", wait)
-        slot.waiting += 1
-        self.metrics.waiting.labels(slot.name).set(slot.waiting)
-        self.memory.report(slot)
         try:
-            return await within(self.settings.server.load_wait_seconds, self._until_hot(slot))
+            with slot.waits(tenant, policy.retry_after(slot.state, slot.next_start - time.monotonic())):
+                self._tell_waiting(slot)
+                return await within(self.settings.server.load_wait_seconds, self._until_hot(slot))
         except asyncio.TimeoutError:
             raise self._unavailable(slot) from None
         finally:
-            slot.waiting -= 1
-            self.metrics.waiting.labels(slot.name).set(slot.waiting)
-            self.memory.report(slot)
+            self._tell_waiting(slot)
+
+    def _tell_waiting(self, slot: Slot) -> None:
+        self.metrics.waiting.labels(slot.name).set(slot.waiting)
+        self.memory.report(slot)
 
     async def _until_hot(self, slot: Slot) -> WorkerProcess:
         while True:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
+from server import errors
 from server.config import ModelSettings
-from server.scheduler.admission import Admission, Room
+from server.scheduler.admission import SHARE, Admission, Room
 from server.scheduler.steward import Action
 from server.scheduler.stream import RequestStream
 from server.worker import messages
@@ -37,6 +41,7 @@ class Slot:
     stats: messages.Stats = field(default_factory=messages.Stats)
     streams: dict[str, RequestStream] = field(default_factory=dict)
     waiting: int = 0
+    line: Counter[str] = field(default_factory=Counter)  # those who wait for the model to be hot, by key
     pinned: bool = False
     profile: str | None = None  # the file of an activated profile, instead of the configured or shipped one
     setting: str | None = None  # chosen by hand, instead of the configured one
@@ -59,6 +64,26 @@ class Slot:
     def name(self) -> str:
         """The model's configured name."""
         return self.settings.name
+
+    @contextmanager
+    def waits(self, tenant: str, retry_after: int) -> Iterator[None]:
+        """One more waits for the model to be hot. Raises ApiError 429 where the line is full, or has no room left for a
+        key that has many in it: as in the queue of a hot model, one key alone fills two thirds of it."""
+        most, held = self.settings.limits.max_queue + self.settings.limits.max_concurrency, self.line[tenant]
+        if self.waiting >= most:
+            raise errors.queue_full("too many requests wait for this model to load", retry_after)
+        if tenant and held and held + 1 > max(1, SHARE * (most - self.waiting)):
+            said = f"{held} requests of this key wait for this model, and the room that is left is for others too"
+            raise errors.queue_full(said, retry_after)
+        self.waiting += 1
+        self.line[tenant] += 1
+        try:
+            yield
+        finally:
+            self.waiting -= 1
+            self.line[tenant] -= 1
+            if not self.line[tenant]:
+                del self.line[tenant]
 
     def load_message(self) -> messages.Load:
         """What the worker is told to load: as configured, with what was chosen since, where the scheduler wants it."""

@@ -1,10 +1,12 @@
-"""A worker's queue has a deadline: who has not begun by then is told, instead of being worked on for nobody."""
+"""A worker's queues: who has not begun by a deadline is told, not worked on for nobody; tenants take turns."""
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from server.worker import messages as wire
 
@@ -12,6 +14,33 @@ if TYPE_CHECKING:
     from server.worker.child_engines import Engines
 
 CODE = "queue_timeout"
+T = TypeVar("T")
+
+
+class TurnQueue(Generic[T]):
+    """Items of several tenants, taken in turn: many of one do not hold up another's. For any threads."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, deque[T]] = {}  # in the order of their turns; none is empty
+        self._some = threading.Condition()
+
+    def put(self, item: T, tenant: str = "") -> None:
+        """Add an item behind the tenant's others; returns at once."""
+        with self._some:
+            self._lines.setdefault(tenant, deque()).append(item)
+            self._some.notify()
+
+    def get(self) -> T:
+        """The next item, however long it takes to come."""
+        with self._some:
+            while not self._lines:
+                self._some.wait()
+            tenant = next(iter(self._lines))
+            line = self._lines.pop(tenant)
+            item = line.popleft()
+            if line:
+                self._lines[tenant] = line  # behind the others
+            return item
 
 
 class QueueDeadlines:

@@ -30,7 +30,7 @@ from server.worker.channel import SocketChannel
 from server.worker.child_engines import Change, Engines, Preparation
 from server.worker.child_load import import_libraries, load
 from server.worker.child_memory import COMMANDS, MemoryControl
-from server.worker.child_queue import QueueDeadlines
+from server.worker.child_queue import QueueDeadlines, TurnQueue
 from spectral.engine import types
 from spectral.engine.templates import RENDERER
 from spectral.errors import ModelError, ProfileError, RequestError, SettingError
@@ -126,16 +126,16 @@ class Reader:
 
 
 class Encoder:
-    """Tokenizes long prompts one after another and puts the outcome into the inbox; answers Tokenize by itself."""
+    """Tokenizes long prompts, tenants in turn, and puts the outcome into the inbox; answers Tokenize by itself."""
 
     def __init__(self, engines: Engines, inbox: Inbox, writer: Writer) -> None:
         self._engines, self._inbox, self._writer = engines, inbox, writer
-        self._requests: queue.SimpleQueue[types.GenerateRequest | wire.Tokenize] = queue.SimpleQueue()
+        self._requests: TurnQueue[types.GenerateRequest | wire.Tokenize] = TurnQueue()
         threading.Thread(target=self._run, name="encoder", daemon=True).start()
 
     def put(self, request: types.GenerateRequest | wire.Tokenize) -> None:
         """Queue a request; returns at once."""
-        self._requests.put(request)
+        self._requests.put(request, request.tenant if isinstance(request, types.GenerateRequest) else "")
 
     def _run(self) -> None:
         while True:

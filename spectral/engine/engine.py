@@ -87,7 +87,7 @@ class Engine:
         self._grammars = GrammarCompiler(loaded.tokenizer, self.vocab_size, loaded.eos_token_ids)
         mode = decode_choice(loaded.device, decode, split=loaded.split)
         self.runner = Runner(loaded, None if mode == "eager" else DecodeGraphs(loaded, self.lanes.stores, mode))
-        self.scheduler = Scheduler(self.lanes, self.limits, decode_apart=mode != "eager")
+        self.scheduler = Scheduler(self.lanes, self.limits, decode_apart=mode != "eager", clock=clock)
         self.faults = Faults(self.lanes)
         self._live: dict[str, list[Sequence]] = {}
         self._session_of: dict[str, tuple[str, str]] = {}

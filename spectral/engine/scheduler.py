@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from spectral.engine.fairness import Fairness
 from spectral.engine.sequence import Sequence
 from spectral.engine.types import EngineLimits
 from spectral.errors import OutOfPages, RequestError
@@ -68,14 +70,17 @@ class Scheduler:
 
     A step is put together so:
     1. Every running sequence with one token to go decodes: streams never wait for prompts.
-    2. What is left of the token budget goes to prompts that have begun: the oldest first, so that it always advances,
-       then those with the least computed, so that short ones get through. Chunks end at multiples of `chunk` tokens
-       and are never cut to a budget: how a prompt is computed does not depend on what else runs, so neither does the
-       answer. `chunk` is so small that all decodes and one chunk fit into a step.
+    2. What is left of the token budget goes to prompts that have begun: the oldest of the tenant that was served the
+       least first, so that it always advances, then that tenant's others and the other tenants', each with the least
+       computed first, so that short ones get through. Chunks end at multiples of `chunk` tokens and are never cut to
+       a budget: how a prompt is computed does not depend on what else runs, so neither does the answer. `chunk` is so
+       small that all decodes and one chunk fit into a step.
     3. Then waiting sequences are admitted while there is concurrency for them and their tokens' bytes fit. The order:
-       priority; those that ran already; the tenant that has been served the fewest tokens; arrival. Whose prefix is
+       priority; the tenant that has been served the fewest tokens; those that ran already; arrival. Whose prefix is
        being computed by another waits for that.
-    4. A waiting sequence of higher priority takes the place of the running one of the lowest, which is parked.
+    4. A waiting sequence of higher priority takes the place of the running one of the lowest, which is parked; one of
+       a tenant with fewer places takes one of a tenant with more. Tenants that ask for much leave out steps, so that
+       those of others are short (rules 1 to 3 are for the rest): see spectral.engine.fairness.
     5. If the stores are out of pages: idle prefixes go, memory is trimmed; then the sequence of lowest priority, the
        newest of them, is parked in host memory. Nobody is admitted until another sequence has ended, or the two would
        take turns at it.
@@ -84,15 +89,22 @@ class Scheduler:
     `decode_apart`: decoding sequences run in a forward of their own, beside the prompts' (for CUDA graphs).
     """
 
-    def __init__(self, lanes: Lanes, limits: EngineLimits, *, decode_apart: bool = False) -> None:
-        self.lanes, self.limits, self._apart = lanes, limits, decode_apart
+    def __init__(
+        self,
+        lanes: Lanes,
+        limits: EngineLimits,
+        *,
+        decode_apart: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.lanes, self.limits, self._apart, self._clock = lanes, limits, decode_apart, clock
         self.chunk = chunk_length(limits)
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.failed: list[tuple[Sequence, Exception]] = []
         self.preemptions = 0
-        self.served: Counter[str] = Counter()
-        """Tokens computed for each tenant that has sequences."""
+        self.fairness = Fairness(limits.max_concurrency)
+        self._began: float | None = None  # the step that was put together last
         self._blocked = False
 
     def room(self) -> int:
@@ -102,10 +114,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Put a new sequence into the queue."""
-        tenants = {s.tenant for s in (*self.running, *self.waiting)}
-        if sequence.tenant not in tenants:  # who was away does not come back with a claim to all that others had
-            self.served = Counter({tenant: self.served[tenant] for tenant in tenants})
-            self.served[sequence.tenant] = min(self.served.values(), default=0)
+        self.fairness.came(sequence.tenant, {s.tenant for s in (*self.running, *self.waiting)})
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -124,7 +133,11 @@ class Scheduler:
 
     def schedule(self) -> list[Part]:
         """The next step's forwards; none if nothing can run. Sequences that cannot run at all are left in `failed`."""
+        if self._began is not None and self.running:  # else it may have been idle since
+            self.fairness.took(self._clock() - self._began)
+        self._began = None
         self._displace()
+        self._let_in()
         searches = 0
         while True:
             work = self._choose()
@@ -139,8 +152,8 @@ class Scheduler:
                     self._relieve(error)
                     searches = 0
                 continue
-            for sequence, count in work:
-                self.served[sequence.tenant] += count
+            self.fairness.spend(work)
+            self._began = self._clock()
             return parts
 
     def _begin(self, work: list[tuple[Sequence, int]]) -> list[Part]:
@@ -163,16 +176,22 @@ class Scheduler:
     def _choose(self) -> list[tuple[Sequence, int]]:
         work: list[tuple[Sequence, int]] = []
         prompts: list[Sequence] = []
+        self.fairness.look(self.running, self.waiting)
         for sequence in self.running:
+            if self.fairness.leaves_out(sequence):
+                continue
             if sequence.pending == 1:
                 work.append((sequence, 1))
             else:
                 prompts.append(sequence)
         budget = self.limits.token_budget - len(work)
         if len(prompts) > 1:
-            prompts.sort(key=lambda s: s.order)
-            prompts[1:] = sorted(prompts[1:], key=lambda s: (s.row.length, s.order))
+            served = self.fairness.served
+            prompts.sort(key=lambda s: (served[s.tenant], s.order))
+            prompts[1:] = sorted(prompts[1:], key=lambda s: (served[s.tenant], s.row.length, s.order))
         for number, sequence in enumerate(prompts):
+            if number and self.fairness.leaves_out(sequence):
+                continue
             budget = self._take(work, sequence, budget, must=number == 0)
         while budget > 0 and self.waiting:
             admitted = self._admit()
@@ -186,6 +205,7 @@ class Scheduler:
         if count > budget and not must:
             return budget
         work.append((sequence, count))
+        self.fairness.takes(sequence)
         return budget - count
 
     # -- the queue -------------------------------------------------------------------------------------------------
@@ -193,8 +213,8 @@ class Scheduler:
     def _next(self) -> Sequence | None:
         """The waiting sequence whose turn it is."""
 
-        def turn(s: Sequence) -> tuple[int, bool, int, int]:
-            return -s.priority, not s.started, self.served[s.tenant], s.order
+        def turn(s: Sequence) -> tuple[int, int, bool, int]:
+            return -s.priority, self.fairness.served[s.tenant], not s.started, s.order
 
         for sequence in sorted(self.waiting, key=turn):
             try:
@@ -214,7 +234,7 @@ class Scheduler:
         searches = 0
         while not self._blocked and len(self.running) < self.limits.max_concurrency:
             sequence = self._next()
-            if sequence is None or (self.running and not self._fits(sequence)):
+            if sequence is None or self.fairness.leaves_out(sequence) or (self.running and not self._fits(sequence)):
                 return None
             try:
                 self.lanes.open(sequence)
@@ -257,6 +277,21 @@ class Scheduler:
                 return
             self.park(self._last())
             self._blocked = False
+
+    def _let_in(self) -> None:
+        """Tenants that ask for little do not wait for a place, nor behind the prompts of this step."""
+        self.fairness.look(self.running, self.waiting)
+        while self.running and self.waiting and not self._blocked and len(self.fairness.served) > 1:
+            sequence = self._next()
+            if sequence is None or not self.fairness.light(sequence) or self.fairness.leaves_out(sequence):
+                return
+            if len(self.running) >= self.limits.max_concurrency:
+                other = self.fairness.gives_way(sequence, self.running)
+                if other is None:
+                    return
+                self.park(other)
+            if self._admit() is None:
+                return
 
     def _last(self) -> Sequence:
         """Who gives way first: the lowest priority, the newest of them."""

@@ -2,6 +2,9 @@
 
     python -m tools.faults.chaos --minutes 30 --every 5 --clients 32 --models 2 --json bench/results/chaos.json
 
+Half of the faults meet a worker wherever it is; the others are aimed at the middle of a squeeze, of an activation of a
+profile, of falling asleep and of waking up (the last two of a model more, which no client asks).
+
 Exit status 0 where every promise held, 1 where one was broken; the report names it.
 """
 
@@ -15,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tools.faults.changes import COARSER, Changes
 from tools.faults.clients import Client, Tally, learn
 from tools.faults.injectors import Injector
 from tools.faults.prompts import References, make_prompts
@@ -30,17 +34,21 @@ SETTLE_S = 3.0
 async def chaos(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The whole run; its report. Raises Broken where the server cannot be started or the gateway ends."""
     settings = [options.settings[i % len(options.settings)] for i in range(options.models)]
-    rig = await Rig.start(folder, demo_models(settings))
+    models = demo_models([*settings, settings[0]])
+    rig = await Rig.start(folder, models)
     try:
-        names = [model["name"] for model in rig.config["models"]]
+        *names, resting = (model["name"] for model in models)
         prompts, references = make_prompts(options.prompts, options.seed), References()
-        await learn(rig.url, names, prompts, references)
+        await _learn(rig, names, prompts, references)
+        changes = Changes(rig, names, resting, options.seed)
+        await changes.prepare(folder)
         await _warm(rig, options, names, prompts, references)
         start = await quiet(rig)
         tally = Tally()
-        injector = Injector(rig, options.faults, options.seed)
-        seconds = await _storm(rig, options, injector, names, prompts, references, tally)
+        injector = Injector(rig, options.faults, options.seed, changes)
+        seconds = await _storm(rig, options, injector, changes, names, prompts, references, tally)
         began = time.monotonic()
+        await changes.restore()
         await rig.until(rig.idle, BACK_S, "every worker is back and idle after the last fault")
         back = time.monotonic() - began
         again = Tally()
@@ -55,6 +63,8 @@ async def chaos(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "faults": dict(injector.counts),
         "faults_by_state": dict(sorted(injector.states.items())),
+        "changes": dict(sorted(changes.answers.items())),
+        "changes_wrong": changes.wrong,
         "restarts": restarts,
         **figures(tally, seconds),
         "back_after_s": round(back, 2),
@@ -65,6 +75,15 @@ async def chaos(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
     held = promises(report)  # adds figures to the report
     return {**report, "promises": held}
+
+
+async def _learn(rig: Rig, names: list[str], prompts: Any, references: References) -> None:
+    """The right answers, at the coarser setting too."""
+    for setting in (COARSER, "auto"):
+        for name in names:
+            answer = await rig.client.post(f"/admin/models/{name}/setting", json={"setting": setting}, timeout=120)
+            answer.raise_for_status()
+        await learn(rig.url, names, prompts, references)
 
 
 async def _warm(rig: Rig, options: Any, names: list[str], prompts: Any, references: References) -> None:
@@ -81,10 +100,18 @@ async def _warm(rig: Rig, options: Any, names: list[str], prompts: Any, referenc
 
 
 async def _storm(
-    rig: Rig, options: Any, injector: Injector, names: list[str], prompts: Any, references: References, tally: Tally
+    rig: Rig,
+    options: Any,
+    injector: Injector,
+    changes: Changes,
+    names: list[str],
+    prompts: Any,
+    references: References,
+    tally: Tally,
 ) -> float:
     over, faults_over = asyncio.Event(), asyncio.Event()
-    clients = [Client(rig.url, names, prompts, references, tally, options.seed + i) for i in range(options.clients)]
+    seeds = range(options.seed, options.seed + options.clients)
+    clients = [Client(rig.url, names, prompts, references, tally, i, squeezed=changes.squeezed_in) for i in seeds]
     running = [asyncio.ensure_future(client.run(over)) for client in clients]
     hurting = asyncio.ensure_future(injector.run(options.every, faults_over))
     began, told = time.monotonic(), time.monotonic()
@@ -143,6 +170,7 @@ def promises(report: dict[str, Any]) -> dict[str, bool]:
     return {
         "every request had its end": not report["without_end"],
         "every answer was its own prompt's": not report["wrong"] and not report["afterwards"]["wrong"],
+        "every change was done or refused with its reason": not report["changes_wrong"],
         "every worker came back": report["back_after_s"] < BACK_S,
         "memory is within 2 % of its start": abs(grown) <= MEMORY_PART,
         "the server ended in good order": report["exit_status"] == 0,

@@ -7,6 +7,7 @@ import json
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,8 @@ from tools.faults.prompts import Prompt, References
 
 ANSWER_TOKENS = 24
 INTERFACES = ("chat stream", "chat", "responses stream", "ollama")
+Squeezed = Callable[[str, float, float], bool]
+"""Whether what a model's requests held was re-encoded between two times (monotonic seconds)."""
 LEAVES = 0.04
 """Part of the streams whose client goes away after a few events."""
 
@@ -54,11 +57,12 @@ class Client:
 
     def __init__(
         self, url: str, models: list[str], prompts: list[Prompt], references: References, tally: Tally, seed: int,
-        patience_s: float = 180.0, leaves: float = LEAVES,
+        patience_s: float = 180.0, leaves: float = LEAVES, squeezed: Squeezed | None = None,
     ) -> None:  # fmt: skip
         self._http = httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(patience_s), trust_env=False)
         self._models, self._prompts, self._references = models, prompts, references
         self._tally, self._random, self._leaves = tally, random.Random(seed), leaves
+        self._squeezed = squeezed
 
     async def run(self, over: asyncio.Event) -> None:
         """Until `over` is set; a request that is under way is waited for."""
@@ -92,6 +96,8 @@ class Client:
         if answer.text or answer.end == "done":
             whole = answer.end == "done"
             verdict = self._references.judge(model, answer.setting, prompt.number, answer.text, whole=whole)
+            if verdict == "other" and self._squeezed is not None and self._squeezed(model, began, began + took):
+                verdict = "re-encoded on its way"
             tally.judged[verdict] += 1
             if verdict in ("crossed", "other"):
                 tally.wrong.append({**facts, "verdict": verdict, "setting": answer.setting, "text": answer.text})

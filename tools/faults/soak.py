@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import dataclasses
 import random
 import sys
 import time
@@ -19,30 +18,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tools.faults.changes import variants
 from tools.faults.chaos import BACK_S, ask_all, figures, quiet
 from tools.faults.clients import Client, Tally, learn
 from tools.faults.injectors import Injector
 from tools.faults.prompts import References, make_prompts
-from tools.faults.rig import ROOT, Footprint, Rig, add_output_options, demo_models, provenance, report_of
+from tools.faults.rig import Footprint, Rig, add_output_options, demo_models, provenance, report_of
 
-PROFILE = ROOT / "profiles" / "demo-7m.safetensors"
 REFUSALS = (404, 409, 429, 503)
 """What an administrator may be told while others change the same model: not found, in use, too many, not now."""
 MEMORY_PART = 0.02
 STATE_BYTES = 64 << 20
 """Most that events (the last 50,000), the audit trail of a soak and the log beside them take."""
-
-
-def variants(count: int, folder: Path) -> list[bytes]:
-    """Profiles that encode as the shipped one does and are other files."""
-    from spectral.profile import SpectralProfile
-
-    shipped = SpectralProfile.load(PROFILE)
-    made = []
-    for number in range(count):
-        other = dataclasses.replace(shipped, provenance={**shipped.provenance, "corpus": f"soak {number}"})
-        made.append(other.save(folder / f"variant-{number}.safetensors").read_bytes())
-    return made
 
 
 class Administrator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import random
 
@@ -9,7 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server.config import ModelSettings
+from server.errors import ApiError
 from server.scheduler.admission import LONGEST_RETRY_S, UNKNOWN_RETRY_S, Admission, Refusal, Room
+from server.scheduler.slots import Slot
+from server.worker.child_queue import TurnQueue
 
 ROOM = Room(concurrency=4, queue=36)
 
@@ -156,3 +161,26 @@ def test_one_key_cannot_fill_the_queue_of_another() -> None:
         admission.enter(room, "h4", "heavy")
     admission.enter(room, "l0", "light")
     assert admission.total == 5
+
+
+def test_one_key_cannot_fill_the_line_of_those_who_wait_for_a_load() -> None:
+    slot = Slot(ModelSettings(name="m", path="m", limits={"max_concurrency": 2, "max_queue": 10}))  # type: ignore[arg-type]
+    with contextlib.ExitStack() as stack:
+        for _ in range(8):
+            stack.enter_context(slot.waits("heavy", 5))
+        with pytest.raises(ApiError, match="8 requests of this key") as refused, slot.waits("heavy", 5):
+            pass
+        assert refused.value.status == 429 and refused.value.retry_after == 5 and slot.waiting == 8
+        for name in ("a", "b", "", ""):
+            stack.enter_context(slot.waits(name, 5))
+        with pytest.raises(ApiError, match="too many requests wait"), slot.waits("c", 5):
+            pass
+    assert slot.waiting == 0 and not slot.line
+
+
+def test_long_prompts_are_prepared_for_keys_in_turn() -> None:
+    queue: TurnQueue[str] = TurnQueue()
+    for name in ("h1", "h2", "h3", "l1", "h4", "l2", "x1"):
+        queue.put(name, name[0])
+    assert [queue.get() for _ in range(7)] == ["h1", "l1", "x1", "h2", "l2", "h3", "h4"]
+    assert not queue._lines
