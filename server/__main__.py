@@ -33,6 +33,7 @@ SCHEMA_FILE = "config.schema.json"
 KEEP_ALIVE_S = 120
 """Idle connections are closed after so long: later than clients and proxies give them up (5 to 90 s), or now and then
 a request would be sent into a connection that is being closed, and have no answer."""
+Reload = Callable[[], Coroutine[Any, Any, None]]
 DEFAULT_URL = "http://127.0.0.1:8000"  # where `spectral chat` looks by itself
 
 
@@ -112,9 +113,11 @@ def _listen(host: str, port: int) -> socket.socket:
 class GracefulServer(uvicorn.Server):
     """uvicorn, but a handled signal ends the program with status 0, and streams still open at the end get an event."""
 
-    def __init__(self, config: uvicorn.Config, scheduler: Scheduler) -> None:
+    def __init__(self, config: uvicorn.Config, scheduler: Scheduler, reload: Reload | None = None) -> None:
         super().__init__(config)
-        self._scheduler = scheduler
+        self._scheduler, self._reload = scheduler, reload
+        self._reloading: asyncio.Task[None] | None = None
+        self._wanted = False
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Tell the workers to finish while the connections drain."""
@@ -129,20 +132,34 @@ class GracefulServer(uvicorn.Server):
         if again:
             self._scheduler.hurry()
 
+    def _hang_up(self) -> None:
+        """As daemons do: the configuration is read again, and once more where it is being read already."""
+        self._wanted = self._reload is not None and not self.should_exit
+        if self._wanted and (self._reloading is None or self._reloading.done()):
+            self._reloading = asyncio.get_running_loop().create_task(self._read_again())
+
+    async def _read_again(self) -> None:
+        while self._wanted and self._reload is not None:
+            self._wanted = False
+            await self._reload()
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Handle SIGINT and SIGTERM while serving."""
+        """Handle SIGINT, SIGTERM and SIGHUP while serving; what comes after the end is for nobody."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.handle_exit, number, None)
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup it is ignored
+            loop.add_signal_handler(signal.SIGHUP, self._hang_up)
         try:
             yield
         finally:
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(number)
+                signal.signal(number, signal.SIG_IGN)
 
 
 def _run(
@@ -175,7 +192,7 @@ async def _serve(app: FastAPI, settings: Settings, listener: socket.socket) -> i
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=round(settings.server.drain_seconds) + 3,
     )
-    server = GracefulServer(config, scheduler)
+    server = GracefulServer(config, scheduler, app.state.admin.reload_on_signal)
     announcing = asyncio.create_task(_announce(scheduler, settings, listener))
     try:
         await server.serve(sockets=[listener])

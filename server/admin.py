@@ -253,6 +253,14 @@ class Admin:
         self.events.add("config", "the configuration was read again", **found)
         return found
 
+    async def reload_on_signal(self) -> None:
+        """The same for SIGHUP; what is wrong goes to the log."""
+        try:
+            async with self.audited("SIGHUP", "config_reload", str(self.config_file or "")):
+                await self.reload()
+        except (errors.ApiError, StateUnusable) as error:
+            log.error("the configuration was not read again: %s", error)
+
     def memory(self) -> dict[str, Any]:
         """Who holds which bytes on which device: the ledger, with the setting of every cache beside its bytes."""
         view = self.scheduler.memory.vram()

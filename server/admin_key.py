@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, model_validator
 
 from server.config_memory import Section
+from spectral.files import read_regular
 from spectral.keyfile import hash_secret
 
 
@@ -37,8 +38,7 @@ class AdminKey(Section):
         if self.admin_key_file is None:
             return self.admin_key_hash
         try:
-            with open(self.admin_key_file, encoding="utf-8") as file:
-                secret = file.readline(10_000).strip()
+            secret = read_regular(self.admin_key_file, 1 << 20).decode("utf-8").partition("\n")[0].strip()
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is no text"
             raise ValueError(f"admin_key_file: {self.admin_key_file} cannot be read: {reason}") from None

@@ -95,6 +95,7 @@ class ProfileStore:
         """Take in an upload. `fingerprint`: the model's own, where it is known. Raises ApiError 409, 413 or 422."""
         name = ""
         try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # somebody may have tidied up
             descriptor, name = tempfile.mkstemp(prefix="incoming-", suffix=".safetensors", dir=self._folder)
             await self._write(descriptor, chunks)
             return await self.publish(model, Path(name), "upload", fingerprint)

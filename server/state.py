@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import logging
+import os
 import sqlite3
 import tempfile
 from collections.abc import Callable
@@ -34,6 +35,7 @@ class State:
         self._lock = lock
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="state")
         self._closed = False
+        self._place = self._where()
 
     @classmethod
     def open(cls, folder: str | None) -> State:
@@ -86,7 +88,10 @@ class State:
         try:
             self._connection.execute("BEGIN")  # not IMMEDIATE: reading goes on where nothing can be written
             try:
+                before = self._connection.total_changes
                 result = work(self._connection)
+                if self._connection.total_changes != before and self._where() != self._place:
+                    raise sqlite3.OperationalError("its file was taken away or replaced; restart the server")
                 self._connection.execute("COMMIT")
             except BaseException:
                 if self._connection.in_transaction:  # on a full disk SQLite has rolled back by itself
@@ -100,6 +105,14 @@ class State:
                 "Look at the disk's space, its mount and the file's permissions, then try again"
             ) from error
         return result
+
+    def _where(self) -> tuple[int, int] | None:
+        """Which file lies in the state's place: SQLite would go on writing to one that was removed."""
+        try:
+            found = os.stat(self.folder / FILE)
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
 
     def close(self) -> None:
         """Wait for what is being written and close the file. Safe to call twice."""

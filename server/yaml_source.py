@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from spectral.files import read_regular
+
 MAX_BYTES, MAX_VALUES = 4 << 20, 50_000
 
 
@@ -33,14 +35,11 @@ class _Loader(yaml.SafeLoader):
 
 
 class YamlSource:
-    """The decoded file in `data`, and where its values stand. Raises OSError, UnicodeDecodeError or YAMLError."""
+    """The decoded file in `data`, and where its values stand. Raises OSError (also where it has more than MAX_BYTES),
+    UnicodeDecodeError or YAMLError."""
 
     def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            raise TooMuch(f"it has more than {MAX_BYTES} bytes")
-        text = data.decode("utf-8")
+        text = read_regular(path, MAX_BYTES).decode("utf-8")
         try:
             self._root: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
             _check_size(self._root)

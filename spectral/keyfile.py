@@ -14,15 +14,15 @@ import re
 import secrets
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 from spectral.errors import SpectralError
-from spectral.files import write_atomically
+from spectral.files import read_regular, write_atomically
 
 PREFIX = "sk-spectral-"
 ROLES = ("user", "admin")
 FORMAT = 1
+MAX_BYTES = 64 << 20
 _LIMITS = ("requests_per_minute", "tokens_per_minute", "max_concurrency")
 
 
@@ -100,7 +100,7 @@ def hash_secret(secret: str) -> str:
 def load_keys(path: str | os.PathLike[str]) -> list[KeyRecord]:
     """All keys of a file, revoked ones too. Raises KeyFileError."""
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = json.loads(read_regular(path, MAX_BYTES).decode("utf-8"))
     except FileNotFoundError:
         raise KeyFileError(f"{path} does not exist; `spectral keys create NAME --file {path}` makes it") from None
     except (OSError, ValueError) as error:
