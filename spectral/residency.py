@@ -8,6 +8,7 @@ A model on the CPU has nothing to move.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import sys
 import threading
 import time
@@ -18,9 +19,12 @@ from typing import Any
 
 import torch
 
+from spectral.checks import checksum
 from spectral.errors import CacheError
 
 PREFAULT_THREADS = 8
+PIECE = 64 << 20
+"""Bytes of a checksum between two looks at whether it is still wanted: some milliseconds."""
 _DEPTH = 6
 """How deep tensors hide in the objects of a module: a quantization state has a state of its own."""
 
@@ -31,12 +35,16 @@ class Sleeper:
     Host memory is one pinned buffer, taken when the model goes to sleep and given back when it is awake (by a thread:
     the kernel takes longer to free it than the weights take to come back). CUDA graphs captured before a sleep point to
     addresses that are gone: capture them again.
+
+    Threads take a checksum of what sleeps and look at it again after the wake-up, which does not wait for them.
+    `damaged` is called where something changed in host memory: the weights that were copied back are wrong.
     """
 
-    def __init__(self, model: torch.nn.Module, kind: str = "cuda") -> None:
-        self._model, self._kind = model, kind
+    def __init__(self, model: torch.nn.Module, kind: str = "cuda", damaged: Callable[[], None] = lambda: None) -> None:
+        self._model, self._kind, self._damaged = model, kind, damaged
         self._asleep: list[tuple[torch.UntypedStorage, int, int]] = []
         self._host: torch.Tensor | None = None
+        self._sum: Summed | None = None
 
     @property
     def asleep(self) -> bool:
@@ -72,7 +80,7 @@ class Sleeper:
         synchronize(self._kind)
         for storage in storages:
             storage.resize_(0)
-        self._host = host
+        self._host, self._sum = host, Summed(host)
         give_back(self._kind)
         return total
 
@@ -90,10 +98,49 @@ class Sleeper:
                 storage.resize_(0)
             give_back(self._kind)
             raise
-        total, host = self._host.numel(), self._host
-        self._asleep, self._host = [], None
-        threading.Thread(target=_release, args=[[host]], name="host memory", daemon=True).start()
+        total, host, expected = self._host.numel(), self._host, self._sum.stop() if self._sum is not None else None
+        self._asleep, self._host, self._sum = [], None, None
+        held = [host]
+        del host
+        threading.Thread(target=self._release, args=[held, expected], name="host memory", daemon=True).start()
         return total
+
+    def _release(self, held: list[torch.Tensor], expected: bytes | None) -> None:
+        """Free a pinned buffer, the last reference to it: it is taken from the list."""
+        right = expected is None or Summed(held[0]).result() == expected
+        host = held.pop()
+        if torch.cuda.is_available():
+            torch.cuda.cudart().cudaHostUnregister(host.data_ptr())
+        if not right:
+            self._damaged()
+
+
+class Summed:
+    """A checksum of a buffer, taken by a thread of its own, piece by piece."""
+
+    def __init__(self, host: torch.Tensor) -> None:
+        self._stop = threading.Event()
+        self._found: bytes | None = None
+        self._thread = threading.Thread(target=self._run, args=[host], name="checksum", daemon=True)
+        self._thread.start()
+
+    def _run(self, host: torch.Tensor) -> None:
+        found = b""
+        for at in range(0, host.numel(), PIECE):
+            if self._stop.is_set():
+                return
+            found = hashlib.blake2b(found + checksum([host[at : at + PIECE]]), digest_size=16).digest()
+        self._found = found
+
+    def result(self) -> bytes | None:
+        """The checksum, when it is there; None where it was stopped before."""
+        self._thread.join()
+        return self._found
+
+    def stop(self) -> bytes | None:
+        """The checksum, None where it is not complete: then it is not taken."""
+        self._stop.set()
+        return self.result()
 
 
 def storages_of(model: torch.nn.Module, kind: str) -> Iterator[torch.UntypedStorage]:
@@ -150,13 +197,6 @@ def _pinned(size: int) -> torch.Tensor:
         if int(status) != 0:
             raise RuntimeError(f"cudaHostRegister failed with status {int(status)}")
     return host
-
-
-def _release(held: list[torch.Tensor]) -> None:
-    """Free a pinned buffer, the last reference to it: it is taken from the list."""
-    host = held.pop()
-    if torch.cuda.is_available():
-        torch.cuda.cudart().cudaHostUnregister(host.data_ptr())
 
 
 def synchronize(kind: str) -> None:

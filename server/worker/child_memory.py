@@ -6,6 +6,7 @@ Everything runs on the inference thread between two steps, so nothing reads the 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from server.worker.child_engines import Engines
 
 log = logging.getLogger("spectral.worker")
+EXIT_DAMAGED = 4
 COMMANDS = (wire.SetLease, wire.SetSetting, wire.Sleep, wire.Wake)
 
 
@@ -137,10 +139,16 @@ class MemoryControl:
             raise CacheError("requests run on this model; it cannot sleep")
         loaded = self._engines.current.loaded
         if self._sleeper is None:
-            self._sleeper = Sleeper(loaded.model, loaded.device.type if loaded.device.type != "cpu" else "cuda")
+            kind = loaded.device.type if loaded.device.type != "cpu" else "cuda"
+            self._sleeper = Sleeper(loaded.model, kind, _damaged)
         freed = sum(engine.trim(prefixes=True) for engine in self._engines.all)
         return [], freed + int(self._sleeper.sleep())
 
     def _wake(self) -> tuple[list[wire.ToParent], int]:
         return [], -int(self._sleeper.wake()) if self._sleeper is not None else 0
 
+
+def _damaged() -> None:
+    """Whatever this process answers is wrong: another one loads the weights from the disk."""
+    log.error("the weights were damaged in host memory while they slept; this worker ends")
+    os._exit(EXIT_DAMAGED)

@@ -7,7 +7,7 @@ The main thread loads the model and runs the engine; with nothing to do it waits
     profile  reads another profile, while requests go on under the one before
 
 Exit statuses: 0 after Shutdown, or when the gateway closed its end; 1 if the inference thread failed; 2 on bytes that
-are no message; 3 if the model cannot be loaded.
+are no message; 3 if the model cannot be loaded; 4 if its weights were damaged while they slept.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ class Scheduler:
         decode_apart: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.lanes, self.limits, self._apart, self._clock = lanes, limits, decode_apart, clock
+        self.lanes, self.limits, self._apart, self.clock = lanes, limits, decode_apart, clock
         self.chunk = chunk_length(limits)
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
@@ -134,7 +134,7 @@ class Scheduler:
     def schedule(self) -> list[Part]:
         """The next step's forwards; none if nothing can run. Sequences that cannot run at all are left in `failed`."""
         if self._began is not None and self.running:  # else it may have been idle since
-            self.fairness.took(self._clock() - self._began)
+            self.fairness.took(self.clock() - self._began)
         self._began = None
         self._displace()
         self._let_in()
@@ -153,7 +153,7 @@ class Scheduler:
                     searches = 0
                 continue
             self.fairness.spend(work)
-            self._began = self._clock()
+            self._began = self.clock()
             return parts
 
     def _begin(self, work: list[tuple[Sequence, int]]) -> list[Part]:

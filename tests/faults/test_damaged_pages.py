@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
+from server.worker import child_memory, main
+from spectral import residency
 from spectral.checks import checksum
 from spectral.errors import SessionError
 from spectral.parking import snapshot_tensors
@@ -85,3 +89,45 @@ def test_every_bit_counts_and_so_does_the_order(size: int) -> None:
     if size >= 2 * half:
         swapped = torch.cat([data[half : 2 * half], data[:half], data[2 * half :]])
         assert checksum([swapped]) != before
+
+
+def test_weights_that_were_damaged_while_they_slept_are_noticed_after_the_wake_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(residency, "PIECE", 4096)
+    model, noticed = torch.nn.Linear(100, 100), threading.Event()
+    sleeper = residency.Sleeper(model, "cpu", noticed.set)
+
+    def once(change: bool, *, known: bool = True) -> bool:
+        sleeper.sleep()
+        assert sleeper._sum is not None and sleeper._host is not None
+        if known:
+            sleeper._sum._thread.join()
+        else:
+            sleeper._sum._found = None
+        if change:
+            sleeper._host[20_000] ^= 1
+        sleeper.wake()
+        for thread in threading.enumerate():
+            if thread.name == "host memory":
+                thread.join(20)
+        return noticed.is_set()
+
+    before = model.weight.detach().clone()
+    assert not once(change=False) and torch.equal(model.weight, before)
+    assert not once(change=True, known=False), "woken before the checksum was taken"
+    assert once(change=True)
+
+
+def test_a_checksum_that_nobody_wants_any_more_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residency, "PIECE", 8)
+    summed = residency.Summed(torch.zeros(8 << 20, dtype=torch.uint8))
+    assert summed.stop() is None and not summed._thread.is_alive()
+
+
+def test_a_worker_with_damaged_weights_ends_and_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    child_memory._damaged()
+    assert ended == [child_memory.EXIT_DAMAGED]
+    assert f"{child_memory.EXIT_DAMAGED} if its weights were damaged" in (main.__doc__ or "")
