@@ -1,4 +1,4 @@
-"""A light key's answers alone, and beside a key that asks for four times what can be answered: one engine, its own time.
+"""A light key's answers alone, and beside a key that asks for four times what can be answered, in engine time.
 
     python bench/fairness.py [--seconds 40] [--light 0.1] [--seed 0] [--json FILE]
 
@@ -79,7 +79,7 @@ class Bench:
 
     def __init__(self, seed: int) -> None:
         self.clock, self._random = Clock(), random.Random(seed)
-        loaded = load_model(ROOT / "models" / "demo-7m")
+        loaded = load_model(str(ROOT / "models" / "demo-7m"))
         limits = EngineLimits(max_concurrency=PLACES, max_queue=QUEUE)
         built = build_engine(loaded, find_profile(loaded, None), setting="8x", limits=limits)
         built.engine.warm_up()
