@@ -94,3 +94,4 @@ def test_a_worker_that_is_hurt_while_it_loads_is_replaced(fault: signal.Signals)
         os.kill(pid, fault)
         server.until(lambda: not alive(pid), 20)
         server.until(lambda: server.ready()["demo"].get("pid", pid) != pid, 20)
+        assert server.client.get("/health").status_code == 200
