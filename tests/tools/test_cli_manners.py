@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -106,3 +108,17 @@ def test_the_package_can_be_run_as_a_program_and_shows_the_shipped_profile() -> 
     assert json.loads(shown.stdout)["ladder"]
     wrong = subprocess.run([*words[:-2], "absent"], env=env, capture_output=True, text=True, timeout=60)
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: profile absent.safetensors cannot be read")
+
+
+def test_ctrl_c_ends_a_command_without_a_word() -> None:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # a server that takes a request and says nothing
+        silent.settimeout(60)
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        words = [sys.executable, "-m", "spectral", "ps", "--url", url]
+        with subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            connection, _ = silent.accept()
+            with connection:
+                assert connection.recv(10)
+                process.send_signal(signal.SIGINT)
+                assert (*process.communicate(timeout=60), process.returncode) == ("", "", 130)
