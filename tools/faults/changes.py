@@ -44,7 +44,8 @@ class Changes:
     """
 
     def __init__(self, rig: Rig, busy: list[str], resting: str, seed: int) -> None:
-        self._rig, self._busy, self._resting, self._random = rig, busy, resting, random.Random(seed)
+        self.resting = resting
+        self._rig, self._busy, self._random = rig, busy, random.Random(seed)
         self._profiles: dict[str, str] = {}
         self._on: Counter[str] = Counter()
         self._squeezed: dict[str, list[tuple[float, float]]] = {}
@@ -62,7 +63,12 @@ class Changes:
 
     def model_for(self, phase: str) -> str:
         """Which model a phase is tried with."""
-        return self._resting if phase in ("sleep", "wake") else self._random.choice(self._busy)
+        return self.resting if phase in ("sleep", "wake") else self._random.choice(self._busy)
+
+    async def rouse(self, state: str) -> None:
+        """Wake the model that rests, where a fault met it asleep and it was let go of."""
+        if state in ("asleep", "cold"):
+            await self._send(self.resting, "wake", f"/admin/models/{self.resting}/wake")
 
     async def begin(self, phase: str, name: str) -> asyncio.Task[None]:
         """Start a change and wait until it is somewhere in its course; the rest of it, to be awaited."""
@@ -98,7 +104,7 @@ class Changes:
         for name in self._busy:
             await self._send(name, "relax", f"/admin/models/{name}/setting", {"setting": "auto"})
             await self._send(name, "activation", f"/admin/profiles/{name}/activate", {"profile": "shipped"})
-        await self._send(self._resting, "wake", f"/admin/models/{self._resting}/wake")
+        await self._send(self.resting, "wake", f"/admin/models/{self.resting}/wake")
 
     async def _send(self, name: str, what: str, path: str, body: dict[str, Any] | None = None) -> None:
         try:

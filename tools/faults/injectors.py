@@ -54,6 +54,7 @@ class Injector:
     async def _aim(self, changes: Changes) -> bool:
         """A fault in a change of a model that is hot; False where there is none."""
         models = await self._rig.models()
+        await changes.rouse(models.get(changes.resting, {}).get("state", ""))
         for phase in self._random.sample(PHASES, len(PHASES)):
             name = changes.model_for(phase)
             if models.get(name, {}).get("state") == "hot":
