@@ -3,6 +3,7 @@
     python bench/engine.py [--json FILE] [--rows cpu|gpu|all|leak,streams,...] [--requests 10000] [--rounds 3] [--check]
 
 Every row has the figure, what it was compared with in the same run, and the ratio; the file is written after each row.
+Rows of an earlier file that are not measured again stay in it, each with where it comes from.
 Rows of a GPU (bench/engine_gpu.py says which) need one, or run small on the CPU with --check. Those of a CPU run with
 the embedded demo model:
 
@@ -233,6 +234,16 @@ def choose(options: argparse.Namespace, parser: argparse.ArgumentParser) -> tupl
     return [name for name in names if name in ROWS], of_gpu
 
 
+def kept_rows(path: Path | None, measured: list[str]) -> list[Row]:
+    """The rows of an earlier file but for those measured now, each with its own provenance; none where there is no
+    file."""
+    if path is None or not path.is_file():
+        return []
+    before = json.loads(path.read_text(encoding="utf-8"))
+    origin = {name: value for name, value in before.items() if name != "rows"}
+    return [{"from": origin, **found} for found in before["rows"] if found["row"] not in measured]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, default=None)
@@ -246,12 +257,14 @@ def main() -> None:
     torch.set_num_threads(1)
     document: Row = {"rows": [], "seed": SEED, "rounds": options.rounds}
     document |= provenance("cuda:0" if of_gpu and not options.check else "cpu")
+    earlier = kept_rows(options.json, [*of_cpu, *of_gpu])
 
     def keep(result: Row) -> None:
         document["rows"].append(result)
         show(result)
         if options.json:
-            options.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+            whole = document | {"rows": [*document["rows"], *earlier]}
+            options.json.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
 
     if of_gpu:
         engine_gpu.run(options, of_gpu, keep, SEED)

@@ -8,6 +8,7 @@ one batch, through the kernels or the reference (spectral.dispatch); rows with m
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,8 +30,7 @@ READ_AHEAD = 8 << 20
 class DecodePlan:
     """Index tensors of a step's decode rows, shared by all layers of a kind.
 
-    token: [B] flattened index of each row's token; slot: [B]; write: [B] place in the window.
-    table: [B, m] page ids (0 where a row has fewer).
+    slot: [B]; write: [B] place in the window; table: [B, m] page ids (0 where a row has fewer).
     seal_*: rows whose oldest recent tokens become a page in this step: slot, place in the window, page id, and the
         page's index in its row. rows: [B] 0 .. B - 1, None for a single row; write_first: the first row's place.
     views: by group of windows, the first layer that was read ahead and what was read.
@@ -39,7 +39,6 @@ class DecodePlan:
     step, bias: what the kernels and the reference make of these; bias: [B, 1, 1, m*P + capacity], 0 or -inf.
     """
 
-    token: torch.Tensor
     slot: torch.Tensor
     write: torch.Tensor
     table: torch.Tensor
@@ -52,9 +51,14 @@ class DecodePlan:
     counts: list[int]
     firsts: list[int]
     lengths: list[int]
-    views: dict[int, tuple[int, torch.Tensor]] = field(default_factory=dict)
+    views: dict[int, tuple[int, tuple[torch.Tensor, ...]]] = field(default_factory=dict)
     step: StepTables | None = None
     bias: torch.Tensor | None = None
+
+    @cached_property
+    def flat_table(self) -> torch.Tensor:
+        """[B * m]"""
+        return self.table.flatten()
 
 
 @torch.no_grad()
@@ -77,10 +81,13 @@ def attend(
     Returns:
         [1, N, Hq, dv] in the query's dtype.
     """
+    singles = _singles(batch, query.device)
+    if singles.token is None:
+        return _decode(batch, layer, singles.index, query[0], key[0], value[0], scaling, softcap).unsqueeze(0)
     out = query.new_empty((query.shape[2], query.shape[1], value.shape[3]))  # [N, Hq, dv]
-    singles = [i for i, (_, count) in enumerate(batch.work) if count == 1]
-    if singles:
-        _decode(batch, layer, singles, query[0], key[0], value[0], out, scaling, softcap)
+    if singles.index:
+        q, k, v = (x[0].index_select(1, singles.token) for x in (query, key, value))
+        out.index_copy_(0, singles.token, _decode(batch, layer, singles.index, q, k, v, scaling, softcap))
     for i, (_, count) in enumerate(batch.work):
         if count > 1:
             span = slice(batch.starts[i], batch.starts[i] + count)
@@ -88,6 +95,25 @@ def attend(
                 batch, layer, i, query[:, :, span], key[0, :, span], value[0, :, span], scaling, softcap
             )
     return out.unsqueeze(0)
+
+
+@dataclass
+class Singles:
+    """A forward's decode rows: their `index` in its work; each one's `token` in the flattened order, None where there
+    are no other rows."""
+
+    index: list[int]
+    token: torch.Tensor | None
+
+
+def _singles(batch: StepBatch, device: torch.device) -> Singles:
+    found = batch.plans.get("singles")
+    if not isinstance(found, Singles):
+        index = [i for i, (_, count) in enumerate(batch.work) if count == 1]
+        starts = [batch.starts[i] for i in index]
+        token = None if len(index) == len(batch.work) else torch.tensor(starts, dtype=torch.long, device=device)
+        found = batch.plans["singles"] = Singles(index, token)
+    return found
 
 
 # -- decode -----------------------------------------------------------------------------------------------------------
@@ -113,7 +139,6 @@ def _decode_plan(batch: StepBatch, singles: list[int], window: ExactWindow, code
         return torch.tensor(values, dtype=torch.long, device=device)
 
     return DecodePlan(
-        token=column([batch.starts[i] for i in singles]),
         slot=column([row.slot for row in rows]),
         write=column([window.index(row.length) for row in rows]),
         table=table,
@@ -166,57 +191,47 @@ def _decode(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    out: torch.Tensor,
     scaling: float,
     softcap: float | None,
-) -> None:
-    """Decode rows: query [Hq, N, d], key/value [H, N, d]; writes out[token]."""
+) -> torch.Tensor:
+    """Decode rows `singles`: query [Hq, B, d], key [H, B, d], value [H, B, dv] -> [B, Hq, dv] in the query's dtype."""
     store = batch.store
     window, codec, pool = store.windows[layer], store.codebook.layers[layer], store.pools[layer]
     kind = f"decode:{window.sinks}:{window.ring}:{codec is None}"
     plan = batch.plans.get(kind)
     if not isinstance(plan, DecodePlan):
         plan = batch.plans[kind] = _decode_plan(batch, singles, window, codec)
-    heads = key.shape[0]
-    whole = len(singles) == query.shape[1]  # nothing but decode rows: no gather needed
-    q, k, v = (x if whole else x.index_select(1, plan.token) for x in (query, key, value))
-    count = q.shape[1]
-    new = torch.cat([k, v], -1).transpose(0, 1)  # [B, H, d + dv]
+    heads, count, width = key.shape
+    new = torch.cat([key, value], -1).transpose(0, 1)  # [B, H, d + dv]
     kernels = kernels_for(codec, store.codebook.window, query.shape[0] // heads, query.dtype)
     if kernels is not None and pool is not None and codec is not None:
         _keep(batch, layer, plan, new)
         if plan.seal_slot is not None:
             _seal(window, codec, pool, plan)
-        mixed = _decode_on_codes(kernels, window, pool, plan, q, k, v, scaling, softcap)
-        _put(out, plan, mixed, whole)
-        return
-    view = _window_view(batch, layer, plan, new)
+        return _decode_on_codes(kernels, window, pool, plan, query, key, value, scaling, softcap)
+    view = _window_view(batch, layer, plan, new).flatten(0, 1)  # [B * H, places, d + dv]
     if codec is not None and plan.seal_slot is not None:
         _seal(window, codec, pool, plan)
-    q = q.transpose(0, 1).reshape(count, heads, -1, q.shape[-1]).float() * scaling  # [B, H, G, d]
-    wk, wv = view.split([key.shape[-1], value.shape[-1]], -1)
-    scores = torch.matmul(q, wk.transpose(2, 3))
-    paged = plan.table.shape[1] if codec is not None else 0
-    if codec is not None and pool is not None and paged:
-        pages = codec.open(pool.index_select(0, plan.table.flatten()).view(count, paged, -1))
-        scores = torch.cat([pages.scores(q), scores], -1)
     if plan.bias is None:
         plan.bias = _bias(plan, window, codec)
-    weights = (softcapped(scores, softcap) + plan.bias).softmax(-1)
-    if codec is not None and paged:
-        cut = paged * codec.page_tokens
-        mixed = torch.matmul(weights[..., cut:], wv) + pages.mix(weights[..., :cut])
+    q = query.transpose(0, 1).reshape(count, heads, -1, width).float()  # [B, H, G, d]
+    keys, values = view.split_with_sizes([width, value.shape[2]], 2)
+    scores = torch.bmm(q.flatten(0, 1), keys.transpose(1, 2)).view(count, heads, -1, view.shape[1])
+    pages = None
+    if codec is not None and pool is not None and plan.table.shape[1]:
+        pages = codec.open(pool.index_select(0, plan.flat_table).view(*plan.table.shape, -1))
+        scores = torch.cat([pages.scores(q), scores], -1)
+    if softcap is None:
+        scores = torch.add(plan.bias, scores, alpha=scaling)
     else:
-        mixed = torch.matmul(weights, wv)
-    _put(out, plan, mixed.reshape(count, -1, mixed.shape[-1]).to(out.dtype), whole)
-
-
-def _put(out: torch.Tensor, plan: DecodePlan, mixed: torch.Tensor, whole: bool) -> None:
-    """The decode rows' answers [B, Hq, dv] to their tokens' places."""
-    if whole:
-        out.copy_(mixed)
+        scores = softcapped(scores * scaling, softcap) + plan.bias
+    weights = scores.softmax(-1)
+    if pages is None:
+        mixed = torch.bmm(weights.flatten(0, 1), values)
     else:
-        out.index_copy_(0, plan.token, mixed)
+        paged, recent = weights.split_with_sizes([scores.shape[3] - view.shape[1], view.shape[1]], 3)
+        mixed = torch.baddbmm(pages.mix(paged).flatten(0, 1), recent.flatten(0, 1), values)
+    return mixed.view(count, query.shape[0], -1).to(query.dtype)
 
 
 def _decode_on_codes(
@@ -261,14 +276,14 @@ def _window_view(batch: StepBatch, layer: int, plan: DecodePlan, new: torch.Tens
         window.write(plan.slot, plan.write, new)
         return window.read(plan.slot)
     group = store.groups[number]
-    first, views = plan.views.get(number, (0, None))
-    if views is None or not first <= at < first + len(views):
+    first, views = plan.views.get(number, (0, ()))
+    if not first <= at < first + len(views):
         most = max(1, READ_AHEAD // (4 * new.numel() * (window.sinks + window.ring)))
-        first, views = at, group.read(at, min(at + most, len(group.windows)), plan.slot)
+        first, views = at, group.read(at, min(at + most, len(group.windows)), plan.slot).unbind(0)
         plan.views[number] = first, views
     view = views[at - first]
     if plan.rows is None:
-        view[0, :, plan.write_first] = new[0].float()
+        view.select(2, plan.write_first).copy_(new)
     else:
         view[plan.rows, :, plan.write] = new.float()
     _keep(batch, layer, plan, new)

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from spectral.errors import SettingError
 from spectral.unit_codec import UnitCodec
@@ -98,11 +97,12 @@ class LayerCodec(torch.nn.Module):
         """The first m pages of B sequences, uint8 [B, m, page_nbytes], unpacked once for `scores` and `mix`."""
         batch, count = pages.shape[:2]
         flat = pages.flatten(0, 1)
+        parts = [flat] if len(self.units) == 1 else [flat[:, bounds] for bounds in self._bounds]
         opened = [
-            unit.coefficients(flat[:, bounds]).view(batch, count, self.page_tokens, unit.rank)
-            for unit, bounds in zip(self.units, self._bounds, strict=True)
+            unit.opened(part).view(batch, count * self.page_tokens, -1)
+            for unit, part in zip(self.units, parts, strict=True)
         ]
-        return OpenPages(self, opened)
+        return OpenPages(self, opened, count)
 
     def decode(self, pages: torch.Tensor, page: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """pages uint8 [n, page_nbytes], page [n] index in the sequence -> post-RoPE keys [n, H, P, d] and values
@@ -133,10 +133,11 @@ class LayerCodec(torch.nn.Module):
 
 @dataclass
 class OpenPages:
-    """Pages of B sequences, unpacked: `coefficients[unit]` is [B, m, P, R] float32."""
+    """m `pages` of B sequences, unpacked: `coefficients[unit]` is [B, m * P, R + 1] float32, the mean's last."""
 
     codec: LayerCodec
     coefficients: list[torch.Tensor]
+    pages: int
 
     def scores(self, query: torch.Tensor) -> torch.Tensor:
         """q . k for every token of the pages.
@@ -148,21 +149,25 @@ class OpenPages:
             [B, H, G, m * P] float32, not yet scaled.
         """
         frame, out = self.codec.frame, []
-        batch, pages, tokens, _ = self.coefficients[0].shape
-        blocks = frame.blocks(pages)
-        framed = frame.queries(query, blocks)  # [B, blocks, H, G, d]
-        per_block = frame.pages if frame.turns else pages
+        blocks = frame.blocks(self.pages)
+        whole, rest = divmod(self.pages, frame.pages) if blocks > 1 else (0, self.pages)
+        framed = frame.queries(query, blocks).permute(2, 0, 1, 3, 4)  # [H, B, blocks, G, d]
         for unit, y in zip(self.codec.units, self.coefficients, strict=True):
-            q = framed[:, :, slice(*unit.heads)]
-            latent = torch.matmul(q, unit.key_decode)  # [B, blocks, h, G, R]
-            mean = torch.matmul(q, unit.key_mean).flatten(2, 3).transpose(2, 3)  # [B, blocks, 1, h * G]
-            if blocks > 1 and pages % per_block:
-                y = F.pad(y, (0, 0, 0, 0, 0, blocks * per_block - pages))
-            y = y.reshape(batch, blocks, y.shape[1] * tokens // blocks, unit.rank)
-            score = torch.matmul(y, latent.flatten(2, 3).transpose(2, 3))  # by frequency: [B, blocks, pages * P, h * G]
-            score = torch.matmul(unit.dct.T, score.unflatten(2, (-1, tokens))) + mean[:, :, None]
-            score = score.flatten(1, 3)[:, : pages * tokens].transpose(1, 2)
-            out.append(score.unflatten(1, (-1, query.shape[2])))
+            q = framed if len(self.coefficients) == 1 else framed[slice(*unit.heads)]
+            heads, batch, _, group, _ = q.shape
+            latent = torch.bmm(q.flatten(1, 3), unit.key_basis)
+            latent = latent.view(heads, batch, blocks, group, -1).permute(1, 2, 0, 3, 4).flatten(2, 3)
+            parts = []  # by frequency, [B, h * G, tokens]
+            if whole:
+                cut = whole * frame.pages * unit.page_tokens
+                by_block = y[:, :cut].unflatten(1, (whole, -1)).transpose(2, 3)
+                parts.append(torch.matmul(latent[:, :whole], by_block).transpose(1, 2).flatten(2))
+                y = y[:, cut:]
+            if rest:
+                parts.append(torch.bmm(latent[:, whole], y.transpose(1, 2)))
+            score = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+            score = torch.mm(score.view(-1, unit.page_tokens), unit.dct)
+            out.append(score.view(batch, heads, group, -1))
         return out[0] if len(out) == 1 else torch.cat(out, 1)
 
     def mix(self, weight: torch.Tensor) -> torch.Tensor:
@@ -176,11 +181,12 @@ class OpenPages:
         """
         out = []
         for unit, y in zip(self.codec.units, self.coefficients, strict=True):
-            w = weight[:, slice(*unit.heads)]
-            by_frequency = torch.matmul(w.unflatten(3, (-1, unit.page_tokens)), unit.dct.T)
-            mixed = torch.matmul(by_frequency.flatten(3).flatten(1, 2), y.flatten(1, 2))  # [B, h * G, R]
-            value = torch.matmul(mixed.view(*w.shape[:3], unit.rank), unit.value_decode.transpose(1, 2))
-            out.append(value + w.sum(-1, keepdim=True) * unit.value_mean)
+            w = weight if len(self.coefficients) == 1 else weight[:, slice(*unit.heads)]
+            batch, heads, group, _ = w.shape
+            by_frequency = torch.mm(w.reshape(-1, unit.page_tokens), unit.inverse_dct)
+            mixed = torch.bmm(by_frequency.view(batch, heads * group, -1), y)  # [B, h * G, R + 1]
+            mixed = mixed.view(batch, heads, group, -1).transpose(0, 1).flatten(1, 2)
+            out.append(torch.bmm(mixed, unit.value_basis).view(heads, batch, group, -1).transpose(0, 1))
         return out[0] if len(out) == 1 else torch.cat(out, 1)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 
 class BlockFrame(torch.nn.Module):
@@ -47,6 +48,7 @@ class BlockFrame(torch.nn.Module):
         self._frequencies = np.zeros(0) if frequencies is None else np.asarray(frequencies, dtype=np.float64)
         self._device = torch.device(device)
         self._cos = self._sin = torch.zeros((0, self._frequencies.size), device=device)
+        self._queries: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._reserved = False
 
     @property
@@ -90,8 +92,22 @@ class BlockFrame(torch.nn.Module):
         """Queries into the frame of each of the first blocks: x [B, H, G, d] float32 -> [B, blocks, H, G, d]."""
         if not self.turns:
             return x[:, None]
-        cos, sin = self._table(blocks)
-        return turn(x[:, None], cos[:blocks, None, None], -sin[:blocks, None, None])
+        cos, sin = self._query_table(blocks, x.shape[-1])
+        half = self._frequencies.size
+        parts = [x[..., half : 2 * half], x[..., :half]]
+        swapped = torch.cat([*parts, x[..., 2 * half :]] if x.shape[-1] > 2 * half else parts, -1)
+        return torch.addcmul(x[:, None] * cos, swapped[:, None], sin)
+
+    def _query_table(self, blocks: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What queries [..., width], and what they are with the halves of their first dimensions swapped, are
+        multiplied with: [blocks, 1, 1, width] float32."""
+        found = self._queries.get(width)
+        if found is None or found[0].shape[0] < blocks:
+            cos, sin = self._table(blocks)
+            rest = width - 2 * cos.shape[1]
+            wide = F.pad(torch.cat([cos, cos], 1), (0, rest), value=1.0), F.pad(torch.cat([sin, -sin], 1), (0, rest))
+            found = self._queries[width] = wide[0][:, None, None], wide[1][:, None, None]
+        return found[0][:blocks], found[1][:blocks]
 
 
 def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -97,6 +97,22 @@ class Plane:
 
 
 @dataclass(frozen=True)
+class Fields:
+    """Every field of a page, plane by plane, in storage order; arrays [fields].
+
+    Attributes:
+        byte: where its byte lies in the page; inside: its lowest bit there; mask: uint8, its bits there.
+        place, shift: as of its plane.
+    """
+
+    byte: np.ndarray
+    inside: np.ndarray
+    mask: np.ndarray
+    place: np.ndarray
+    shift: np.ndarray
+
+
+@dataclass(frozen=True)
 class PageLayout:
     """Where every coefficient of a unit's page lies.
 
@@ -123,6 +139,18 @@ class PageLayout:
         """Width of every coefficient: uint8 [P, R]."""
         counts = [len(rows) for rows in frequency_classes(self.page_tokens)]
         return np.repeat(self.widths, counts, axis=0)
+
+    def fields(self) -> Fields:
+        """Every field of a page."""
+        kinds = (np.int64, np.int64, np.uint8, np.int64, np.uint8)
+        parts: list[list[np.ndarray]] = [[np.zeros(0, kind)] for kind in kinds]
+        for plane in self.planes:
+            inside = np.tile(np.arange(0, 8, plane.bits), plane.byte.size)
+            mask = ((2**plane.bits - 1) << inside).astype(np.uint8)
+            found = [np.repeat(plane.byte, 8 // plane.bits), inside, mask, plane.place, plane.shift]
+            for part, array in zip(parts, found, strict=True):
+                part.append(array)
+        return Fields(*(np.concatenate(part) for part in parts))
 
 
 def page_layout(widths: np.ndarray, page_tokens: int) -> PageLayout:

@@ -54,7 +54,7 @@ def _lean_gpu(model: Any, modules: list[Any]) -> dict[str, int]:
     }
 
 
-def _same(wanted: torch.Tensor, found: torch.Tensor) -> bool:
+def same(wanted: torch.Tensor, found: torch.Tensor) -> bool:
     """Whether two answers are the same but for a rounding."""
     if wanted.shape != found.shape or wanted.dtype != found.dtype:
         return False
@@ -62,7 +62,8 @@ def _same(wanted: torch.Tensor, found: torch.Tensor) -> bool:
     return bool(error <= TOLERANCE.get(wanted.dtype, 0.0) * wanted.float().abs().max())
 
 
-def _sample(*shape: int, like: torch.Tensor) -> torch.Tensor:
+def sample(*shape: int, like: torch.Tensor) -> torch.Tensor:
+    """Random numbers of a tensor's kind, always the same."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(*shape, generator=generator).to(like.device, like.dtype)
 
@@ -77,18 +78,20 @@ def lean_norm(module: Any, fast: bool) -> bool:
     if weight.ndim != 1 or not (fast or (weight.device.type == "cpu" and weight.dtype == torch.float32)):
         return False
     scales = torch.tensor([[1e-3], [0.1], [1.0], [30.0]], device=weight.device, dtype=weight.dtype)
-    x = _sample(4, weight.shape[0], like=weight) * scales
+    x = sample(4, weight.shape[0], like=weight) * scales
     wanted = module(x)
     candidates: list[Callable[..., torch.Tensor]]
     if fast:
         candidates = [_kernel_norm(module, float(epsilon), plus_one) for plus_one in (False, True)]
     else:
         candidates = [_cpu_norm(gain, float(epsilon)) for gain in (weight.detach(), 1.0 + weight.detach())]
-    for candidate in candidates:
+    for number, candidate in enumerate(candidates):
         with torch.inference_mode():
             found = candidate(x)
-        if all(_same(*rows) for rows in (*zip(wanted, candidate(x), strict=True), *zip(wanted, found, strict=True))):
+        if all(same(*rows) for rows in (*zip(wanted, candidate(x), strict=True), *zip(wanted, found, strict=True))):
             module.forward = candidate
+            if not fast:
+                module.lean_gain = number + weight.detach(), float(epsilon)  # for spectral.lean_cpu
             return True
     return False
 
@@ -125,7 +128,7 @@ def _learns(*tensors: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-def _plain(*linears: Any) -> bool:
+def plain(*linears: Any) -> bool:
     """Whether these are ordinary linear layers of one input and kind, which nothing has hooks on."""
     if not all(type(x) is torch.nn.Linear and not hasattr(x, "_hf_hook") for x in linears):
         return False
@@ -138,10 +141,15 @@ def _plain(*linears: Any) -> bool:
     )
 
 
-def merge(*linears: torch.nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weights and biases of layers of one input as one; each keeps its own as a view of that."""
+def merge(
+    *linears: torch.nn.Linear, lay: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weights and biases of layers of one input as one; each keeps its own as a view of that. `lay`: what puts the
+    weights where they are to lie."""
     parts = [x.out_features for x in linears]
     whole = torch.cat([x.weight.data for x in linears])
+    if lay is not None:
+        whole = lay(whole)
     bias = None if linears[0].bias is None else torch.cat([x.bias.data for x in linears])
     for x, weight in zip(linears, whole.split(parts), strict=True):
         x.weight.data = weight
@@ -151,24 +159,33 @@ def merge(*linears: torch.nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]
     return whole, bias
 
 
-class _Shared:
-    """The projections of one input, which come one after another: the first computes all, the others take theirs."""
+class Shared:
+    """The projections of one input, which come one after another: the first computes all, the others take theirs.
+    `product`: what was computed, as long as some of it is to be taken."""
 
-    def __init__(self, linears: tuple[torch.nn.Linear, ...]) -> None:
+    def __init__(
+        self, linears: tuple[torch.nn.Linear, ...], lay: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> None:
         self._linears = linears
         self._sizes = [x.out_features for x in linears]
-        self._whole, self._bias = merge(*linears)
+        self._whole, self._bias = merge(*linears, lay=lay)
         self._input: torch.Tensor | None = None
         self._left: dict[int, torch.Tensor] = {}
+        self.product: torch.Tensor | None = None
+
+    def parts(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """All of them, of this input."""
+        return F.linear(x, self._whole, self._bias).split_with_sizes(self._sizes, -1)
 
     def __call__(self, x: torch.Tensor, *, number: int) -> torch.Tensor:
         if number == 0:
-            parts = F.linear(x, self._whole, self._bias).split(self._sizes, -1)
+            self.product = F.linear(x, self._whole, self._bias)
+            parts = self.product.split_with_sizes(self._sizes, -1)
             self._input, self._left = x, dict(enumerate(parts[1:], start=1))
             return parts[0]
         found = self._left.pop(number, None) if self._input is x else None
         if not self._left:
-            self._input = None
+            self._input = self.product = None
         if found is None:
             return F.linear(x, self._linears[number].weight, self._linears[number].bias)
         return found
@@ -177,12 +194,12 @@ class _Shared:
 def lean_projections(module: Any) -> bool:
     """q, k and v of one input as one matrix product."""
     linears: tuple[Any, ...] = tuple(getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj"))
-    if not _plain(*linears):
+    if not plain(*linears):
         return False
-    x = _sample(1, 3, linears[0].in_features, like=linears[0].weight)
+    x = sample(1, 3, linears[0].in_features, like=linears[0].weight)
     wanted = [linear(x) for linear in linears]
-    shared = _Shared(linears)  # the weights lie side by side from here on, whoever reads them
-    if not all(_same(want, shared(x, number=number)) for number, want in enumerate(wanted)):
+    shared = Shared(linears)  # the weights lie side by side from here on, whoever reads them
+    if not all(same(want, shared(x, number=number)) for number, want in enumerate(wanted)):
         return False
     for number, linear in enumerate(linears):
         linear.forward = partial(shared, number=number)
@@ -195,15 +212,15 @@ def lean_gate(module: Any) -> bool:
 
     linears: tuple[Any, ...] = tuple(getattr(module, name, None) for name in ("gate_proj", "up_proj"))
     down: Any = getattr(module, "down_proj", None)
-    if not _plain(*linears) or not _plain(down) or not callable(getattr(module, "act_fn", None)):
+    if not plain(*linears) or not plain(down) or not callable(getattr(module, "act_fn", None)):
         return False
     if linears[0].out_features != linears[1].out_features:
         return False
-    x = _sample(1, 3, linears[0].in_features, like=linears[0].weight)
+    x = sample(1, 3, linears[0].in_features, like=linears[0].weight)
     wanted = module(x)
-    probe = _sample(2, 2 * 64, like=linears[0].weight) * 3
+    probe = sample(2, 2 * 64, like=linears[0].weight) * 3
     own = module.act_fn(probe[:, :64]) * probe[:, 64:]
-    kind = next((kind for kind in ("silu", "gelu_tanh") if _same(own, kernels.gated(probe, kind))), None)
+    kind = next((kind for kind in ("silu", "gelu_tanh") if same(own, kernels.gated(probe, kind))), None)
     if kind is None:
         return False
     whole, bias = merge(*linears)
@@ -215,7 +232,7 @@ def lean_gate(module: Any) -> bool:
             return original(x)  # type: ignore[no-any-return]
         return down(kernels.gated(F.linear(x, whole, bias), kind))  # type: ignore[no-any-return]
 
-    if not _same(wanted, forward(x)):
+    if not same(wanted, forward(x)):
         return False
     module.forward = forward
     return True
@@ -238,11 +255,11 @@ def lean_rotary(model: Any) -> bool:
     if home is None or original is None or hasattr(original, "original"):
         return original is not None
     weight = next(model.parameters())
-    q, k, angle = (_sample(1, h, 3, 64, like=weight) for h in (4, 2, 1))
+    q, k, angle = (sample(1, h, 3, 64, like=weight) for h in (4, 2, 1))
     cos, sin = angle[:, 0].float().cos().to(q.dtype), angle[:, 0].float().sin().to(q.dtype)
     try:
         wanted = original(q, k, cos, sin)
-        if not all(_same(want, found) for want, found in zip(wanted, kernels.rotary(q, k, cos, sin), strict=True)):
+        if not all(same(want, found) for want, found in zip(wanted, kernels.rotary(q, k, cos, sin), strict=True)):
             return False
     except (TypeError, ValueError, RuntimeError):  # another signature
         return False

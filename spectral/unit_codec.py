@@ -30,6 +30,11 @@ def pack_fields(values: torch.Tensor, bits: int) -> torch.Tensor:
     return packed
 
 
+def take(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """x [n, a] at columns [b] -> [n, b]. `index_select` takes five times as long on a CPU."""
+    return x.gather(1, columns.expand(x.shape[0], -1))
+
+
 @cache
 def byte_fields(bits: int) -> np.ndarray:
     """The fields of every byte, lowest bits first: int64 [256, 8 / bits]."""
@@ -85,12 +90,16 @@ class UnitCodec(torch.nn.Module):
             key, value = decode[:split].view(count, key_dim, -1), decode[split:].view(count, value_dim, -1)
         self.project: torch.Tensor = project  # [D, R]
         self.mean = tensor(unit.mean)
-        self.key_decode: torch.Tensor = key  # [h, d, R]
-        self.value_decode: torch.Tensor = value  # [h, dv, R]
         self.key_mean = self.mean[:split].view(count, key_dim, 1)
         self.value_mean = self.mean[split:].view(count, 1, value_dim)
+        # The mean is one more latent, of which every page has the same coefficients: it costs no operation of its own.
+        self.key_basis = torch.cat([key, self.key_mean], 2)  # [h, d, R + 1]
+        self.value_basis = torch.cat([value.transpose(1, 2), self.value_mean], 1)  # [h, R + 1, dv]
+        self.key_decode: torch.Tensor = self.key_basis[..., :-1]  # [h, d, R]
+        self.value_decode: torch.Tensor = self.value_basis[:, :-1].transpose(1, 2)  # [h, dv, R]
         self.deviation = tensor(deviation)  # [P, R]
         self.dct = tensor(dct_matrix(page_tokens))
+        self.inverse_dct = self.dct.T
         self.channels = unit.decode.shape[1]
         # One step of a code in standard deviations, and the code of zero: [P, R], 0 where there are no bits.
         width = self.layout.row_widths
@@ -110,30 +119,45 @@ class UnitCodec(torch.nn.Module):
 
         planes = self.layout.planes
         self._plane_bits = [plane.bits for plane in planes]
-        self._plane_bytes = [plane.byte.size for plane in planes]
         self._places = [integers(np.where(plane.place < 0, width.size, plane.place)) for plane in planes]
         self._shifts = [integers(plane.shift, torch.uint8) for plane in planes]
         byte = np.concatenate([plane.byte for plane in planes]) if planes else np.zeros(0, np.int64)
         position = np.full(self.layout.nbytes, byte.size)
         position[byte] = np.arange(byte.size)
-        self._byte, self._position = integers(byte), integers(position)
-        fields = [byte_fields(bits) for bits in self._plane_bits]
-        self._fields = [torch.tensor(table, dtype=torch.float32, device=device) for table in fields]
-        # Of every coefficient the field with its high bits; of those of two planes also the one with the low bits.
-        place = np.concatenate([plane.place for plane in planes]) if planes else np.zeros(0, np.int64)
-        shift = np.concatenate([plane.shift for plane in planes]) if planes else np.zeros(0, np.uint8)
+        self._position = integers(position)
+        # Of every coefficient (and the mean's, which have no bits) the byte that holds its code, or the high part of
+        # it, and the bits there; then the same for the low parts of those of two planes.
+        fields = self.layout.fields()
         double = np.isin(width, [w for w, found in PLANES.items() if len(found) > 1])
-        low = np.flatnonzero((place >= 0) & double[place] & (shift == 0)) if place.size else place
-        high = np.flatnonzero((place >= 0) & ~np.isin(np.arange(place.size), low))
-        main: np.ndarray = np.zeros(width.size, dtype=np.int64)
-        main[place[high]] = high
-        self._main, self._low, self._low_place = integers(main), integers(low), integers(place[low])
-        scale = np.array([4.0 if len(PLANES.get(int(w), ())) > 1 else 1.0 for w in range(9)])[width]
-        self._scale = torch.tensor(scale, dtype=torch.float32, device=device).view(self.page_tokens, self.rank)
+        held = fields.place >= 0
+        lower = held & (fields.shift == 0) & (double[fields.place] if planes else False)
+        low, high = np.flatnonzero(lower), np.flatnonzero(held & ~lower)
+        grid = np.arange(width.size).reshape(self.page_tokens, self.rank)
+        spot = (grid + np.arange(self.page_tokens)[:, None]).ravel()  # of every coefficient, with the mean's between
+        count = self.page_tokens * (self.rank + 1)
+        source: np.ndarray = np.zeros(count, np.int64)
+        mask: np.ndarray = np.zeros(count, np.uint8)
+        unit = np.zeros(count)
+        at = spot[fields.place[high]]
+        source[at], mask[at] = fields.byte[high], fields.mask[high]
+        unit[at] = np.where(double[fields.place[high]], 4.0, 1.0) / 2.0 ** fields.inside[high]
+        self._source = integers(np.concatenate([source, fields.byte[low]]))
+        self._mask = integers(np.concatenate([mask, fields.mask[low]]), torch.uint8)
+        self._low_place = integers(spot[fields.place[low]])
 
-    def _affine(self, unit: torch.Tensor) -> list[torch.Tensor]:
-        """What `_values` needs for steps of `unit` [P, R]: an offset, a factor of high fields, one of low ones."""
-        return [-self._zero * unit, self._scale * unit, unit.flatten().index_select(0, self._low_place)]
+        def floats(array: np.ndarray) -> torch.Tensor:
+            return torch.tensor(array, dtype=torch.float32, device=device)
+
+        self._unit = floats(unit)
+        self._low_unit = floats(1 / 2.0 ** fields.inside[low])
+
+    def _affine(self, size: torch.Tensor) -> list[torch.Tensor]:
+        """What `_values` needs for steps of `size` [P, R]: an offset, a factor of high parts, one of low ones."""
+        wide = F.pad(size, (0, 1))
+        offset = F.pad(-self._zero * size, (0, 1))
+        offset[0, -1] = 1 / self.dct[0, 0]  # the mean does not change within a page
+        low = wide.flatten().index_select(0, self._low_place) * self._low_unit
+        return [offset.flatten(), self._unit * wide.flatten(), low]
 
     @cached_property
     def width_places(self) -> dict[int, torch.Tensor]:
@@ -155,44 +179,46 @@ class UnitCodec(torch.nn.Module):
         codes = F.pad(codes, (0, 1))  # what padding fields hold
         parts = []
         for bits, place, shift in zip(self._plane_bits, self._places, self._shifts, strict=True):
-            parts.append(pack_fields((codes.index_select(1, place) >> shift) & (2**bits - 1), bits))
-        return F.pad(torch.cat(parts, 1), (0, 1)).index_select(1, self._position) if parts else codes[:, :0]
+            parts.append(pack_fields((take(codes, place) >> shift) & (2**bits - 1), bits))
+        return take(F.pad(torch.cat(parts, 1), (0, 1)), self._position) if parts else codes[:, :0]
 
-    def _opened(self, packed: torch.Tensor) -> torch.Tensor:
-        """All fields of packed pages, float32 [n, fields]."""
-        index = packed.index_select(1, self._byte).int().split(self._plane_bytes, 1)
-        # One look-up per byte yields all the fields in it: fewer operations than shifting and masking.
-        return torch.cat([F.embedding(i, f).flatten(1) for i, f in zip(index, self._fields, strict=True)], 1)
+    def _fields(self, packed: torch.Tensor) -> torch.Tensor:
+        """Packed uint8 [n, bytes] -> what `_index_planes` names, uint8 [n, P * (R + 1) + low parts], each field where
+        its byte has it."""
+        return take(packed, self._source).bitwise_and_(self._mask)
 
     def codes(self, packed: torch.Tensor) -> torch.Tensor:
         """Packed uint8 [n, bytes] -> codes uint8 [n, P * R], 0 where there are no bits."""
         if not self._plane_bits:
-            return packed.new_zeros((packed.shape[0], self._main.numel()))
-        fields = self._opened(packed)
-        codes = fields.index_select(1, self._main).mul_(self._scale.flatten())
-        codes.index_add_(1, self._low_place, fields.index_select(1, self._low))
-        return codes.to(torch.uint8).mul_((self._top.flatten() > 0).to(torch.uint8))
+            return packed.new_zeros((packed.shape[0], self.page_tokens * self.rank))
+        high, low = self._fields(packed).split_with_sizes([self._unit.numel(), self._low_unit.numel()], 1)
+        codes = high * self._unit
+        codes.index_add_(1, self._low_place, low * self._low_unit)
+        return codes.to(torch.uint8).unflatten(1, (self.page_tokens, -1))[..., :-1].flatten(1)
 
     def levels(self, packed: torch.Tensor) -> torch.Tensor:
         """Packed uint8 [n, bytes] -> coefficients in standard deviations [n, P, R] float32."""
-        return self._values(packed, *self._as_levels)
+        return self._values(packed, *self._as_levels)[..., :-1]
 
     def _values(
         self, packed: torch.Tensor, offset: torch.Tensor, factor: torch.Tensor, low_factor: torch.Tensor
     ) -> torch.Tensor:
-        """What codes stand for (see `_affine`): [n, P, R] float32."""
+        """What codes stand for (see `_affine`), and the mean's coefficients: [n, P, R + 1] float32."""
         if not self._plane_bits:
-            return offset.new_zeros((packed.shape[0], self.page_tokens, self.rank))
-        fields = self._opened(packed)
-        y = fields.index_select(1, self._main).view(-1, self.page_tokens, self.rank)
-        y = torch.addcmul(offset, y, factor)
-        if self._low.numel():
-            y.flatten(1).index_add_(1, self._low_place, fields.index_select(1, self._low).mul_(low_factor))
-        return y
+            return offset.repeat(packed.shape[0], 1).view(-1, self.page_tokens, self.rank + 1)
+        high, low = self._fields(packed).split_with_sizes([factor.numel(), low_factor.numel()], 1)
+        y = torch.addcmul(offset, high, factor)
+        if low_factor.numel():
+            y.index_add_(1, self._low_place, low * low_factor)
+        return y.view(-1, self.page_tokens, self.rank + 1)
+
+    def opened(self, packed: torch.Tensor) -> torch.Tensor:
+        """Packed uint8 [n, bytes] -> what attention reads: coefficients with those of the mean, [n, P, R + 1]."""
+        return self._values(packed, *self._as_coefficients)
 
     def coefficients(self, packed: torch.Tensor) -> torch.Tensor:
         """Packed uint8 [n, bytes] -> DCT coefficients of the latents [n, P, R] float32."""
-        return self._values(packed, *self._as_coefficients)
+        return self.opened(packed)[..., :-1]
 
     def decode(self, packed: torch.Tensor) -> torch.Tensor:
         """Packed uint8 [n, bytes] -> x [n, P, D] float32, keys still in their frame."""

@@ -11,6 +11,7 @@ from spectral.engine.sampler import sample, score_prompt
 from spectral.engine.scheduler import Part
 from spectral.engine.sequence import Sequence
 from spectral.hf import LoadedModel, attending
+from spectral.lean_cpu import lean_decoding
 
 
 class Runner:
@@ -21,6 +22,7 @@ class Runner:
         self.unsure = False
         """A decode step broke off after it may have written into windows."""
         self._model = loaded.model
+        lean_decoding(loaded.model)
         self._device = loaded.device
         # The last hidden states of a model on several devices are somewhere else; an index on the CPU serves anywhere.
         self._index_device = torch.device("cpu") if loaded.split else loaded.device

@@ -148,7 +148,7 @@ class StaticStep:
             first = sinks + pages * (0 if codec is None else codec.page_tokens)
             table = self._pages if codec is not None else self._pages[:, :0]
             plan = DecodePlan(
-                token=self._order, slot=slot, write=place, table=table, seal_slot=None, seal_place=None,
+                slot=slot, write=place, table=table, seal_slot=None, seal_place=None,
                 seal_page=None, seal_index=None, rows=self._order, write_first=0, counts=[], firsts=[], lengths=[],
             )  # fmt: skip
             if by_kernels:

@@ -38,3 +38,16 @@ def test_every_row_of_a_gpu_runs_and_is_kept_as_soon_as_it_is_there(tmp_path: Pa
 def test_rows_that_cannot_be_measured_are_refused() -> None:
     done = run("--rows", "gpu-prefill")
     assert done.returncode == 2 and "--rows" in done.stderr
+
+
+def test_rows_that_are_not_measured_again_stay_and_say_where_they_come_from(tmp_path: Path) -> None:
+    file = tmp_path / "engine.json"
+    old = [{"row": "streams", "ratio": 2.0}, {"row": "held", "ratio": 7.0}]
+    file.write_text(json.dumps({"rows": old, "seed": 1, "commit": "before"}))
+    done = run("--rows", "held", "--budget-mib", "32", "--json", str(file))
+    assert done.returncode == 0, done.stderr[-2000:]
+    written = json.loads(file.read_text())
+    held, streams = written["rows"]
+    assert held["row"] == "held" and held["ratio"] != 7.0 and "from" not in held
+    assert streams == {"from": {"seed": 1, "commit": "before"}, **old[0]}
+    assert written["commit"] != "before"
