@@ -139,12 +139,12 @@ async def wake(scene: Scene) -> dict[str, Any]:
             before = scene.used()
             await answer(scene, name, 16, 2, keep_alive=0.0)
             slept = await scene.state(slot, "asleep", 60.0)
-            freed = before - scene.used()
+            freed, moved = before - scene.used(), scene.asleep_bytes(slot)
             first = await answer(scene, name, 16, 2, keep_alive=-1.0)
             took = scene.wake_seconds(slot)
-            row = {"model": name, "gib": slot.ready.weights_bytes / GIB, "asleep_after_s": slept}
-            row |= {"nvml_freed_gib": freed / GIB}
-            row |= {"wake_s": took, "gb_s": slot.ready.weights_bytes / took / 1e9, "first_token_s": first}
+            row = {"model": name, "gib": moved / GIB, "weights_gib": slot.ready.weights_bytes / GIB}
+            row |= {"asleep_after_s": slept, "nvml_freed_gib": freed / GIB}
+            row |= {"wake_s": took, "gb_s": moved / took / 1e9, "first_token_s": first}
             rows.append(row | {"part_of_copy_rate": row["gb_s"] * 1e9 / rate})
             print(f"  {rows[-1]}", flush=True)
     worst = min(row["part_of_copy_rate"] for row in rows)

@@ -201,6 +201,10 @@ class Scene:
             await asyncio.sleep(0.005)
         return time.monotonic() - began
 
+    def asleep_bytes(self, slot: Slot) -> int:
+        """Host memory that a sleeping model takes: weights, tables, and what it keeps of its cache."""
+        return int(self.scheduler.memory.ledger.of(slot.name)["cpu"].weights)
+
     def wake_seconds(self, slot: Slot) -> float:
         """What the scheduler measured for the last wake-up, from its command to the worker's answer."""
         found = self.scheduler.memory.measured.get(Measured.key(slot.settings, self.account.reading.name))

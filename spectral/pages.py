@@ -332,6 +332,10 @@ class PageStore:
             out.append(coarse)
         return out
 
+    def tensors(self) -> list[torch.Tensor]:
+        """Everything that holds keys and values: pools and windows."""
+        return [pool for pool in self.pools if pool is not None] + [stack for g in self.groups for stack in g._stacks]
+
     @property
     def page_capacity(self) -> int:
         """Pages that the pools hold, used or not."""

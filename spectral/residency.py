@@ -12,7 +12,7 @@ import hashlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
@@ -25,6 +25,7 @@ from spectral.errors import CacheError
 PREFAULT_THREADS = 8
 PIECE = 64 << 20
 """Bytes of a checksum between two looks at whether it is still wanted: some milliseconds."""
+LEAST_BYTES = 1 << 18
 _DEPTH = 6
 """How deep tensors hide in the objects of a module: a quantization state has a state of its own."""
 
@@ -56,14 +57,19 @@ class Sleeper:
         """Bytes of host memory held."""
         return 0 if self._host is None else self._host.numel()
 
-    def sleep(self) -> int:
+    def sleep(self, modules: Iterable[torch.nn.Module] = (), tensors: Iterable[torch.Tensor] = ()) -> int:
         """Move all storages to host memory; returns the bytes that the device has again.
 
-        Raises CacheError where the host has too little memory; the model is then as it was.
+        `modules`, `tensors`: what else is to go, the tables of a cache and its pools; of the tables only those of
+        LEAST_BYTES or more, since every copy takes its microseconds. Raises CacheError where the host has too little
+        memory; the model is then as it was.
         """
         if self.asleep:
             return 0
         storages = list(storages_of(self._model, self._kind))
+        tables = (s for module in modules for s in storages_of(module, self._kind) if s.nbytes() >= LEAST_BYTES)
+        pools = (t.untyped_storage() for t in tensors if t.device.type == self._kind and t.untyped_storage().nbytes())
+        storages = list({storage._cdata: storage for storage in (*storages, *tables, *pools)}.values())
         total = sum(storage.nbytes() for storage in storages)
         if not total:
             return 0

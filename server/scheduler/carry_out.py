@@ -156,7 +156,7 @@ class Moves:
             raise Refused("requests came meanwhile")
         self._scheduler.set_state(slot, "asleep", action.reason)  # from now on requests wait instead of being sent
         try:
-            print_ = await self.send(slot, messages.Sleep, MOVE_S)
+            print_ = await self.send(slot, partial(messages.Sleep, keep_bytes=self._host_spare(slot)), MOVE_S)
         except (Refused, asyncio.TimeoutError):
             if slot.state == "asleep":
                 self._scheduler.set_state(slot, "hot", "could not sleep")
@@ -166,6 +166,12 @@ class Moves:
                 if device != HOST:  # weights on a CPU stay where they are
                     self._memory.ledger.hold(slot.name, device, self._rest(print_, share))
         return Placement(ASLEEP, before.devices, before.setting), 0
+
+    def _host_spare(self, slot: Slot) -> int:
+        """Host memory that is left beside the model's weights: so much of its cache may be kept there."""
+        host = self._memory.ledger.accounts.get(HOST)
+        weights = slot.ready.weights_bytes if slot.ready is not None else 0
+        return max(0, host.budget - host.ours - weights) if host is not None else 0
 
     @staticmethod
     def _rest(print_: messages.Footprint, share: float) -> Holding:

@@ -3,8 +3,8 @@
 1. Every model's options are listed (`options`): hot on a device or a split at a setting, asleep, cold; each with
    its bytes and its cost in seconds of delay per second: traffic x measured KL x KL_SECONDS, or traffic x the time
    to wake or load, plus the move itself spread over HORIZON_S.
-2. A deterministic search finds a plan (`search`). A small problem also goes to HiGHS (`solver`); a large one is
-   begun from HiGHS's relaxed answer, which divides few models.
+2. A deterministic search finds a plan (`search`). A small problem is searched to its end, or goes to HiGHS (`solver`)
+   where that takes too long; a large one is begun from HiGHS's relaxed answer, which divides few models.
 3. The present state is kept unless the better plan gains more than the hysteresis, or the state no longer fits.
 4. What is left on a device is added to the leases of the models there, by traffic.
 5. Every choice gets a reason.
@@ -26,6 +26,8 @@ EXACT_OPTIONS = 160
 """Above this many options in all, HiGHS rarely proves anything in the time that a plan may take."""
 TIME_LIMIT_S, PATIENT_S = 0.03, 0.25
 """HiGHS's time where a plan is wanted at once; from PATIENT_S on a large problem goes to it too."""
+EXHAUST_OPTIONS, EXHAUST_NODES = 80, 3000
+"""Up to so many options a depth-first search is tried first, for so many steps: 1 to 2 us each."""
 LOOKS, LOOKS_LARGE = 1000, 80
 """How often the searches of one plan may look at all options, 10 to 60 us each."""
 HYSTERESIS = 0.02
@@ -95,6 +97,10 @@ def _best(search: Search, stay: np.ndarray | None, solve: bool, time_limit_s: fl
     # With every model at its least nothing may fit still (models that run hold too much): then that is the answer, and
     # the loop parks sequences.
     chosen, how = min(results, key=search.total) if results else starts[-1], "search"
+    if results and len(search.options) <= EXHAUST_OPTIONS:
+        chosen, proved = search.exhaust(chosen, EXHAUST_NODES)
+        if proved:  # the same on any machine, however busy it is, and without SciPy
+            return chosen, "exact"
     if solve and small and search.models:
         found, proved = Program(search).exact(time_limit_s)
         if found is not None and search.fits(found):

@@ -82,6 +82,36 @@ class Search:
             used = rest + self.size[chosen[m]]
         return chosen
 
+    def exhaust(self, chosen: np.ndarray, nodes: int) -> tuple[np.ndarray, bool]:
+        """The best assignment, and True; or the best that so many steps of a depth-first search found, and False.
+
+        Every model's options are tried cheapest first, and no further than the models behind it could still pay for.
+        """
+        number = [m for m in range(self.models) if self.first[m] < self.first[m + 1]]
+        rows = [sorted(range(int(self.first[m]), int(self.first[m + 1])), key=lambda k: self.cost[k]) for m in number]
+        costs, sizes, budgets = self.cost.tolist(), self.size.tolist(), self.budgets.tolist()
+        rest = [0.0] * (len(rows) + 1)
+        for at in range(len(rows) - 1, -1, -1):
+            rest[at] = rest[at + 1] + costs[rows[at][0]]
+        best, found, picked, left = self.total(chosen), chosen.tolist(), [0] * len(rows), nodes
+
+        def visit(at: int, cost: float, used: list[int]) -> None:
+            nonlocal best, found, left
+            if at == len(rows):
+                best, found = cost, [*picked]
+                return
+            for k in rows[at]:
+                left -= 1
+                if left < 0 or cost + costs[k] + rest[at + 1] >= best - EPSILON:
+                    return
+                taken = [a + b for a, b in zip(used, sizes[k], strict=True)]
+                if all(a <= b for a, b in zip(taken, budgets, strict=True)):
+                    picked[at] = k
+                    visit(at + 1, cost + costs[k], taken)
+
+        visit(0, 0.0, [0] * len(budgets))
+        return np.array(found, dtype=int), left >= 0
+
     def improve(self, chosen: np.ndarray, looks: int, price: np.ndarray | None = None) -> np.ndarray:
         """Moves until none pays or the effort is spent. `price`: what a byte of each device is worth (a relaxed
         problem's dual), which says what to try first."""

@@ -51,7 +51,7 @@ class MemoryControl:
             elif isinstance(message, wire.SetSetting):
                 answers, freed = self._set_setting(message.setting)
             elif isinstance(message, wire.Sleep):
-                answers, freed = self._sleep()
+                answers, freed = self._sleep(message.keep_bytes)
             else:
                 answers, freed = self._wake()
         except Exception as error:  # told to the scheduler, which decides; the model goes on as it was
@@ -90,7 +90,7 @@ class MemoryControl:
             weights_bytes=0 if self.asleep else loaded.weights_nbytes,
             reserved_bytes=sum(map(reserved_nbytes, self._devices)),
             host_bytes=host,
-            kv_bytes=self._engines.stats().kv_bytes_allocated,
+            kv_bytes=0 if self.asleep else self._engines.stats().kv_bytes_allocated,
             freed_bytes=freed,
             seconds=seconds,
         )
@@ -131,7 +131,8 @@ class MemoryControl:
         self._tell(*messages)
         return freed
 
-    def _sleep(self) -> tuple[list[wire.ToParent], int]:
+    def _sleep(self, keep_bytes: int) -> tuple[list[wire.ToParent], int]:
+        from spectral.engine.lease import sleep
         from spectral.errors import CacheError
         from spectral.residency import Sleeper
 
@@ -141,8 +142,7 @@ class MemoryControl:
         if self._sleeper is None:
             kind = loaded.device.type if loaded.device.type != "cpu" else "cuda"
             self._sleeper = Sleeper(loaded.model, kind, _damaged)
-        freed = sum(engine.trim(prefixes=True) for engine in self._engines.all)
-        return [], freed + int(self._sleeper.sleep())
+        return [], sleep(self._engines.all, self._sleeper, keep_bytes)
 
     def _wake(self) -> tuple[list[wire.ToParent], int]:
         return [], -int(self._sleeper.wake()) if self._sleeper is not None else 0

@@ -19,7 +19,7 @@ import queue
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # Before torch is imported by anything: an OpenMP pool that spins would take the cores from other workers.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -311,6 +311,8 @@ class Worker:
         self._queue.look()
         self._stats_at = time.monotonic() + STATS_EVERY_S
         figures = self._engines.stats()
+        if self._memory.asleep:  # what is kept of the cache is in host memory
+            figures = replace(figures, kv_bytes_allocated=0)
         self._writer.send(child_wire.stats(figures, *self._memory.watch(figures.kv_bytes_allocated)))
 
 

@@ -27,9 +27,10 @@ class SetSetting(msgspec.Struct, tag="set_setting", frozen=True):
 
 
 class Sleep(msgspec.Struct, tag="sleep", frozen=True):
-    """Move the weights to host memory. Refused while requests run."""
+    """Move the weights to host memory, and at most so many bytes of the cache. Refused while requests run."""
 
     command_id: str
+    keep_bytes: int = 0
 
 
 class Wake(msgspec.Struct, tag="wake", frozen=True):

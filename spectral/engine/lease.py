@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,28 @@ from spectral.errors import CacheError
 
 if TYPE_CHECKING:
     from spectral.engine.engine import Engine
+    from spectral.residency import Sleeper
+
+
+def sleep(engines: Sequence[Engine], sleeper: Sleeper, keep_bytes: int) -> int:
+    """Move a model that rests to host memory, with its tables and with as much of its idle prefixes, compressed as they
+    are, as `keep_bytes` hold: a chat goes on after the wake-up without being computed again. Returns the bytes freed.
+
+    Nothing may run. Raises CacheError where the host has too little memory.
+    """
+    before = sum(engine.lanes.nbytes for engine in engines)
+    for engine in engines:
+        engine.lanes.trim()
+        over = engine.lanes.nbytes - keep_bytes
+        if over > 0:
+            engine.lanes.free_idle(over)
+        engine.trim(prefixes=over > 0 and engine.lanes.nbytes - engine.lanes.idle_nbytes > keep_bytes)
+        engine.runner.trim(everything=True)
+        keep_bytes = max(0, keep_bytes - engine.lanes.nbytes)
+    stores = [store for engine in engines for store in engine.lanes.stores()]
+    held = sum(store.nbytes for store in stores)
+    modules = [codec for store in stores for codec in store.codebook.layers if codec is not None]
+    return before - held + sleeper.sleep(modules, [tensor for store in stores for tensor in store.tensors()])
 
 
 def set_lease(engine: Engine, max_bytes: int | None) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from spectral.engine.build import Built, build_engine, find_profile
 from spectral.engine.engine import Engine
-from spectral.engine.lease import set_lease
+from spectral.engine.lease import set_lease, sleep
 from spectral.engine.types import EngineLimits, GenerateRequest, SamplingParams
 from spectral.errors import CacheError
 from spectral.hf import load_model
@@ -112,3 +112,33 @@ def test_a_lease_bounds_the_cache_and_the_context(built: Built) -> None:
     assert engine.store.max_bytes == round(one), "a lease that is refused changes nothing"
     set_lease(engine, None)
     assert engine.context_length == whole and engine.store.max_bytes is None
+
+
+def test_a_chat_goes_on_after_a_sleep_with_its_compressed_prefix(demo_path: Path) -> None:
+    loaded = load_model(str(demo_path), device="cpu")
+    limits = EngineLimits(max_concurrency=3, prefill_chunk=64)
+    engine = build_engine(loaded, find_profile(loaded), setting="4x", limits=limits).engine
+    prompt = list(range(10, 410))
+
+    def again(name: str) -> list[int]:
+        engine.submit(GenerateRequest(name, "", SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)), prompt)
+        out: list[int] = []
+        while engine.has_work:
+            for event in engine.step():
+                out += list(getattr(event, "token_ids", ()))
+        return out
+
+    first, sleeper = again("a"), Sleeper(loaded.model, "cpu")
+    kept = engine.lanes.idle_nbytes
+    assert kept > 0
+    assert sleep([engine], sleeper, 10**9) > loaded.weights_nbytes
+    assert all(tensor.untyped_storage().nbytes() == 0 for tensor in engine.store.tensors() if tensor.numel())
+    assert sleeper.host_nbytes > loaded.weights_nbytes + engine.lanes.nbytes > loaded.weights_nbytes
+    sleeper.wake()
+    engine.check()
+    reused = engine.stats().prefix_reused
+    assert again("b") == first and engine.stats().prefix_reused - reused >= 256
+    sleep([engine], sleeper, 0)  # no host memory for it: only weights and tables stay
+    assert engine.lanes.nbytes == 0 and sleeper.asleep
+    sleeper.wake()
+    assert again("c") == first

@@ -98,6 +98,15 @@ def test_limits_become_accelerates() -> None:
     assert decode_choice(torch.device("cuda"), split=True) == "eager"
 
 
+def test_weights_are_never_spilled_to_the_host_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model("qwen3").model
+    model.hf_device_map = {"model.embed_tokens": 0, "model.layers.0": 1, "lm_head": "cpu"}
+    monkeypatch.setattr("spectral.hf.choose_device", lambda device: torch.device(device))
+    monkeypatch.setattr("spectral.hf.AutoModelForCausalLM.from_pretrained", lambda *_, **__: model)
+    with pytest.raises(ModelError, match=r"does not fit on cuda:0 1\.0 GiB, cuda:1 1\.0 GiB: quantize it"):
+        load_model("demo-7m", max_memory={"cuda:0": 1 << 30, "cuda:1": 1 << 30})
+
+
 @pytest.mark.parametrize("parts", [(0.3, 0.7), (0.5, 0.5), (0.72, 0.28), (0.2, 0.5, 0.3)])
 def test_layers_are_spread_as_they_were_planned(parts: tuple[float, ...]) -> None:
     """accelerate's own division of a model of twelve layers, under the limits of a plan: within a layer of it."""

@@ -18,6 +18,8 @@ from server.config import ModelSettings, Settings
 from server.metrics import Metrics
 from server.scheduler import memory as memory_module
 from server.scheduler.demand import HOST, Rung
+from server.scheduler.facts import Measured
+from server.scheduler.ledger import Holding
 from server.scheduler.loop import Scheduler
 from server.scheduler.nvml import Devices, Reading
 from server.scheduler.steward import Facts
@@ -292,3 +294,42 @@ async def test_a_dry_run_changes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_pa
         assert server.setting("a") == "4x" and "new" not in server.scheduler.slots
         ward = server.scheduler.memory.steward.wards["a"]
         assert replace(ward.now, setting="4x") == ward.now
+
+
+async def test_requests_for_a_hot_model_never_wait_for_anothers_load(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    models = (model("a", 4, pin=True), model("b", 9))
+    async with serving(monkeypatch, tmp_path, Scripted(12), *models) as server:
+        await server.ask("a")
+        waiting = asyncio.create_task(server.ask("b"))
+        await server.until(lambda: server.state("b") == "loading")
+        for _ in range(20):
+            await server.ask("a")
+            assert server.state("b") == "loading" and not waiting.done()
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+
+
+async def test_every_model_has_its_own_setting_of_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    models = (model("a", 1, setting="8x"), model("b", 1, setting="16x"), model("c", 1))
+    async with serving(monkeypatch, tmp_path, Scripted(24), *models) as server:
+        for name in "abc":
+            await server.ask(name)
+        assert [server.setting(name) for name in "abc"] == ["8x", "16x", "4x"]
+
+
+async def test_what_a_model_takes_beside_weights_and_cache_is_planned_with_as_soon_as_it_is_known(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async with serving(monkeypatch, tmp_path, Scripted(24), model("a", 4)) as server:
+        await server.ask("a")
+        slot, manager = server.scheduler.slots["a"], server.scheduler.memory
+        weights = manager.ledger.of("a")["cuda:0"].weights
+        manager.ledger.hold("a", "cuda:0", Holding(weights, context=GIB // 2))
+        slot.stats = m.Stats(reserved_bytes=weights + 3 * GIB, beside_bytes=2 * GIB)
+        manager.report(slot)
+        held = manager.ledger.of("a")["cuda:0"]
+        assert (held.workspace, held.context) == (3 * GIB, GIB // 2)
+        known = manager.measured.get(Measured.key(slot.settings, "card"))
+        assert known is not None and known.overhead == 2 * GIB + GIB // 2

@@ -158,6 +158,6 @@ def test_an_empty_plan_and_a_model_without_an_allowed_setting() -> None:
 def test_planning_loads_no_torch() -> None:
     code = (
         "import sys; from server.scheduler.planner import plan; from tests.server.scheduler.cases import problem;"
-        "plan(*problem(1, 4, 2, 3)); assert 'scipy.optimize' in sys.modules; sys.exit('torch' in sys.modules)"
+        "plan(*problem(1, 12, 2, 5)); assert 'scipy.optimize' in sys.modules; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
