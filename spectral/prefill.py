@@ -74,7 +74,7 @@ def prefill(
         from spectral.kernels.chunk import attend_chunk
 
         plan = chunk_plan(batch, layer, index)
-        past = _read(window, plan, kernels=True)
+        past = read_tokens(window, plan.slot, plan.past[0], kernels=True)
         out = attend_chunk(kernels, pool, plan.pages, past, query[0], key, value, scaling=scaling, softcap=softcap)
     else:
         out = _with_past(batch, layer, index, query[0], key, value, scaling, softcap, sliding)
@@ -239,7 +239,7 @@ def append(
     plan, kernels = chunk_plan(batch, layer, index), codes_for(codec) is not None
     if plan.spot.numel():
         if past is None:
-            past = _read(window, plan, kernels)
+            past = read_tokens(window, plan.slot, plan.past[0], kernels)
         held = past[:, plan.sinks : plan.sinks + plan.held]
         encode_pages(
             codec, window, held, key[:, plan.fresh], value[:, plan.fresh], plan.number, plan.bound, pool, plan.spot
@@ -260,14 +260,16 @@ def append(
         window.write(plan.slot.expand(len(plan.place)), plan.place, tokens(plan.source))
 
 
-def _read(window: ExactWindow, plan: ChunkPlan, kernels: bool) -> torch.Tensor:
-    """What `plan.past` names: float32 [H, t, d + dv]."""
+def read_tokens(window: ExactWindow, slot: torch.Tensor, place: torch.Tensor, kernels: bool) -> torch.Tensor:
+    """Tokens at places [t] of slot [1], or each of its own slot [t], all int64: float32 [H, t, d + dv]."""
     if kernels and isinstance(window, QuantizedWindow):
         from spectral.kernels.recent import read_recent, served
 
         if served(window):
-            return read_recent(window, plan.slot, plan.past[0])
-    return window.read_places(plan.slot, plan.past)[0]
+            return read_recent(window, slot, place)
+    if len(slot) == 1:
+        return window.read_places(slot, place[None])[0]
+    return window.read_places(slot, place[:, None])[:, :, 0].transpose(0, 1)
 
 
 def encode_pages(

@@ -19,7 +19,7 @@ import torch
 
 from spectral.engine.device_sampler import Memory, choose, kind_of, numbers_of
 from spectral.engine.sampler import sample
-from spectral.engine.static_step import Numbers, SealStep, StaticStep, bucket, seals_of, table_width
+from spectral.engine.static_step import Numbers, SealStep, StaticStep, bucket, most_pages, seals_of, table_width
 from spectral.errors import SettingError
 
 if TYPE_CHECKING:
@@ -210,7 +210,8 @@ class DecodeGraphs:
         key = store.generation, bucket(len(seals))
         found = self._seals.get(key)
         if found is None:
-            found = self._seals[key] = SealStep(store, key[1])
+            bound = most_pages(self._loaded.context_length, store.codebook.page_tokens)
+            found = self._seals[key] = SealStep(store, key[1], bound)
         found.fill(seals)
         self.replayer.run("sealing of pages", key, found.run)
 

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from spectral.attention import DecodePlan
+from spectral.code_dispatch import codes_for
 from spectral.codec import LayerCodec
 from spectral.dispatch import kernels_for
 from spectral.hf import LoadedModel, attending
 from spectral.pages import PageStore, Row, StepBatch
+from spectral.prefill import encode_pages, read_tokens
 
 if TYPE_CHECKING:
     from spectral.engine.sequence import Sequence
@@ -38,6 +40,11 @@ def bucket(count: int) -> int:
 def table_width(pages: int) -> int:
     """The width of a page table for rows of up to so many pages."""
     return BLOCK_PAGES * bucket(-(-pages // BLOCK_PAGES)) if pages else 0
+
+
+def most_pages(context: int, page_tokens: int) -> int:
+    """The widest page table that a row of a model's context needs."""
+    return table_width(context // page_tokens + 1)
 
 
 class Numbers:
@@ -91,7 +98,7 @@ class StaticStep:
         for layer, (window, codec) in enumerate(zip(self.store.windows, book.layers, strict=True)):
             if isinstance(codec, LayerCodec):
                 # Rows may grow up to the model's context; tables that grew later would lie elsewhere.
-                codec.frame.reserve(max(self.width, table_width(loaded.context_length // codec.page_tokens + 1)))
+                codec.frame.reserve(max(self.width, most_pages(loaded.context_length, codec.page_tokens)))
             group = loaded.shape.query_heads // window.shape.kv_heads
             kernels = kernels_for(codec, book.window, group, dtype) is not None
             name = f"decode:{window.sinks}:{window.ring}:{codec is None}"
@@ -207,10 +214,11 @@ def _held(position: torch.Tensor, first: torch.Tensor, sinks: int, ring: int, sl
 
 
 class SealStep:
-    """Up to `pages` pages, encoded from what the windows hold, in all layers of one store."""
+    """Up to `pages` pages, encoded from what the windows hold, in all layers of one store. `bound`: more pages than a
+    row can have."""
 
-    def __init__(self, store: PageStore, pages: int) -> None:
-        self.store, self.pages = store, pages
+    def __init__(self, store: PageStore, pages: int, bound: int) -> None:
+        self.store, self.pages, self.bound = store, pages, bound
         device = store.device
         self._host = torch.zeros((4, pages), dtype=torch.int64, pin_memory=device.type == "cuda")
         self._device = torch.zeros((4, pages), dtype=torch.int64, device=device)
@@ -225,12 +233,17 @@ class SealStep:
     def run(self) -> None:
         """Encode them. Launches only."""
         slot, place, page, index = self._device
+        places = place[:, None] + self._inside
+        slots = slot.repeat_interleave(places.shape[1])
+        spots = {torch.int64: (page, index), torch.int32: (page.int(), index.int())}
         for window, codec, pool in zip(self.store.windows, self.store.codebook.layers, self.store.pools, strict=True):
             if codec is None or pool is None:
                 continue
-            tokens = window.read_places(slot, place[:, None] + self._inside)  # [n, H, P, d + dv]
-            keys, values = tokens.split([window.shape.key_dim, window.shape.value_dim], -1)
-            pool[page] = codec.encode(keys, values, index)
+            kernels = codes_for(codec) is not None
+            held = read_tokens(window, slots, places.view(-1), kernels)  # [H, n * P, d + dv]
+            keys, values = held[:, :0].split([window.shape.key_dim, window.shape.value_dim], -1)
+            page, index = spots[torch.int32 if kernels else torch.int64]
+            encode_pages(codec, window, held, keys, values, index, self.bound, pool, page)
 
 
 def seals_of(store: PageStore, sequences: Rows[Any], new_pages: list[list[int]]) -> list[tuple[int, int, int, int]]:

@@ -8,6 +8,8 @@ Nothing here waits for the device; launch shapes depend on the sizes of the tens
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -19,13 +21,17 @@ from spectral.errors import SettingError
 from spectral.kernels.combine import combine_kernel, finish_kernel, query_kernel, window_kernel
 from spectral.kernels.mix import factor_kernel, mix_kernel
 from spectral.kernels.score import held_runs, score_kernel
-from spectral.kernels.tables import LayerTables, layer_tables
+from spectral.kernels.shares import gather_kernel, share_kernel
+from spectral.kernels.tables import SHARES, LayerTables, layer_tables
 from spectral.windows import ExactWindow, QuantizedWindow
 
 LOG2E = math.log2(math.e)
 MIX_WARPS = 4
 MIX_PROGRAMS = 1024
 """Programs of a mix launch that fill a large GPU: with fewer, sequences are split."""
+
+SHARED_BLOCKS = 48
+"""Blocks of a step, by unit and head group, up to which each has several programs: more fill a large GPU alone."""
 
 LATENT_TILE = 32
 
@@ -152,17 +158,39 @@ def decode_attention(
     scale = scaling * LOG2E
     cap = 0.0 if softcap is None else softcap * LOG2E
     out = torch.empty((rows, heads, codec.value_dim), dtype=query.dtype, device=query.device)
-    top, total, mixed = _window(window, step, query, key, value, scale, cap)
-    if not step.pages.shape[1]:
+    top = torch.empty((rows, heads), device=query.device)
+    total, mixed = torch.empty_like(top), torch.empty((rows, heads, codec.value_dim), device=query.device)
+    paged = bool(step.pages.shape[1])
+    with _beside(query.device, paged) as meet:
+        _window(window, step, query, key, value, scale, cap, top, total, mixed)
+    if not paged:
         torch.div(mixed, total[..., None], out=out) if out.dtype == mixed.dtype else out.copy_(mixed / total[..., None])
         return out
-    latent, share = _pages(layer, pool, step, query, scale, cap, top, total)
+    latent, share = _pages(layer, pool, step, query, scale, cap, top, total, meet)
     up = torch.bmm(latent.flatten(1, 2), layer.value_basis)
     finish_kernel[(heads, rows)](
         up, share, layer.value_mean, mixed, out, heads, rows,
         GROUP=group, E=triton.next_power_of_2(codec.value_dim), VDIM=codec.value_dim, num_warps=1,
     )  # fmt: skip
     return out
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def _beside(device: torch.device, wanted: bool) -> Iterator[Callable[[], None]]:
+    """In a graph that is being captured, what is launched inside runs beside what follows, until the function that is
+    given is called. (Elsewhere in its order: two streams cost the host more than they save.)"""
+    if not wanted or device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        yield lambda: None
+        return
+    main, side = torch.cuda.current_stream(device), _side_stream(device)
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        yield lambda: main.wait_stream(side)
 
 
 def _check(
@@ -203,14 +231,14 @@ def _window(
     value: torch.Tensor,
     scale: float,
     cap: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Largest score and sum of weights [B, Hq], and weighted sum of values [B, Hq, dv], fp32, over window and new
-    token."""
+    top: torch.Tensor,
+    total: torch.Tensor,
+    mixed: torch.Tensor,
+) -> None:
+    """Over window and new token, fp32: into top and total the largest score and the sum of weights [B, Hq], into mixed
+    the weighted sum of values [B, Hq, dv]."""
     rows, heads, dim = query.shape
     kv_heads, value_dim = key.shape[1], value.shape[2]
-    top = torch.empty((rows, heads), device=query.device)
-    total = torch.empty_like(top)
-    mixed = torch.empty((rows, heads, value_dim), device=query.device)
     bits, group = 16, 1
     high = low = scales = window.store
     if isinstance(window, QuantizedWindow):
@@ -224,7 +252,64 @@ def _window(
         BITS=bits, SCALE=group, T=tile, SOFTCAP=cap,
         num_warps=4,
     )  # fmt: skip
-    return top, total, mixed
+
+
+def _weights(
+    layer: LayerKernels,
+    pool: torch.Tensor,
+    step: StepTables,
+    projected: torch.Tensor,
+    const: torch.Tensor,
+    unit: torch.Tensor,
+    weight: torch.Tensor,
+    largest: torch.Tensor,
+    group: int,
+    cap: float,
+    fast: bool,
+) -> None:
+    """Weights of all blocks and their largest scores, into `weight` and `largest`: a program for each block."""
+    rows, units, parts, blocks, _ = largest.shape
+    page_blocks, tables, runs = block_pages(layer.codec), layer.tables, layer.rank // 16
+    warps = page_blocks // 8
+    score_kernel[(units * parts, blocks, rows)](
+        projected, const, pool, step.pages, step.count, unit, tables["strip"], tables["entry"], weight, largest,
+        step.pages.stride(0), layer.codec.page_nbytes, projected.stride(0), runs, blocks, blocks * page_blocks, units,
+        const.shape[2],
+        GROUPS=parts, GROUP=group, CLASSES=layer.classes, EIGHT=layer.eight, P=layer.codec.page_tokens,
+        HOLD=held_runs(runs, warps), SOFTCAP=cap, WARPS=warps, FAST=fast, num_warps=warps, num_stages=1,
+        **({"maxnreg": 128} if fast else {}),
+    )  # fmt: skip
+
+
+def _shared_weights(
+    layer: LayerKernels,
+    pool: torch.Tensor,
+    step: StepTables,
+    projected: torch.Tensor,
+    const: torch.Tensor,
+    unit: torch.Tensor,
+    weight: torch.Tensor,
+    largest: torch.Tensor,
+    group: int,
+    cap: float,
+    fast: bool,
+) -> None:
+    """The same by SHARES programs for every eight pages, and one for a block that puts their sums together."""
+    rows, units, parts, blocks, _ = largest.shape
+    page_blocks, tables, runs = block_pages(layer.codec), layer.tables, layer.rank // 16
+    tokens, octets = layer.codec.page_tokens, blocks * page_blocks // 8
+    sums = torch.empty((rows, units, parts, octets, SHARES, 4 * tokens, 32), device=largest.device)
+    share_kernel[(units * parts * SHARES, octets, rows)](
+        projected, pool, step.pages, step.count, unit, tables["share"], tables["entry"], sums,
+        step.pages.stride(0), layer.codec.page_nbytes, projected.stride(0), runs, blocks, units, octets,
+        GROUPS=parts, GROUP=group, CLASSES=layer.classes, EIGHT=layer.eight, P=tokens, PB=page_blocks, SHARES=SHARES,
+        HOLD=held_runs(runs, 1), FAST=fast, num_warps=1, num_stages=1,
+    )  # fmt: skip
+    gather_kernel[(units * parts, blocks, rows)](
+        sums, const, step.count, unit, weight, largest, blocks, blocks * page_blocks, units, octets, const.shape[2],
+        GROUPS=parts, CLASSES=layer.classes, P=tokens, PB=page_blocks, SHARES=SHARES, SOFTCAP=cap, FAST=fast,
+        num_warps=page_blocks // 2, num_stages=1,
+    )  # fmt: skip
 
 
 def _pages(
@@ -236,6 +321,7 @@ def _pages(
     cap: float,
     top: torch.Tensor,
     total: torch.Tensor,
+    meet: Callable[[], None],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents of the pages' answers fp16 [H, B, G, R], over all weights, and the shares [B, Hq, 2] of pages and
     window."""
@@ -254,15 +340,13 @@ def _pages(
         HALF=cos.shape[1] if codec.frame.turns else 0, CLASSES=layer.classes, num_warps=1,
     )  # fmt: skip
     projected = torch.bmm(framed, layer.key_basis)  # [H, B * blocks * G, R]
-    pages_max, warps, runs = blocks * page_blocks, page_blocks // 8, layer.rank // 16
+    pages_max = blocks * page_blocks
     weight = torch.empty((rows, units, parts, pages_max * tokens * 16), dtype=torch.float16, device=device)
     largest = torch.empty((rows, units, parts, blocks, 16), device=device)
-    score_kernel[(units * parts, blocks, rows)](
-        projected, const, pool, step.pages, step.count, unit, tables["strip"], tables["entry"], weight, largest,
-        step.pages.stride(0), codec.page_nbytes, projected.stride(0), runs, blocks, pages_max, units, heads,
-        GROUPS=parts, GROUP=group, CLASSES=layer.classes, EIGHT=layer.eight, P=tokens, HOLD=held_runs(runs, warps),
-        SOFTCAP=cap, WARPS=warps, FAST=fast, num_warps=warps, num_stages=1, **({"maxnreg": 128} if fast else {}),
-    )  # fmt: skip
+    shared = units * parts * blocks * rows <= SHARED_BLOCKS
+    (_shared_weights if shared else _weights)(
+        layer, pool, step, projected, const, unit, weight, largest, group, cap, fast
+    )
     splits = min(blocks, max(1, triton.cdiv(MIX_PROGRAMS, rows * layer.items)))
     each = triton.cdiv(blocks, splits)
     factor = torch.empty((rows, units, parts, blocks, 16), dtype=torch.int32, device=device)
@@ -281,6 +365,7 @@ def _pages(
     )  # fmt: skip
     latent = torch.empty((codec.kv_heads, rows, group, layer.rank), dtype=torch.float16, device=device)
     share = torch.empty((rows, heads, 2), device=device)
+    meet()
     combine_kernel[(units * parts, triton.cdiv(layer.rank, LATENT_TILE), rows)](
         outs, sums, tops, step.count, unit, tables["source"], tables["source_factor"], tables["offset"], top, total,
         latent, share, units, splits, layer.outputs, each, layer.rank, heads, rows,

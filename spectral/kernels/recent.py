@@ -18,18 +18,19 @@ TILE = 8
 def read_kernel(
     slot_ptr, place_ptr, store_ptr, high_ptr, low_ptr, scale_ptr, out_ptr,
     count, heads, sinks, ring,
-    WIDTH: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr,
+    WIDTH: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, EACH: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
-    """TILE tokens of one head of one slot, fp32.
+    """TILE tokens of one head, fp32.
 
-    slot_ptr: int64 [1]; place_ptr: int64 [count]; store_ptr: [slots, heads, sinks, WIDTH]; high_ptr: int8 [slots,
-    heads, ring, WIDTH]; low_ptr: uint8 [..., WIDTH / 4]; scale_ptr: fp16 [..., WIDTH / GROUP]. out_ptr: [heads,
-    count, WIDTH].
+    slot_ptr: int64 [1], or (EACH) [count]; place_ptr: int64 [count]; store_ptr: [slots, heads, sinks, WIDTH];
+    high_ptr: int8 [slots, heads, ring, WIDTH]; low_ptr: uint8 [..., WIDTH / 4]; scale_ptr: fp16 [..., WIDTH / GROUP].
+    out_ptr: [heads, count, WIDTH].
     """
     head = tl.program_id(1)
     t = tl.program_id(0) * TILE + tl.arange(0, TILE)
     c = tl.arange(0, C)
-    own = tl.load(slot_ptr) * heads + head
+    own = tl.load(slot_ptr + t * EACH, mask=t < count, other=0) * heads + head
     place = tl.load(place_ptr + t, mask=t < count, other=0)
     real = (t < count)[:, None] & (c < WIDTH)[None, :]
     is_sink = (place < sinks)[:, None]
@@ -99,17 +100,18 @@ def served(window: object) -> bool:
 
 
 def read_recent(window: QuantizedWindow, slot: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """Tokens at places [t] of slot [1], both int64: float32 [H, t, d + dv], as `window.read_places`."""
+    """Tokens at places [t] of slot [1], or each of its own slot [t], all int64: float32 [H, t, d + dv], as
+    `window.read_places`."""
     heads, count = window.shape.kv_heads, place.numel()
     out = torch.empty((heads, count, window.shape.head_numbers), dtype=torch.float32, device=place.device)
     if not count:
         return out
-    _check(window, slot, place)
+    _check(window, slot, place, each=slot.numel() == count)
     read_kernel[(triton.cdiv(count, TILE), heads)](
         slot, place, window.store, window.high, window.low, window.scale, out,
         count, heads, window.sinks, window.ring,
         WIDTH=window.shape.head_numbers, C=triton.next_power_of_2(window.shape.head_numbers), GROUP=window.groups,
-        BITS=window.bits, TILE=TILE, num_warps=4,
+        BITS=window.bits, EACH=int(slot.numel() > 1), TILE=TILE, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -143,12 +145,12 @@ def write_recent(
         first += dim
 
 
-def _check(window: QuantizedWindow, slot: torch.Tensor, place: torch.Tensor) -> None:
+def _check(window: QuantizedWindow, slot: torch.Tensor, place: torch.Tensor, *, each: bool = False) -> None:
     """Raise ValueError naming what does not fit."""
     for name, x in (("slot", slot), ("place", place)):
         if x.dtype != torch.int64 or x.ndim != 1 or not x.is_contiguous() or x.device != window.high.device:
             raise ValueError(f"{name} must be contiguous int64 on {window.high.device}, got {x.dtype} on {x.device}")
-    if slot.numel() != 1:
+    if slot.numel() != 1 and not each:
         raise ValueError(f"slot must be one, got {slot.numel()}")
     if not all(x.is_contiguous() for x in (window.store, window.high, window.low, window.scale)):
         raise ValueError("a window's tensors must be contiguous")

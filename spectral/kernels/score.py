@@ -37,7 +37,7 @@ def held_runs(runs: int, warps: int) -> int:
     """Room, in runs of 16 latents, that a program keeps in shared memory for a block's projected query beside its
     stages; 0 where `runs` do not fit. Few sizes, because each is compiled."""
     room = (SHARED - warps * int(STAGES) * int(STAGE)) // 512
-    return next((size for size in (16, 32, room) if runs <= size <= room), 0)
+    return next((size for size in (16, 32, 48, 64, room) if runs <= size <= room), 0)
 
 
 @triton.jit
@@ -89,18 +89,18 @@ def _scaled(a, entry, FAST: tl.constexpr):
 
 
 @triton.jit
-def _copy_chunk(to, from0, from1, chunk):
+def copy_chunk(to, from0, from1, chunk):
     """Ask for one chunk of the warp's eight pages: a lane has eight of 64 bytes of every fourth page, twice."""
     at = chunk * CHUNK
     copy_pieces(to + (chunk % STAGES) * STAGE, (from0 + at, from1 + at), 2, 8, 64, 64, 4 * PITCH)
 
 
 @triton.jit
-def _next_chunk(to, from0, from1, chunk, chunks, lane):
+def next_chunk(to, from0, from1, chunk, chunks, lane):
     """Wait for a chunk, and ask for the one that takes the place of the last."""
     wait_stages(lane, STAGES - 2)
     if chunk + STAGES - 1 < chunks:
-        _copy_chunk(to, from0, from1, chunk + STAGES - 1)
+        copy_chunk(to, from0, from1, chunk + STAGES - 1)
     close_stage(lane)
 
 
@@ -157,7 +157,7 @@ def _strip(
     for _ in range(((off & (CHUNK - 1)) + cells * SIZE + CHUNK - 1 >> 7) * tl.minimum(cells, 1)):
         if FAST:  # noqa: SIM102 (a constant and a tensor)
             if off & (CHUNK - 1) == 0:
-                _next_chunk(to, from0, from1, off >> 7, chunks, lane)
+                next_chunk(to, from0, from1, off >> 7, chunks, lane)
         here = tl.minimum(end, (off | (CHUNK - 1)) + 1) - off >> size_log2(BITS, ROWS)
         at = held + quarter + ((off >> 7) % STAGES * STAGE + (off & (CHUNK - 1)))
         p = page + (off + quarter)
@@ -192,18 +192,20 @@ def _with_part(c, part, FIRST: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr
 
 
 @triton.jit
-def _all_strips(
-    strip_ptr, held, page, to, from0, from1, chunks, held_q, q0, q1, ops, lane,
-    CLASSES: tl.constexpr, EIGHT: tl.constexpr, P: tl.constexpr, WARPS: tl.constexpr, HOLD: tl.constexpr,
-    FAST: tl.constexpr,
+def all_strips(
+    cells_ptr, off, held, page, to, from0, from1, chunks, held_q, q0, q1, ops, lane,
+    STRIDE: tl.constexpr, CLASSES: tl.constexpr, EIGHT: tl.constexpr, P: tl.constexpr, WARPS: tl.constexpr,
+    HOLD: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Sums of fields and operands: 4 numbers a row of a page (heads g and g + 8, pages 2 t and 2 t + 1)."""
+    """Sums of fields and operands: 4 numbers a row of a page (heads g and g + 8, pages 2 t and 2 t + 1).
+
+    cells_ptr: how many cells of every strip, by class and plane, STRIDE apart; off: of the first of them in the page.
+    """
     c = (tl.zeros([32 * WARPS], tl.float32),) * (4 * P)
-    off = 0
     e = (four_words(ops, FAST), four_words(ops + 16, FAST), four_words(ops + 32, FAST), four_words(ops + 48, FAST))
     for s in tl.static_range(4 * CLASSES):
         if EIGHT or strip_bits(CLASSES, s) < 8:
-            cells = tl.load(strip_ptr + (strip_class(CLASSES, s) * 16 + strip_plane(CLASSES, s) * 4 + 1))
+            cells = tl.load(cells_ptr + (strip_class(CLASSES, s) * 4 + strip_plane(CLASSES, s)) * STRIDE)
             d, off, ops, e = _strip(
                 _class_part(c, first_row(strip_class(CLASSES, s)), class_rows(strip_class(CLASSES, s))),
                 off, cells, held, page, to, from0, from1, chunks, held_q, q0, q1, ops, e, lane,
@@ -231,19 +233,19 @@ def _above_mean(c, const0, const1, CLASSES: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def _page(ids, number, count, page_nbytes):
+def page_start(ids, number, count, page_nbytes):
     """Where page `number` of a block begins in the pool; the last one for those behind it."""
     return tl.load(ids + tl.minimum(number, count - 1)).to(tl.int64) * page_nbytes
 
 
 @triton.jit
-def _query_row(q_ptr, head, row, head_stride, runs, GROUP: tl.constexpr):
+def query_row(q_ptr, head, row, head_stride, runs, GROUP: tl.constexpr):
     """A head's projected query for one block; row: of the first query head of its KV head."""
     return q_ptr + (head // GROUP).to(tl.int64) * head_stride + (row + head % GROUP).to(tl.int64) * (16 * runs)
 
 
 @triton.jit
-def _hold_query(held_q, q_lane, i, runs, WARPS: tl.constexpr):
+def hold_query(held_q, q_lane, i, runs, WARPS: tl.constexpr):
     """Ask for a block's projected query: a lane has half a run of one head; warps take turns with runs."""
     source = q_lane.to(tl.int64)
     for k in range((runs + WARPS - 1) // WARPS):
@@ -318,30 +320,30 @@ def score_kernel(
         mine = i // 32 * 8
         first = mine + lane // 8  # the page of whose bytes this lane copies, and the fourth after it
         source = (pages + lane % 8 * 8).to(tl.int64)
-        from0 = source + _page(ids, first, count, page_nbytes)
-        from1 = source + _page(ids, first + 4, count, page_nbytes)
+        from0 = source + page_start(ids, first, count, page_nbytes)
+        from1 = source + page_start(ids, first + 4, count, page_nbytes)
         to = held + lane // 8 * PITCH + lane % 8 * 8
         if FAST:
             if HOLD > 0:
                 held_head = head + tl.minimum(part * 16 + lane // 2, own - 1)
-                q = _query_row(q_ptr, held_head, row, q_head_stride, runs, GROUP) + lane % 2 * 8
-                _hold_query(held_q, q, i, runs, WARPS)
+                q = query_row(q_ptr, held_head, row, q_head_stride, runs, GROUP) + lane % 2 * 8
+                hold_query(held_q, q, i, runs, WARPS)
             for chunk in tl.static_range(STAGES - 1):
                 if chunk < chunks:
-                    _copy_chunk(to, from0, from1, chunk)
+                    copy_chunk(to, from0, from1, chunk)
                 close_stage(lane)
-        page = pages + _page(ids, mine + g, count, page_nbytes)  # whose codes this lane multiplies
+        page = pages + page_start(ids, mine + g, count, page_nbytes)  # whose codes this lane multiplies
         head0, head1 = head + tl.minimum(part * 16 + g, own - 1), head + tl.minimum(part * 16 + g + 8, own - 1)
-        q0 = _query_row(q_ptr, head0, row, q_head_stride, runs, GROUP) + 4 * t
-        q1 = _query_row(q_ptr, head1, row, q_head_stride, runs, GROUP) + 4 * t
+        q0 = query_row(q_ptr, head0, row, q_head_stride, runs, GROUP) + 4 * t
+        q1 = query_row(q_ptr, head1, row, q_head_stride, runs, GROUP) + 4 * t
         const = const_ptr + (seq * blocks + blk).to(tl.int64) * (heads * 8)
         if FAST and HOLD > 0:
             wait_stages(lane, STAGES - 1)
             tl.debug_barrier()
-        c = _all_strips(
-            strip_ptr + unit * (CLASSES * 16), held + g * PITCH, page, to, from0, from1, chunks,
-            held_q + g * 32 + t * 8, q0, q1, entry_ptr + tl.load(unit_ptr + unit * 5 + 4) * 16 + t * 4, lane,
-            CLASSES, EIGHT, P, WARPS, HOLD, FAST,
+        c = all_strips(
+            strip_ptr + unit * (CLASSES * 16) + 1, tl.full([], 0, tl.int32), held + g * PITCH, page, to, from0, from1,
+            chunks, held_q + g * 32 + t * 8, q0, q1, entry_ptr + tl.load(unit_ptr + unit * 5 + 4) * 16 + t * 4, lane,
+            4, CLASSES, EIGHT, P, WARPS, HOLD, FAST,
         )  # fmt: skip
         where = (seq * units + unit) * GROUPS + part
         _leave_weights(

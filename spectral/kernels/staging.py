@@ -159,3 +159,27 @@ def store_word(p, a, FAST: tl.constexpr):
         )
     else:
         tl.store(p, a)
+
+
+@triton.jit
+def store_half(p, a, FAST: tl.constexpr):
+    """A number as fp16; p: pointer to fp16."""
+    if FAST:
+        tl.inline_asm_elementwise(
+            "{.reg .b16 h; cvt.rn.f16.f32 h, $2; st.global.b16 [$1], h; mov.b32 $0, 0;}",
+            "=r,l,f",
+            [p.to(tl.int64), a],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.store(p, a.to(tl.float16))
+
+
+@triton.jit
+def prefetch(p):
+    """Ask for the line of global memory at a pointer to come nearer."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L1 [$1];\nmov.b32 $0, 0;", "=r,l", [p.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )

@@ -16,6 +16,9 @@ ITEM_CELLS = {8: 4, 4: 8, 2: 8, 1: 4}
 RUN_SLACK = 8
 """Entries behind the last run, which the score kernel asks for ahead of time."""
 
+SHARES = 8
+"""Programs that share the scores of eight pages where a launch would leave most of a GPU idle."""
+
 SCORE_UNIT = 16.0
 """Factors of the score kernel are this much larger than what fields stand for, so that none is subnormal."""
 
@@ -30,6 +33,9 @@ class LayerTables:
             of it: what the lowest bit of fields 4 t .. stands for, over 2^position, times SCORE_UNIT (four fp16; 0 for
             padding), 32 times the run's first latent, 0.
         first_run: int32 [units]: a unit's first entry.
+        share: int32 [units, SHARES, 4 + 4 C]: a unit's cells in SHARES parts of about equal work: offset of the part's
+            first cell in the unit's page, of its end, its first entry, how many entries it has, and how many cells of
+            every strip, by class and plane.
         item: int32 [items, 8]: unit, class, plane, offset of its first cell, cells, first output column, 1 if its
             program stores the sums of weights of its class, 0.
         source: int32 [units, C, 2, R / 16]: output column of a run's (at most two) planes, -1: none.
@@ -41,6 +47,7 @@ class LayerTables:
     strip: np.ndarray
     entry: np.ndarray
     first_run: np.ndarray
+    share: np.ndarray
     item: np.ndarray
     source: np.ndarray
     source_factor: np.ndarray
@@ -112,12 +119,33 @@ def layer_tables(units: list[tuple[PageLayout, np.ndarray]], steps: dict[int, fl
         strip,
         _entries(np.concatenate(run), np.concatenate(factor)),
         np.array(first_run, dtype=np.int32),
+        np.stack([_shares(layout, run) for (layout, _), run in zip(units, first_run, strict=True)]),
         np.array(item, dtype=np.int32),
         source,
         source_factor,
         offset,
         max(outputs, CHANNEL_GROUP),
     )
+
+
+def _shares(layout: PageLayout, first_run: int) -> np.ndarray:
+    """`share` of one unit. A cell's work: what it needs once (some 25 instructions a run), and products by row."""
+    classes = layout.widths.shape[0]
+    share = np.zeros((SHARES, 4 + 4 * classes), dtype=np.int32)
+    work = [cell_runs(s.bits) * (25 + 4 * s.rows) for s in layout.strips for _ in range(s.cells)]
+    part = (np.cumsum(work) - 1) * SHARES // max(1, sum(work))
+    at, cell = first_run, 0
+    for s in layout.strips:
+        for k in range(s.cells):
+            own = share[part[cell]]
+            if not own[4:].any():
+                own[0], own[2] = s.start + k * s.cell_nbytes, at
+            own[1] = s.start + (k + 1) * s.cell_nbytes
+            own[3] += cell_runs(s.bits)
+            own[4 + 4 * s.number + PLANE_ORDER.index(s.bits)] += 1
+            at += cell_runs(s.bits)
+            cell += 1
+    return share
 
 
 def _entries(run: np.ndarray, factor: np.ndarray) -> np.ndarray:

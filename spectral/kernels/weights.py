@@ -7,7 +7,7 @@ import triton.language as tl
 
 from spectral.kernels.dct import dct
 from spectral.kernels.lanes import halves
-from spectral.kernels.staging import store_four, store_word
+from spectral.kernels.staging import store_four, store_half, store_word
 
 
 @triton.jit
@@ -46,8 +46,14 @@ def _softcapped(x, P: tl.constexpr, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def tokens(s, i: tl.constexpr, mean, valid, P: tl.constexpr, SOFTCAP: tl.constexpr, FAST: tl.constexpr):
-    """Scores of a page's tokens for one head, -inf where there is no page."""
-    x = dct(_column(s, i, P), P, True, FAST)
+    """Scores of a page's tokens for one head, -inf where there is no page: number i of every row."""
+    return token_scores(_column(s, i, P), mean, valid, P, SOFTCAP, FAST)
+
+
+@triton.jit
+def token_scores(s, mean, valid, P: tl.constexpr, SOFTCAP: tl.constexpr, FAST: tl.constexpr):
+    """The same from one number of every row."""
+    x = dct(s, P, True, FAST)
     out = ()
     for k in tl.static_range(P):
         out = out + (x[k] + mean,)
@@ -96,3 +102,22 @@ def store_weights(place, pages_max, number, g, t, u0, u1, v0, v1, P: tl.constexp
     store_four(at, halves(u0[2], u0[3]), halves(u1[2], u1[3]), halves(v0[2], v0[3]), halves(v1[2], v1[3]), FAST)
     _store_quads(slot, pages_max, number, u0, v0, P, FAST)
     _store_quads(slot, pages_max, number + 1, u1, v1, P, FAST)
+
+
+@triton.jit
+def store_column(place, pages_max, number, g, side, u, P: tl.constexpr, FAST: tl.constexpr):
+    """One page's weights of one head, g or (side = 1) g + 8, where store_weights leaves them."""
+    slot = place + g * 16 + 2 * side
+    for row in tl.static_range(2):
+        at = slot + (pages_max // 16 * row + number // 16) * 128 + (number % 16) // 4 * 4 + (number // 2) % 2
+        store_half(at.to(tl.pointer_type(tl.float16)) + number % 2, u[row], FAST)
+    at = slot + (pages_max // 16 * 2 + number // 8) * 128 + (number % 8) // 2 * 4 + number % 2
+    store_word(at, halves(u[2], u[3]), FAST)
+    at = slot + (pages_max // 16 * 4 + number // 4) * 128 + number % 4 * 4
+    store_word(at, halves(u[4], u[5]), FAST)
+    store_word(at + 1, halves(u[6], u[7]), FAST)
+    if P == 16:
+        at = slot + (pages_max // 16 * 8 + number // 2) * 128 + number % 2 * 8
+        for quad in tl.static_range(2):
+            store_word(at + 4 * quad, halves(u[8 + 4 * quad], u[9 + 4 * quad]), FAST)
+            store_word(at + 4 * quad + 1, halves(u[10 + 4 * quad], u[11 + 4 * quad]), FAST)

@@ -8,6 +8,7 @@ import torch
 
 from spectral import code_dispatch, dispatch
 from spectral.codec import LayerCodec
+from spectral.engine.static_step import SealStep
 from spectral.errors import SettingError
 from spectral.kernels import check_codes, chunk
 from spectral.kernels.code_layer import CodeLayer
@@ -274,3 +275,30 @@ def test_fp16_survives_keys_of_very_different_size() -> None:
     encode(layer, Tokens(held, held[:, :0, :16], held[:, :0, 16:]), ids, 1, again, ids)
     off = (codes_of(codec, again) - codes_of(codec, pool)).abs().float()
     assert off.mean() < 0.05 and np.isfinite(float(off.max()))
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_pages_sealed_between_steps_are_the_references(monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
+    """Pages of two rows in one launch, a spare one with them; as SealStep of a decode step seals them."""
+    shape = ModelShape((LayerShape(2, 16, 16),), 4, 64)
+    book = random_codebook(shape, [8, 4, 2, 0], page=16, window=32, block=64, window_bits=bits)
+    store = PageStore(shape, book, device=DEVICE, window_dtype=torch.float32)
+    monkeypatch.setenv("SPECTRAL_ATTENTION", "reference")
+    rows = [store.open() for _ in range(2)]
+    for seed, row in enumerate(rows):
+        run_chunk(store, row, 100, 2, seed)
+    pool, codec = store.pools[0], book.layers[0]
+    assert pool is not None and isinstance(codec, LayerCodec)
+    window, found = store.windows[0], []
+    for choice in ("reference", "triton"):
+        monkeypatch.setenv("SPECTRAL_ATTENTION", choice)
+        pages = [row.pages[-1] for row in rows]
+        step = SealStep(store, 4, 64)
+        step.fill([
+            (row.slot, window.index(window.sinks + 16 * len(row.pages)), row.pages[-1], len(row.pages)) for row in rows
+        ])  # fmt: skip
+        pool[pages] = 0
+        step.run()
+        found.append(codes_of(codec, pool[pages]))
+    apart = (found[0] - found[1]).abs()
+    assert found[0].any() and apart.max() <= 1 and apart.float().mean() < 0.01

@@ -11,6 +11,7 @@ from spectral import dispatch
 from spectral.attention import attend
 from spectral.codec import LayerCodec
 from spectral.errors import SettingError
+from spectral.kernels import decode
 from spectral.kernels.check import TOLERANCE, relative_error
 from spectral.kernels.decode import LayerKernels
 from spectral.pages import LayerShape, ModelShape, PageStore, Row
@@ -45,12 +46,14 @@ def step(
 
 
 @pytest.mark.parametrize(
-    ("kv_heads", "dim", "group", "widths", "window_bits", "softcap", "lengths"),
+    ("kv_heads", "dim", "group", "widths", "window_bits", "softcap", "lengths", "shared"),
     [
-        (1, 32, 4, MIXED, 16, None, [2, 51]),
-        (2, 16, 2, [4, 2, 1], 10, None, [300]),
-        (1, 40, 20, [3, 6, 0], 8, 5.0, [100]),
-        (1, 16, 3, [8], 16, None, [53]),
+        (1, 32, 4, MIXED, 16, None, [2, 51], True),
+        (1, 32, 4, MIXED, 16, None, [2, 51], False),
+        (2, 16, 2, [4, 2, 1], 10, None, [300], True),
+        (2, 16, 2, [4, 2, 1], 10, None, [300], False),
+        (1, 40, 20, [3, 6, 0], 8, 5.0, [100], False),
+        (1, 16, 20, [8], 16, 5.0, [53], True),
     ],
 )
 def test_decoding_on_codes_equals_the_reference(
@@ -62,8 +65,11 @@ def test_decoding_on_codes_equals_the_reference(
     window_bits: int,
     softcap: float | None,
     lengths: list[int],
+    shared: bool,
 ) -> None:
-    """Ragged rows, some without a page, one that seals a page in this very step; every width; groups over 16 heads."""
+    """Ragged rows, some without a page, one that seals a page in this very step; every width; groups over 16 heads;
+    scores in shares, and by one program a block."""
+    monkeypatch.setattr(decode, "SHARED_BLOCKS", 1 << 20 if shared else 0)
     store = store_of(kv_heads, dim, group, widths, window_bits)
     rows = [store.open() for _ in lengths]
     monkeypatch.setenv("SPECTRAL_ATTENTION", "reference")

@@ -48,6 +48,10 @@ def test_tokens_go_in_and_out_as_in_torch(
     places = torch.cat([torch.arange(sinks, device=DEVICE), place])
     assert torch.equal(read_recent(ours, slot, places), theirs.read_places(slot, places[None])[0])
     assert read_recent(ours, slot, places[:0]).shape == (heads, 0, dim + value_dim)
+    slots = torch.arange(len(places), device=DEVICE) % 3  # each of its own slot
+    assert torch.equal(
+        read_recent(ours, slots, places), theirs.read_places(slots, places[:, None])[:, :, 0].transpose(0, 1)
+    )
 
 
 def test_wrong_tensors_are_refused_by_name() -> None:
@@ -57,7 +61,7 @@ def test_wrong_tensors_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="place must be contiguous int64"):
         read_recent(window, slot, place.int())
     with pytest.raises(ValueError, match="slot must be one"):
-        read_recent(window, place, place)
+        read_recent(window, place, torch.arange(3, device=DEVICE))
     with pytest.raises(ValueError, match="source must be int64"):
         write_recent(window, slot, place, place[:1], key, key)
     with pytest.raises(ValueError, match=r"value must be \[1, tokens, 16\]"):
