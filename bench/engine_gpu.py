@@ -53,7 +53,7 @@ def step1x1k(scene: Scene) -> Row:
     sizes = scene.sizes
     engine = scene.engine()
     hold(engine, 1, sizes.short, 10 * sizes.steps)
-    mean, median = decode_times(engine, min(40, sizes.steps), sizes.steps)
+    mean, median = decode_times(engine, sizes.warm, sizes.steps)
     floor = (read_nbytes(scene) + engine.store.used_nbytes) / scene.bandwidth
     launched = scene.engine(decode="static")
     hold(launched, 1, sizes.short, 10 * sizes.steps)
@@ -72,7 +72,7 @@ def eager(scene: Scene) -> Row:
     sizes = scene.sizes
     engine = scene.engine()
     hold(engine, 1, sizes.short, 10 * sizes.steps)
-    ours, _ = decode_times(engine, min(40, sizes.steps), sizes.steps)
+    ours, _ = decode_times(engine, sizes.warm, sizes.steps)
     with stock(scene) as model:
         name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
         cache, times = DynamicCache(config=model.config), []
@@ -96,7 +96,7 @@ def step8x32k(scene: Scene) -> Row:
     sizes = scene.sizes
     engine = scene.engine()
     hold(engine, sizes.rows, sizes.long, 10 * sizes.steps)
-    mean, median = decode_times(engine, min(40, sizes.steps), sizes.steps)
+    mean, median = decode_times(engine, sizes.warm, sizes.steps)
     tokens = sizes.rows * sizes.long * scene.loaded.shape.token_nbytes()
     floor = (read_nbytes(scene) + tokens) / scene.bandwidth
     return row(

@@ -37,6 +37,8 @@ class Sizes:
     batch: tuple[int, int, int] = (32, 512, 128)
     requests: int = 900
     steps: int = 96
+    warm: int = 64
+    """Steps before those that are timed: pages are sealed four times, captured the second time."""
 
 
 QWEN3_8B = {
@@ -48,7 +50,7 @@ TINY = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 2048,
 }  # fmt: skip
 FULL = Sizes(QWEN3_8B)
-CHECK = Sizes(TINY, 256, 3, 512, 384, 256, 8 << 20, (4, 24, 8), 24, 8)
+CHECK = Sizes(TINY, 256, 3, 512, 384, 256, 8 << 20, (4, 24, 8), 24, 8, 8)
 
 
 class Letters:

@@ -81,12 +81,26 @@ def warm_up(engine: Engine) -> None:
     """Run a prompt and decode steps; leaves nothing behind. Raises what the model raises.
 
     On a GPU the prompt is long enough for a page, so that the kernels that read pages are compiled before any request,
-    and there are as many decode steps as it takes to capture one.
+    for few pages and for many, and there are as many decode steps as it takes to capture one.
     """
-    store, length, steps = engine.store, 8, 2
-    if store.device.type == "cuda":
-        length += store.codebook.sinks + store.codebook.window + 2 * store.codebook.page_tokens
-        steps = 4
+    store = engine.store
+    if store.device.type != "cuda":
+        _warm(engine, 8, 2)
+        return
+    from spectral.code_dispatch import warm_codes
+    from spectral.kernels.decode import sharing
+
+    length = 8 + store.codebook.sinks + store.codebook.window + 2 * store.codebook.page_tokens
+    with sharing(0):
+        _warm(engine, length, 2)
+    engine.runner.trim(everything=True)  # a step that was launched so must not be captured so
+    _warm(engine, length, 4)
+    warm_codes(store.codebook)  # chunks over codes, and squeezing
+
+
+def _warm(engine: Engine, length: int, steps: int) -> None:
+    """A prompt of `length` tokens, and `steps` steps in all."""
+    store = engine.store
     row: Any = store.open()
     sampler = SamplerState(SamplingParams(temperature=0), [])
     prompt = [0] * min(length, engine.context_length - steps)
@@ -103,7 +117,3 @@ def warm_up(engine: Engine) -> None:
         sequence.tokens.append(tokens[0])
     store.close(row)
     store.trim()
-    if store.device.type == "cuda":
-        from spectral.code_dispatch import warm_codes
-
-        warm_codes(store.codebook)  # chunks over codes, and squeezing

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from spectral.kernels.decode import LayerKernels, StepTables, block_pages, decode_attention
+from spectral.kernels.decode import LayerKernels, StepTables, block_pages, decode_attention, sharing
 from spectral.pools import empty_pool
 from spectral.shapes import LayerShape
 from spectral.windows import ExactWindow, WindowGroup, make_window
@@ -87,9 +87,14 @@ class Case:
 
 
 def relative_error(kernels: LayerKernels, group: int, dtype: torch.dtype) -> float:
-    """Error of one row of a block and a half of pages."""
+    """Error of one row of a block and a half of pages, whose scores are shared, and of one whose are not."""
     pages = block_pages(kernels.codec) * 3 // 2
-    return Case(kernels, 1, 116 + pages * kernels.codec.page_tokens, group, dtype).error()
+    case = Case(kernels, 1, 116 + pages * kernels.codec.page_tokens, group, dtype)
+    errors = []
+    for blocks in (1 << 30, 0):
+        with sharing(blocks):
+            errors.append(case.error())
+    return max(errors)
 
 
 def wrong(kernels: LayerKernels, group: int, dtype: torch.dtype) -> str:

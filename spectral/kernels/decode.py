@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 
@@ -33,13 +34,27 @@ MIX_PROGRAMS = 1024
 SHARED_BLOCKS = 48
 """Blocks of a step, by unit and head group, up to which each has several programs: more fill a large GPU alone."""
 
+_shared_blocks = ContextVar("shared_blocks", default=SHARED_BLOCKS)
+
 LATENT_TILE = 32
+FACTOR_TILE = 64
 
 
 @cache
 def interpreted() -> bool:
     """Whether Triton runs kernels in its interpreter."""
     return bool(triton.knobs.runtime.interpret)
+
+
+@contextmanager
+def sharing(blocks: int) -> Iterator[None]:
+    """Steps of up to so many blocks have several programs for each inside: 0 for none. To compile and compare both
+    ways before any request."""
+    token = _shared_blocks.set(blocks)
+    try:
+        yield
+    finally:
+        _shared_blocks.reset(token)
 
 
 def unsupported(codec: LayerCodec, window: int) -> str:
@@ -91,7 +106,6 @@ class LayerKernels:
         self.tables = tables.to(device)
         self.outputs, self.classes = tables.outputs, len(classes)
         self.items = len(tables.item)
-        self.eight = bool((tables.item[:, 2] == 0).any())  # planes of eight bits, the first of PLANE_ORDER
         self.rank = rank = tables.offset.shape[2]
         self.first_runs = tables.first_run
 
@@ -254,62 +268,57 @@ def _window(
     )  # fmt: skip
 
 
-def _weights(
-    layer: LayerKernels,
-    pool: torch.Tensor,
-    step: StepTables,
-    projected: torch.Tensor,
-    const: torch.Tensor,
-    unit: torch.Tensor,
-    weight: torch.Tensor,
-    largest: torch.Tensor,
-    group: int,
-    cap: float,
-    fast: bool,
-) -> None:
-    """Weights of all blocks and their largest scores, into `weight` and `largest`: a program for each block."""
-    rows, units, parts, blocks, _ = largest.shape
-    page_blocks, tables, runs = block_pages(layer.codec), layer.tables, layer.rank // 16
-    warps = page_blocks // 8
-    score_kernel[(units * parts, blocks, rows)](
-        projected, const, pool, step.pages, step.count, unit, tables["strip"], tables["entry"], weight, largest,
-        step.pages.stride(0), layer.codec.page_nbytes, projected.stride(0), runs, blocks, blocks * page_blocks, units,
-        const.shape[2],
-        GROUPS=parts, GROUP=group, CLASSES=layer.classes, EIGHT=layer.eight, P=layer.codec.page_tokens,
-        HOLD=held_runs(runs, warps), SOFTCAP=cap, WARPS=warps, FAST=fast, num_warps=warps, num_stages=1,
-        **({"maxnreg": 128} if fast else {}),
-    )  # fmt: skip
+@dataclass
+class _Scoring:
+    """What becomes weights, and where: projected fp16 [H, B * blocks * G, R], const fp32 [B, blocks, Hq, 8]; weight
+    and largest as spectral.kernels.score leaves them. cap: of softcap, in units of log2, 0 for none."""
 
+    layer: LayerKernels
+    pool: torch.Tensor
+    step: StepTables
+    projected: torch.Tensor
+    const: torch.Tensor
+    unit: torch.Tensor
+    weight: torch.Tensor
+    largest: torch.Tensor
+    group: int
+    cap: float
 
-def _shared_weights(
-    layer: LayerKernels,
-    pool: torch.Tensor,
-    step: StepTables,
-    projected: torch.Tensor,
-    const: torch.Tensor,
-    unit: torch.Tensor,
-    weight: torch.Tensor,
-    largest: torch.Tensor,
-    group: int,
-    cap: float,
-    fast: bool,
-) -> None:
-    """The same by SHARES programs for every eight pages, and one for a block that puts their sums together."""
-    rows, units, parts, blocks, _ = largest.shape
-    page_blocks, tables, runs = block_pages(layer.codec), layer.tables, layer.rank // 16
-    tokens, octets = layer.codec.page_tokens, blocks * page_blocks // 8
-    sums = torch.empty((rows, units, parts, octets, SHARES, 4 * tokens, 32), device=largest.device)
-    share_kernel[(units * parts * SHARES, octets, rows)](
-        projected, pool, step.pages, step.count, unit, tables["share"], tables["entry"], sums,
-        step.pages.stride(0), layer.codec.page_nbytes, projected.stride(0), runs, blocks, units, octets,
-        GROUPS=parts, GROUP=group, CLASSES=layer.classes, EIGHT=layer.eight, P=tokens, PB=page_blocks, SHARES=SHARES,
-        HOLD=held_runs(runs, 1), FAST=fast, num_warps=1, num_stages=1,
-    )  # fmt: skip
-    gather_kernel[(units * parts, blocks, rows)](
-        sums, const, step.count, unit, weight, largest, blocks, blocks * page_blocks, units, octets, const.shape[2],
-        GROUPS=parts, CLASSES=layer.classes, P=tokens, PB=page_blocks, SHARES=SHARES, SOFTCAP=cap, FAST=fast,
-        num_warps=page_blocks // 2, num_stages=1,
-    )  # fmt: skip
+    def by_blocks(self) -> None:
+        """A program for each block."""
+        layer, step = self.layer, self.step
+        rows, units, parts, blocks, _ = self.largest.shape
+        pages, runs, fast = block_pages(layer.codec), layer.rank // 16, not interpreted()
+        score_kernel[(units * parts, blocks, rows)](
+            self.projected, self.const, self.pool, step.pages, step.count, self.unit, layer.tables["strip"],
+            layer.tables["entry"], self.weight, self.largest,
+            step.pages.stride(0), layer.codec.page_nbytes, self.projected.stride(0), runs, blocks, blocks * pages,
+            units, self.const.shape[2],
+            GROUPS=parts, GROUP=self.group, CLASSES=layer.classes, P=layer.codec.page_tokens,
+            HOLD=held_runs(runs, pages // 8), SOFTCAP=self.cap, WARPS=pages // 8, FAST=fast, num_warps=pages // 8,
+            num_stages=1, **({"maxnreg": 128} if fast else {}),
+        )  # fmt: skip
+
+    def by_shares(self) -> None:
+        """SHARES programs for every eight pages, and one for each block that puts their sums together."""
+        layer, step = self.layer, self.step
+        rows, units, parts, blocks, _ = self.largest.shape
+        pages, runs, tokens = block_pages(layer.codec), layer.rank // 16, layer.codec.page_tokens
+        octets, fast = blocks * pages // 8, not interpreted()
+        sums = torch.empty((rows, units, parts, octets, SHARES, 4 * tokens, 32), device=self.largest.device)
+        share_kernel[(units * parts * SHARES, octets, rows)](
+            self.projected, self.pool, step.pages, step.count, self.unit, layer.tables["share"],
+            layer.tables["entry"], sums,
+            step.pages.stride(0), layer.codec.page_nbytes, self.projected.stride(0), runs, blocks, units, octets,
+            GROUPS=parts, GROUP=self.group, CLASSES=layer.classes, P=tokens, PB=pages, SHARES=SHARES,
+            HOLD=held_runs(runs, 1), FAST=fast, num_warps=1, num_stages=1,
+        )  # fmt: skip
+        gather_kernel[(units * parts, blocks, rows)](
+            sums, self.const, step.count, self.unit, self.weight, self.largest,
+            blocks, blocks * pages, units, octets, self.const.shape[2],
+            GROUPS=parts, CLASSES=layer.classes, P=tokens, PB=pages, SHARES=SHARES, SOFTCAP=self.cap, FAST=fast,
+            num_warps=pages // 2, num_stages=1,
+        )  # fmt: skip
 
 
 def _pages(
@@ -343,24 +352,25 @@ def _pages(
     pages_max = blocks * page_blocks
     weight = torch.empty((rows, units, parts, pages_max * tokens * 16), dtype=torch.float16, device=device)
     largest = torch.empty((rows, units, parts, blocks, 16), device=device)
-    shared = units * parts * blocks * rows <= SHARED_BLOCKS
-    (_shared_weights if shared else _weights)(
-        layer, pool, step, projected, const, unit, weight, largest, group, cap, fast
-    )
+    scoring = _Scoring(layer, pool, step, projected, const, unit, weight, largest, group, cap)
+    if units * parts * blocks * rows <= _shared_blocks.get():
+        scoring.by_shares()
+    else:
+        scoring.by_blocks()
     splits = min(blocks, max(1, triton.cdiv(MIX_PROGRAMS, rows * layer.items)))
     each = triton.cdiv(blocks, splits)
     factor = torch.empty((rows, units, parts, blocks, 16), dtype=torch.int32, device=device)
     tops = torch.empty((rows, splits, units, parts, 16), device=device)
     factor_kernel[(units * parts, splits, rows)](
         step.count, largest, factor, tops, blocks, units, splits, each,
-        GROUPS=parts, PB=page_blocks, SB=triton.next_power_of_2(each), num_warps=4,
+        GROUPS=parts, PB=page_blocks, SB=FACTOR_TILE, num_warps=4,
     )  # fmt: skip
     sums = torch.empty((rows, splits, units, parts, layer.classes, 16), device=device)
     outs = torch.empty((rows, splits, parts, 16, layer.outputs), device=device)
     mix_kernel[(rows, splits, layer.items * parts)](
         pool, step.pages, step.count, tables["item"], weight, factor, outs, sums, step.pages.stride(0),
         codec.page_nbytes, blocks, pages_max, units, splits, layer.outputs, each,
-        GROUPS=parts, CLASSES=layer.classes, EIGHT=layer.eight, P=tokens, PB=page_blocks, WARPS=MIX_WARPS, FAST=fast,
+        GROUPS=parts, CLASSES=layer.classes, P=tokens, PB=page_blocks, WARPS=MIX_WARPS, FAST=fast,
         num_warps=MIX_WARPS, num_stages=1, **({"maxnreg": 128} if fast else {}),
     )  # fmt: skip
     latent = torch.empty((codec.kv_heads, rows, group, layer.rank), dtype=torch.float16, device=device)

@@ -162,15 +162,14 @@ def _all_warps(x, WARPS: tl.constexpr):
 @triton.jit
 def _mix_class(
     plane, base, ids, b0, b1, last, page_nbytes, w, factor, held, warp, g, t, out, cells, outputs, sums, wanted,
-    CLASS: tl.constexpr, EIGHT: tl.constexpr, PB: tl.constexpr, P: tl.constexpr, WARPS: tl.constexpr,
+    CLASS: tl.constexpr, PB: tl.constexpr, P: tl.constexpr, WARPS: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
-    if EIGHT:  # noqa: SIM102 (a constant and a tensor)
-        if plane == 0:
-            _mix(
-                base, ids, b0, b1, last, page_nbytes, w, factor, held, warp, g, t, out, cells, outputs, sums, wanted,
-                8, CLASS, 4, PB, P, WARPS, FAST,
-            )  # fmt: skip
+    if plane == 0:
+        _mix(
+            base, ids, b0, b1, last, page_nbytes, w, factor, held, warp, g, t, out, cells, outputs, sums, wanted,
+            8, CLASS, 4, PB, P, WARPS, FAST,
+        )  # fmt: skip
     if plane == 1:
         _mix(
             base, ids, b0, b1, last, page_nbytes, w, factor, held, warp, g, t, out, cells, outputs, sums, wanted,
@@ -195,10 +194,10 @@ def factor_kernel(
     GROUPS: tl.constexpr, PB: tl.constexpr, SB: tl.constexpr,
 ):  # fmt: skip
     """What the weights of each block of a split are too large or small by: two equal halves in a word, and the
-    split's largest.
+    split's largest. SB blocks at a time.
 
     factor_ptr: int32 [sequence, unit, head groups, blocks, 16]; top_ptr: fp32 [sequence, split, unit, head groups,
-    16]. SB: a power of two, at least split_blocks.
+    16].
     """
     unit = tl.program_id(0)  # and head group
     split = tl.program_id(1)
@@ -206,13 +205,18 @@ def factor_kernel(
     b0 = split * split_blocks
     b1 = tl.minimum(b0 + split_blocks, (tl.load(count_ptr + seq) + PB - 1) // PB)
     if b0 < b1:
-        b = b0 + tl.arange(0, SB)
         head = tl.arange(0, 16)
-        place = ((seq * units * GROUPS + unit) * blocks + b[:, None]) * 16 + head[None, :]
-        m = tl.load(max_ptr + place, mask=(b < b1)[:, None], other=float("-inf"))
-        top = tl.max(m, 0)
-        f = twice(tl.exp2(m - top[None, :]))
-        tl.store(factor_ptr + place, f, mask=(b < b1)[:, None])
+        own = (seq * units * GROUPS + unit) * blocks
+        top = tl.full([16], float("-inf"), tl.float32)
+        for first in range(b0, b1, SB):
+            b = first + tl.arange(0, SB)
+            place = (own + b[:, None]) * 16 + head[None, :]
+            top = tl.maximum(top, tl.max(tl.load(max_ptr + place, mask=(b < b1)[:, None], other=float("-inf")), 0))
+        for first in range(b0, b1, SB):
+            b = first + tl.arange(0, SB)
+            place = (own + b[:, None]) * 16 + head[None, :]
+            m = tl.load(max_ptr + place, mask=(b < b1)[:, None], other=float("-inf"))
+            tl.store(factor_ptr + place, twice(tl.exp2(m - top[None, :])), mask=(b < b1)[:, None])
         tl.store(top_ptr + ((seq * splits + split) * units * GROUPS + unit) * 16 + head, top)
 
 
@@ -224,7 +228,7 @@ def factor_kernel(
 def mix_kernel(
     pages_ptr, table_ptr, count_ptr, item_ptr, weight_ptr, factor_ptr, out_ptr, sum_ptr,
     table_stride, page_nbytes, blocks, pages_max, units, splits, outputs, split_blocks,
-    GROUPS: tl.constexpr, CLASSES: tl.constexpr, EIGHT: tl.constexpr, P: tl.constexpr, PB: tl.constexpr,
+    GROUPS: tl.constexpr, CLASSES: tl.constexpr, P: tl.constexpr, PB: tl.constexpr,
     WARPS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """One item over one split of a sequence's blocks, for 16 query heads.
@@ -261,5 +265,5 @@ def mix_kernel(
                 w = weight_ptr + (where.to(tl.int64) * P + first_row(number)) * pages_max * 16
                 _mix_class(
                     plane, base, ids, b0, b1, pages - 1, page_nbytes, w.to(tl.pointer_type(tl.int32)), factor, held,
-                    i // 32, (i % 32) // 4, i % 4, out, cells, outputs, sums, wanted, number, EIGHT, PB, P, WARPS, FAST,
+                    i // 32, (i % 32) // 4, i % 4, out, cells, outputs, sums, wanted, number, PB, P, WARPS, FAST,
                 )  # fmt: skip

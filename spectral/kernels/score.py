@@ -15,7 +15,7 @@ import triton.language as tl
 
 from spectral.kernels.classes import class_rows, first_row, size_log2, strip_bits, strip_class, strip_plane
 from spectral.kernels.lanes import four_words, product, score_rows, two_words, word
-from spectral.kernels.staging import close_stage, copy_pieces, held_four, held_two, held_word, stage, wait_stages
+from spectral.kernels.staging import close_stage, copy_pieces, held_two, held_word, stage, wait_stages
 from spectral.kernels.weights import block_weights, largest, over_lanes, store_weights, tokens
 
 FIELD_UNIT = tl.constexpr(2.0**20)
@@ -35,9 +35,10 @@ SHARED = 47 * 1024
 
 def held_runs(runs: int, warps: int) -> int:
     """Room, in runs of 16 latents, that a program keeps in shared memory for a block's projected query beside its
-    stages; 0 where `runs` do not fit. Few sizes, because each is compiled."""
+    stages; 0 where `runs` do not fit. The same for all settings of a model, if possible: each size is compiled, and a
+    squeeze must not wait for a compiler."""
     room = (SHARED - warps * int(STAGES) * int(STAGE)) // 512
-    return next((size for size in (16, 32, 48, 64, room) if runs <= size <= room), 0)
+    return next((size for size in (64, room) if runs <= size <= room), 0)
 
 
 @triton.jit
@@ -47,12 +48,11 @@ def _quarter_rows(at, page, BITS: tl.constexpr, ROWS: tl.constexpr, FAST: tl.con
     if FAST:
         if NBYTES <= 4:
             return (held_word(at, NBYTES),)
-        elif NBYTES == 8:
-            return held_two(at)
-        elif NBYTES == 16:
-            return held_four(at)
         else:
-            return held_four(at) + held_four(at + 16)
+            x = ()
+            for i in tl.static_range(NBYTES // 8):  # eight at once: a page may lie eight bytes beside sixteen
+                x = x + held_two(at + 8 * i)
+            return x
     elif NBYTES <= 4:
         return (word(page, NBYTES, FAST),)
     else:
@@ -89,18 +89,40 @@ def _scaled(a, entry, FAST: tl.constexpr):
 
 
 @triton.jit
-def copy_chunk(to, from0, from1, chunk):
-    """Ask for one chunk of the warp's eight pages: a lane has eight of 64 bytes of every fourth page, twice."""
-    at = chunk * CHUNK
-    copy_pieces(to + (chunk % STAGES) * STAGE, (from0 + at, from1 + at), 2, 8, 64, 64, 4 * PITCH)
+def behind(page):
+    """How far a page's bytes lie behind the sixteen that the first of them is in."""
+    return (page.to(tl.int64) & 8).to(tl.int32)
 
 
 @triton.jit
-def next_chunk(to, from0, from1, chunk, chunks, lane):
+def copied(held, ids, pages, first, count, page_nbytes, lane):
+    """What a lane copies of a chunk: pieces of sixteen bytes, which pass the first-level cache by and leave it to the
+    tables. Four lanes have a page; pages begin at multiples of eight, so a ninth piece goes with every eight.
+
+    held: the warp's stages; first: the number, in a block, of the warp's first page. Returns the destination and the
+    source of a lane's first piece (the second is 64 bytes further), and those of the page's ninth.
+    """
+    own, quarter = lane // 4, lane % 4 * 16
+    base = (pages + page_start(ids, first + own, count, page_nbytes)).to(tl.int64) & -16
+    to = held + own * PITCH
+    return to + quarter, base + quarter, to + CHUNK, base + CHUNK
+
+
+@triton.jit
+def copy_chunk(copies, chunk):
+    """Ask for one chunk of the warp's eight pages."""
+    stage = (chunk % STAGES) * STAGE
+    at = chunk * CHUNK
+    copy_pieces(copies[0] + stage, (copies[1] + at,), 2, 16, 64, 64, 0)
+    copy_pieces(copies[2] + stage, (copies[3] + at,), 1, 16, 0, 0, 0)
+
+
+@triton.jit
+def next_chunk(copies, chunk, chunks, lane):
     """Wait for a chunk, and ask for the one that takes the place of the last."""
     wait_stages(lane, STAGES - 2)
     if chunk + STAGES - 1 < chunks:
-        copy_chunk(to, from0, from1, chunk + STAGES - 1)
+        copy_chunk(copies, chunk + STAGES - 1)
     close_stage(lane)
 
 
@@ -142,7 +164,7 @@ def _cells(
 
 @triton.jit
 def _strip(
-    c, off, cells, held, page, to, from0, from1, chunks, held_q, q0, q1, ops, e, lane,
+    c, off, cells, held, page, copies, chunks, held_q, q0, q1, ops, e, lane,
     BITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, HOLD: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Add a class's plane to the scores of its rows, chunk after chunk.
@@ -157,7 +179,7 @@ def _strip(
     for _ in range(((off & (CHUNK - 1)) + cells * SIZE + CHUNK - 1 >> 7) * tl.minimum(cells, 1)):
         if FAST:  # noqa: SIM102 (a constant and a tensor)
             if off & (CHUNK - 1) == 0:
-                next_chunk(to, from0, from1, off >> 7, chunks, lane)
+                next_chunk(copies, off >> 7, chunks, lane)
         here = tl.minimum(end, (off | (CHUNK - 1)) + 1) - off >> size_log2(BITS, ROWS)
         at = held + quarter + ((off >> 7) % STAGES * STAGE + (off & (CHUNK - 1)))
         p = page + (off + quarter)
@@ -193,8 +215,8 @@ def _with_part(c, part, FIRST: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr
 
 @triton.jit
 def all_strips(
-    cells_ptr, off, held, page, to, from0, from1, chunks, held_q, q0, q1, ops, lane,
-    STRIDE: tl.constexpr, CLASSES: tl.constexpr, EIGHT: tl.constexpr, P: tl.constexpr, WARPS: tl.constexpr,
+    cells_ptr, off, held, page, copies, chunks, held_q, q0, q1, ops, lane,
+    STRIDE: tl.constexpr, CLASSES: tl.constexpr, P: tl.constexpr, WARPS: tl.constexpr,
     HOLD: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Sums of fields and operands: 4 numbers a row of a page (heads g and g + 8, pages 2 t and 2 t + 1).
@@ -204,14 +226,13 @@ def all_strips(
     c = (tl.zeros([32 * WARPS], tl.float32),) * (4 * P)
     e = (four_words(ops, FAST), four_words(ops + 16, FAST), four_words(ops + 32, FAST), four_words(ops + 48, FAST))
     for s in tl.static_range(4 * CLASSES):
-        if EIGHT or strip_bits(CLASSES, s) < 8:
-            cells = tl.load(cells_ptr + (strip_class(CLASSES, s) * 4 + strip_plane(CLASSES, s)) * STRIDE)
-            d, off, ops, e = _strip(
-                _class_part(c, first_row(strip_class(CLASSES, s)), class_rows(strip_class(CLASSES, s))),
-                off, cells, held, page, to, from0, from1, chunks, held_q, q0, q1, ops, e, lane,
-                strip_bits(CLASSES, s), class_rows(strip_class(CLASSES, s)), WARPS, HOLD, FAST,
-            )  # fmt: skip
-            c = _with_part(c, d, first_row(strip_class(CLASSES, s)), class_rows(strip_class(CLASSES, s)), P)
+        cells = tl.load(cells_ptr + (strip_class(CLASSES, s) * 4 + strip_plane(CLASSES, s)) * STRIDE)
+        d, off, ops, e = _strip(
+            _class_part(c, first_row(strip_class(CLASSES, s)), class_rows(strip_class(CLASSES, s))),
+            off, cells, held, page, copies, chunks, held_q, q0, q1, ops, e, lane,
+            strip_bits(CLASSES, s), class_rows(strip_class(CLASSES, s)), WARPS, HOLD, FAST,
+        )  # fmt: skip
+        c = _with_part(c, d, first_row(strip_class(CLASSES, s)), class_rows(strip_class(CLASSES, s)), P)
     return c
 
 
@@ -284,7 +305,7 @@ def _leave_weights(
 def score_kernel(
     q_ptr, const_ptr, pages_ptr, table_ptr, count_ptr, unit_ptr, strip_ptr, entry_ptr, weight_ptr, max_ptr,
     table_stride, page_nbytes, q_head_stride, runs, blocks, pages_max, units, heads,
-    GROUPS: tl.constexpr, GROUP: tl.constexpr, CLASSES: tl.constexpr, EIGHT: tl.constexpr, P: tl.constexpr,
+    GROUPS: tl.constexpr, GROUP: tl.constexpr, CLASSES: tl.constexpr, P: tl.constexpr,
     HOLD: tl.constexpr, SOFTCAP: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """One block (8 pages a warp) of one sequence, unit and 16 of its query heads.
@@ -292,7 +313,7 @@ def score_kernel(
     q_ptr: fp16 [KV heads][sequence, block, query head of the group][16 runs latents]; const_ptr: fp32 [sequence,
     block, query heads, 8]: by class what all codes are too high by; at 7 the mean's score. unit_ptr: int32 [units,
     5]: first query head of a unit, how many, offset of its bytes in the page, how many, its first run. GROUPS: of 16
-    query heads, in the largest unit. EIGHT: whether there are planes of eight bits. HOLD: runs that shared memory has
+    query heads, in the largest unit. HOLD: runs that shared memory has
     room for (held_runs), 0: the query is read from where it lies.
     weight_ptr: fp16 [sequence, unit, head groups, pages_max * P * 16] in the order of store_weights; max_ptr: fp32
     [sequence, unit, head groups, blocks, 16].
@@ -318,11 +339,7 @@ def score_kernel(
         ids = table_ptr + seq * table_stride + blk * PB
         pages = pages_ptr + tl.load(unit_ptr + unit * 5 + 2)
         mine = i // 32 * 8
-        first = mine + lane // 8  # the page of whose bytes this lane copies, and the fourth after it
-        source = (pages + lane % 8 * 8).to(tl.int64)
-        from0 = source + page_start(ids, first, count, page_nbytes)
-        from1 = source + page_start(ids, first + 4, count, page_nbytes)
-        to = held + lane // 8 * PITCH + lane % 8 * 8
+        copies = copied(held, ids, pages, mine, count, page_nbytes, lane)
         if FAST:
             if HOLD > 0:
                 held_head = head + tl.minimum(part * 16 + lane // 2, own - 1)
@@ -330,7 +347,7 @@ def score_kernel(
                 hold_query(held_q, q, i, runs, WARPS)
             for chunk in tl.static_range(STAGES - 1):
                 if chunk < chunks:
-                    copy_chunk(to, from0, from1, chunk)
+                    copy_chunk(copies, chunk)
                 close_stage(lane)
         page = pages + page_start(ids, mine + g, count, page_nbytes)  # whose codes this lane multiplies
         head0, head1 = head + tl.minimum(part * 16 + g, own - 1), head + tl.minimum(part * 16 + g + 8, own - 1)
@@ -341,9 +358,9 @@ def score_kernel(
             wait_stages(lane, STAGES - 1)
             tl.debug_barrier()
         c = all_strips(
-            strip_ptr + unit * (CLASSES * 16) + 1, tl.full([], 0, tl.int32), held + g * PITCH, page, to, from0, from1,
-            chunks, held_q + g * 32 + t * 8, q0, q1, entry_ptr + tl.load(unit_ptr + unit * 5 + 4) * 16 + t * 4, lane,
-            4, CLASSES, EIGHT, P, WARPS, HOLD, FAST,
+            strip_ptr + unit * (CLASSES * 16) + 1, tl.full([], 0, tl.int32), held + g * PITCH + behind(page), page,
+            copies, chunks, held_q + g * 32 + t * 8, q0, q1, entry_ptr + tl.load(unit_ptr + unit * 5 + 4) * 16 + t * 4,
+            lane, 4, CLASSES, P, WARPS, HOLD, FAST,
         )  # fmt: skip
         where = (seq * units + unit) * GROUPS + part
         _leave_weights(

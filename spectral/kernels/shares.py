@@ -14,6 +14,8 @@ from spectral.kernels.score import (
     STAGE,
     STAGES,
     all_strips,
+    behind,
+    copied,
     copy_chunk,
     hold_query,
     next_chunk,
@@ -28,8 +30,8 @@ from spectral.kernels.weights import block_weights, largest, store_column, token
 def share_kernel(
     q_ptr, pages_ptr, table_ptr, count_ptr, unit_ptr, share_ptr, entry_ptr, sum_ptr,
     table_stride, page_nbytes, q_head_stride, runs, blocks, units, octets,
-    GROUPS: tl.constexpr, GROUP: tl.constexpr, CLASSES: tl.constexpr, EIGHT: tl.constexpr, P: tl.constexpr,
-    PB: tl.constexpr, SHARES: tl.constexpr, HOLD: tl.constexpr, FAST: tl.constexpr,
+    GROUPS: tl.constexpr, GROUP: tl.constexpr, CLASSES: tl.constexpr, P: tl.constexpr, PB: tl.constexpr,
+    SHARES: tl.constexpr, HOLD: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """One share of a unit's cells in eight pages of a sequence, for 16 query heads; one warp. Arguments as
     spectral.kernels.score has them.
@@ -59,10 +61,7 @@ def share_kernel(
         row = (seq * blocks + octet * 8 // PB) * GROUP
         ids = table_ptr + seq * table_stride + octet * 8
         pages = pages_ptr + tl.load(unit_ptr + unit * 5 + 2)
-        source = (pages + lane % 8 * 8).to(tl.int64)
-        from0 = source + page_start(ids, lane // 8, count, page_nbytes)
-        from1 = source + page_start(ids, lane // 8 + 4, count, page_nbytes)
-        to = held + lane // 8 * PITCH + lane % 8 * 8
+        copies = copied(held, ids, pages, 0, count, page_nbytes, lane)
         if FAST:
             if HOLD > 0:
                 held_head = head + tl.minimum(part * 16 + lane // 2, heads - 1)
@@ -70,7 +69,7 @@ def share_kernel(
                 hold_query(held_q, q, lane, runs, 1)
             for ahead in tl.static_range(STAGES - 1):
                 if (off >> 7) + ahead < chunks:
-                    copy_chunk(to, from0, from1, (off >> 7) + ahead)
+                    copy_chunk(copies, (off >> 7) + ahead)
                 close_stage(lane)
         page = pages + page_start(ids, g, count, page_nbytes)
         head0, head1 = head + tl.minimum(part * 16 + g, heads - 1), head + tl.minimum(part * 16 + g + 8, heads - 1)
@@ -80,10 +79,10 @@ def share_kernel(
             if HOLD > 0:
                 wait_stages(lane, STAGES - 1)
             if off & (CHUNK - 1) != 0:  # a chunk that another share begins
-                next_chunk(to, from0, from1, off >> 7, chunks, lane)
+                next_chunk(copies, off >> 7, chunks, lane)
         c = all_strips(
-            own + 4, off, held + g * PITCH, page, to, from0, from1, chunks, held_q + g * 32 + t * 8, q0, q1,
-            entry + t * 4, lane, 1, CLASSES, EIGHT, P, 1, HOLD, FAST,
+            own + 4, off, held + g * PITCH + behind(page), page, copies, chunks, held_q + g * 32 + t * 8, q0, q1,
+            entry + t * 4, lane, 1, CLASSES, P, 1, HOLD, FAST,
         )  # fmt: skip
         where = (((seq * units + unit) * GROUPS + part) * octets + octet) * SHARES + share
         out = sum_ptr + where.to(tl.int64) * (128 * P) + lane
