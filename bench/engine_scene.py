@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import sys
 import time
@@ -158,7 +159,8 @@ def stock(scene: Scene) -> Iterator[Any]:
     try:
         with torch.device(scene.device):
             dtype = next(ours.parameters()).dtype
-            model = AutoModelForCausalLM.from_config(ours.config, attn_implementation="sdpa", dtype=dtype).eval()
+            config = copy.deepcopy(ours.config)  # a model takes its attention's name into the configuration it is given
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype).eval()
         yield model.requires_grad_(False)
     finally:
         home.apply_rotary_pos_emb = changed

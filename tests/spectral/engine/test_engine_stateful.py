@@ -53,7 +53,7 @@ class Ladder:
     def row(self, setting: str) -> Step:
         return next(step for step in self.ladder if step.name == setting)
 
-    def codebook(self, setting: str, *, device: Any = None) -> Codebook:
+    def codebook(self, setting: str, *, device: Any = None, finer: Codebook | None = None) -> Codebook:
         self.books[setting].setting = setting
         return self.books[setting]
 
