@@ -38,6 +38,7 @@ CONFIG = """
 server: {{port: 0, state_dir: {folder}/state}}
 cluster: {{address: {address}, node_resource: spectral, listen: 127.0.0.1}}
 models: [{{name: demo, path: demo-7m}}]
+{more}
 """
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
@@ -59,11 +60,11 @@ def ray_node() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def server(address: str, *arguments: str) -> Iterator[str]:
-    """A server on a free port; its URL once the model is hot."""
+def server(address: str, *arguments: str, more: str = "") -> Iterator[str]:
+    """A server on a free port; its URL once the model is hot. `more`: lines of its configuration."""
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder, "config.yaml")
-        config.write_text(CONFIG.format(folder=folder, address=json.dumps(address)))
+        config.write_text(CONFIG.format(folder=folder, address=json.dumps(address), more=more))
         process = subprocess.Popen(
             [sys.executable, "-m", "server", "--config", str(config), "--log-level", "warning", *arguments],
             cwd=ROOT,

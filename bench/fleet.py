@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 from bench.fleet_simulator import GIB, Kind, Simulator, kinds  # noqa: E402
 from bench.report import run_facts  # noqa: E402
 from server.cluster.fleet import Fleet  # noqa: E402
+from server.cluster.placement import PLAN_S  # noqa: E402
 from server.scheduler.demand import COLD, HOT, Demand, Device, Placement  # noqa: E402
 from server.scheduler.planner import plan  # noqa: E402
 
@@ -157,17 +158,17 @@ def demands_of(known: list[Kind], count: int, rate: float, seed: int) -> list[De
 
 
 def planner_times(seed: int) -> list[dict[str, Any]]:
-    """Milliseconds of a plan from nothing, of one more replica, and after a node's loss, by fleet size."""
+    """By fleet size, milliseconds until all cells that changed are solved: from nothing, for one more replica, after
+    the loss of a node. From nothing also the longest plan of those that a conductor makes of it."""
     rows = []
     for gpus in SIZES:
         known = kinds(max(4, gpus // 2), seed)
-        fleet = Fleet()
-        for node in range(max(1, gpus // GPUS_PER_NODE)):
-            fleet.set_node(f"n{node}", [Device(f"n{node}/cuda:{i}", 23 * GIB) for i in range(GPUS_PER_NODE)])
+        fleet = of_size(gpus)
         demands = demands_of(known, gpus + gpus // 4, gpus * 0.5, seed)
         began = time.perf_counter()
         first = fleet.plan(demands)
         full = time.perf_counter() - began
+        longest, parts = in_parts(gpus, demands)
         placed = [_placed(demand, first.choices[demand.name].placement) for demand in demands]
         fleet.plan(placed)
         one, lost = [], []
@@ -190,6 +191,8 @@ def planner_times(seed: int) -> list[dict[str, Any]]:
                 "replicas": len(demands),
                 "cells": len(fleet.cells),
                 "from_nothing_ms": round(full * 1000),
+                "from_nothing_longest_part_ms": round(longest * 1000),
+                "from_nothing_parts": parts,
                 "one_more_ms": round(statistics.median(one) * 1000, 1),
                 "node_lost_ms": round(statistics.median(lost) * 1000, 1) if lost else None,
                 "unmet": len(first.unmet),
@@ -197,6 +200,26 @@ def planner_times(seed: int) -> list[dict[str, Any]]:
         )
         print(json.dumps(rows[-1]), file=sys.stderr)
     return rows
+
+
+def of_size(gpus: int) -> Fleet:
+    """Nodes of eight GPUs of 23 GiB."""
+    fleet = Fleet()
+    for node in range(max(1, gpus // GPUS_PER_NODE)):
+        fleet.set_node(f"n{node}", [Device(f"n{node}/cuda:{i}", 23 * GIB) for i in range(GPUS_PER_NODE)])
+    return fleet
+
+
+def in_parts(gpus: int, demands: list[Demand]) -> tuple[float, int]:
+    """From nothing as a conductor plans, each plan within PLAN_S: seconds of the longest, and how many there were."""
+    fleet, longest, count = of_size(gpus), 0.0, 0
+    while True:
+        began = time.perf_counter()
+        found = fleet.plan(demands, over=lambda until=began + PLAN_S: time.perf_counter() > until)  # type: ignore[misc]
+        longest, count = max(longest, time.perf_counter() - began), count + 1
+        if not found.left:
+            return longest, count
+        demands = [_placed(demand, found.choices[demand.name].placement) for demand in demands]
 
 
 def _on(demand: Demand, node: str) -> bool:

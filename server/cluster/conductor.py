@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,8 @@ from server.cluster.store import Store
 log = logging.getLogger("spectral.cluster")
 SYNC_S = 0.5
 TICK_S = 0.25
+TABLE_S = 1.0
+"""A table in which nothing but figures changed may be so old."""
 BROKEN_S = 1.5
 """Silence of a node that a gateway has lost as well; reports come every SYNC_S."""
 SETTLE_S = 20.0
@@ -49,6 +52,8 @@ class Conductor:
         self._drained: set[str] = set(store.get("drained", []))
         self._ticking: asyncio.Task[None] | None = None
         self._began = clock()
+        self._not_before = -math.inf
+        self._packed = 0, 0.0, b""  # the table as it was told last: its version, when, its bytes
         self.expected: set[str] = set()
         """Nodes that are known to be there and may not have reported yet: the first plan waits for them a while."""
         known = store.get("configure", None)
@@ -87,8 +92,7 @@ class Conductor:
             await self._tell()
         node.seen_at, node.devices = self._clock(), report.devices
         self.places.reported(node, report.replicas)
-        if self.places.due():
-            await self._plan()
+        await self._plan_if_due()
         if report.seen == node.version:
             await self._wait(lambda: node.version != report.seen, SYNC_S)
         node.seen_at = self._clock()
@@ -103,11 +107,13 @@ class Conductor:
             node = self.places.nodes.get(name)
             if node is not None and self._clock() - node.seen_at > BROKEN_S:
                 await self.lost(name, f"its connection to a gateway broke, and it was silent for {BROKEN_S:g} s")
-        if self.places.asked(asked):
-            await self._plan()
+        self.places.asked(asked)
+        await self._plan_if_due()
         if asked.seen == self._version and asked.wait > 0:
             await self._wait(lambda: self._version != asked.seen, min(asked.wait, 10.0))
-        return wire.pack(self.table())
+        if self._packed[0] != self._version or self._clock() - self._packed[1] > TABLE_S:
+            self._packed = self._version, self._clock(), wire.pack(self.table())
+        return self._packed[2]
 
     def table(self) -> wire.Table:
         """Where everything is."""
@@ -177,8 +183,7 @@ class Conductor:
         now, silence = self._clock(), self.places.cluster.silence_seconds
         for node in [node for node in self.places.nodes.values() if now - node.seen_at > silence]:
             await self.lost(node.name, f"it was silent for {silence:g} s")
-        if self.places.due():
-            await self._plan()
+        await self._plan_if_due()
 
     async def lost(self, name: str, why: str) -> None:
         """A node is gone, as silence or Ray says: what it served is planned anew."""
@@ -186,6 +191,11 @@ class Conductor:
         if name in self.places.nodes:
             log.error("node %s is lost: %s", name, why)
             self.places.lost(name)
+            await self._plan()
+
+    async def _plan_if_due(self) -> None:
+        """Reports of a large fleet come faster than it can be planned: plans take a third of the time at most."""
+        if self.places.due() and self._clock() >= self._not_before:
             await self._plan()
 
     async def _plan(self) -> None:
@@ -196,7 +206,9 @@ class Conductor:
         if early or (empty and missing and age < SETTLE_S):
             self.places.touch()
             return
+        began = self._clock()
         self.places.plan()
+        self._not_before = self._clock() + 2 * (self._clock() - began)
         await self._tell()
 
     async def _tell(self) -> None:

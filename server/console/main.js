@@ -5,6 +5,7 @@ import { byId, notice } from "./dom.js";
 import { followLog, startLog } from "./log.js";
 import { drawMemory } from "./memory.js";
 import { drawModels, startModels } from "./models.js";
+import { drawNodes } from "./nodes.js";
 import { drawJobs, startProfiles, updateProfiles } from "./profiles.js";
 
 const EVERY_MS = 1000, LATER_MS = 5000;
@@ -34,6 +35,7 @@ async function poll() {
       const now = await get("/admin/status");
       connection(now.durable ? "live" : "live, state is not durable", true);
       drawMemory(now.devices);
+      drawNodes(now.nodes);
       drawModels(now.models);
       updateChat(now.models);
       updateProfiles(now.models);

@@ -40,7 +40,8 @@ async def body_of(request: Request, schema: type[admin_schemas.S]) -> admin_sche
 
 @router.get("/status")
 async def status(request: Request, actor: Actor) -> Response:
-    """Everything at a glance: models, devices, jobs that are not over, and whether the state is durable."""
+    """Everything at a glance: models, devices, jobs that are not over, whether the state is durable, and a cluster's
+    nodes."""
     admin = admin_of(request)
     models = {}
     for name, slot in admin.scheduler.slots.items():
@@ -48,7 +49,7 @@ async def status(request: Request, actor: Actor) -> Response:
         models[name] = {**slot_info(slot), **chosen}
     jobs = [job for job in await admin.jobs.rows() if job["state"] not in OVER]
     body = {"actor": actor, "durable": admin.state.durable, "models": models, "jobs": jobs}
-    return JSONResponse({**body, **admin.memory()})
+    return JSONResponse({**body, **admin.memory(), "nodes": admin.scheduler.memory.nodes()})
 
 
 @router.get("/vram")

@@ -29,6 +29,7 @@ import msgspec
 
 from server.worker import messages as m
 from server.worker.channel import SocketChannel
+from server.worker.session_messages import ResumeSession, SaveSession
 
 PRINT = os.environ.get("FAKE_FINGERPRINT", "")
 TIMES = (0.25, 0.5, 0.125)
@@ -123,6 +124,8 @@ class Worker:
             self.channel.send(ready(None, message.setting), m.Footprint(freed_bytes=1000), m.Done(message.command_id))
         elif isinstance(message, (m.SetLease, m.Sleep, m.Wake)):
             self.channel.send(m.Footprint(context_length=128), m.Done(message.command_id))
+        elif isinstance(message, (SaveSession, ResumeSession)):
+            self.channel.send(m.Done(message.command_id, "this worker has no chats"))
         elif isinstance(message, m.Submit):
             text = message.messages[-1].content if message.kind == "chat" else str(message.prompt)
             self.submit(message, text)
