@@ -15,6 +15,7 @@ from server.jobs import OVER, Job
 from server.routes import admin_schemas
 from server.routes.admin_guard import require_admin
 from server.routes.body import read_json
+from server.routes.nodes import nodes_of
 from server.routes.ops import slot_info
 
 router = APIRouter(prefix="/admin", tags=["Administration"], responses=ADMIN)
@@ -49,7 +50,7 @@ async def status(request: Request, actor: Actor) -> Response:
         models[name] = {**slot_info(slot), **chosen}
     jobs = [job for job in await admin.jobs.rows() if job["state"] not in OVER]
     body = {"actor": actor, "durable": admin.state.durable, "models": models, "jobs": jobs}
-    return JSONResponse({**body, **admin.memory(), "nodes": admin.scheduler.memory.nodes()})
+    return JSONResponse({**body, **admin.memory(), "nodes": nodes_of(admin.scheduler)})
 
 
 @router.get("/vram")

@@ -11,20 +11,24 @@ from server import errors
 from server.cluster import wire
 from server.cluster.gateway import ClusterScheduler
 from server.routes.admin_guard import require_admin
+from server.scheduler.loop import Scheduler
 
 router = APIRouter(prefix="/admin/nodes")
 Actor = Annotated[str, Depends(require_admin)]
+
+
+def nodes_of(scheduler: Scheduler) -> list[dict[str, Any]]:
+    """Every node with its devices and replicas; a machine alone has none."""
+    return scheduler.memory.nodes() if isinstance(scheduler, ClusterScheduler) else []
 
 
 @router.get("")
 async def nodes(request: Request, actor: Actor) -> Response:
     """Every node with its devices and replicas, and the plan in force. A machine alone has none."""
     scheduler = request.app.state.scheduler
-    if not isinstance(scheduler, ClusterScheduler):
-        return JSONResponse({"cluster": False, "nodes": [], "plan": {}})
-    table = scheduler.agents.table
-    body: dict[str, Any] = {"cluster": True, "nodes": scheduler.memory.nodes(), "plan": table.plan}
-    return JSONResponse(body)
+    cluster = isinstance(scheduler, ClusterScheduler)
+    plan = scheduler.agents.table.plan if cluster else {}
+    return JSONResponse({"cluster": cluster, "nodes": nodes_of(scheduler), "plan": plan})
 
 
 @router.post("/{node}/drain")

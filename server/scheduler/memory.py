@@ -104,10 +104,6 @@ class MemoryManager:
             ward.facts, ward.wishes, ward.pinned = facts, wishes, slot.pinned
             self.steward.changed()
 
-    def nodes(self) -> list[dict[str, Any]]:
-        """The machines of a cluster; a machine alone is none."""
-        return []
-
     def forget(self, name: str) -> None:
         """A model is no longer served."""
         self.steward.remove(name)
