@@ -199,7 +199,7 @@ def planner_times(seed: int) -> list[dict[str, Any]]:
 
 
 def timed(work: Callable[..., Any], *arguments: Any) -> tuple[Any, tuple[float, ...]]:
-    """What it gives, and its seconds: by the clock, and of a processor, which is what a busy machine does not change."""
+    """What it gives, and its seconds: by the clock, and of a processor, which a busy machine does not change."""
     began = time.perf_counter(), time.thread_time()
     found = work(*arguments)
     return found, (time.perf_counter() - began[0], time.thread_time() - began[1])
@@ -219,7 +219,7 @@ def of_size(gpus: int) -> Fleet:
 
 
 def in_parts(gpus: int, demands: list[Demand]) -> tuple[tuple[float, ...], int]:
-    """From nothing as a conductor plans, each plan within PLAN_S: the longest one's seconds, and how many there were."""
+    """From nothing as a conductor plans, each plan within PLAN_S: seconds of the longest, and how many there were."""
     fleet, took = of_size(gpus), []
     while True:
         until = time.perf_counter() + PLAN_S
