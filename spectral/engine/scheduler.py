@@ -227,13 +227,13 @@ class Scheduler:
                 return sequence
         return None
 
-    def _admit(self) -> Sequence | None:
-        """Open a row for the next sequence, if there is room for it."""
+    def _admit(self, chosen: Sequence | None = None) -> Sequence | None:
+        """Open a row for the next sequence, or for one that was `chosen`, if there is room for it."""
         if not self.running:
             self._blocked = False
         searches = 0
         while not self._blocked and len(self.running) < self.limits.max_concurrency:
-            sequence = self._next()
+            sequence = chosen or self._next()
             if sequence is None or self.fairness.leaves_out(sequence) or (self.running and not self._fits(sequence)):
                 return None
             try:
@@ -249,6 +249,8 @@ class Scheduler:
                 self.waiting.remove(sequence)
                 self.lanes.leave(sequence)
                 self.failed.append((sequence, error))
+                if chosen is not None:
+                    return None
                 continue
             self.waiting.remove(sequence)
             self.running.append(sequence)
@@ -290,7 +292,7 @@ class Scheduler:
                 if other is None:
                     return
                 self.park(other)
-            if self._admit() is None:
+            if self._admit(sequence) is None:  # not the one that was just parked, whose turn it may be by age
                 return
 
     def _last(self) -> Sequence:

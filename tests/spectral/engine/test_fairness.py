@@ -167,3 +167,17 @@ def test_a_higher_priority_does_not_wait_for_a_lower_one() -> None:
     while any(s.row is not None and s.pending > 1 for s in admin):
         world.step()
         assert not any(world.scheduler.fairness.leaves_out(s) for s in admin)
+
+
+def test_a_place_goes_to_whom_it_was_made_free_for() -> None:
+    """With all served alike, the one that was parked for it is older and would be next: the step came to no end."""
+    world = World(ROW_S, max_concurrency=2)
+    for _ in range(2):
+        world.ask("a", 8)
+    world.step()
+    light = world.ask("b", 8)
+    for tenant in ("a", "b"):
+        world.scheduler.fairness.served[tenant] = 16
+    world.step()
+    assert light in world.scheduler.running
+    assert Counter(s.tenant for s in world.scheduler.running) == {"a": 1, "b": 1}
