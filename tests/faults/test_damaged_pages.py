@@ -104,6 +104,7 @@ def test_weights_that_were_damaged_while_they_slept_are_noticed_after_the_wake_u
         if known:
             sleeper._sum._thread.join()
         else:
+            sleeper._sum.stop()  # its thread has ended: it cannot write its sum after the next line
             sleeper._sum._found = None
         if change:
             sleeper._host[20_000] ^= 1
