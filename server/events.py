@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections import deque
@@ -28,7 +29,7 @@ class EventLog:
     def __init__(self, state: State) -> None:
         self._state = state
         self._next = state.run_now(state_tables.last_event) + 1
-        self._ring: deque[dict[str, Any]] = deque(maxlen=RING)
+        self._ring: deque[bytes] = deque(maxlen=RING)  # as JSON, which is a third of the objects' size
         self._unsaved: list[dict[str, Any]] = []
         self._watchers: set[asyncio.Queue[dict[str, Any]]] = set()
         self._wake = asyncio.Event()
@@ -43,7 +44,7 @@ class EventLog:
         event = {"id": self._next, "at": time.time(), "kind": kind, "model": model, "device": device}
         event |= {"reason": reason, "detail": detail}
         self._next += 1
-        self._ring.append(event)
+        self._ring.append(json.dumps(event).encode())
         self._unsaved.append(event)
         self._wake.set()
         for listener in self.listeners:
@@ -56,7 +57,8 @@ class EventLog:
 
     def recent(self, after: int = 0) -> list[dict[str, Any]]:
         """Events of the ring with an id above `after`, oldest first."""
-        return [event for event in self._ring if event["id"] > after]
+        new = max(0, self._next - 1 - after)  # ids have no gaps
+        return [json.loads(event) for event in list(self._ring)[-new:]] if new else []
 
     @asynccontextmanager
     async def watch(self) -> AsyncIterator[asyncio.Queue[dict[str, Any]]]:

@@ -23,6 +23,8 @@ T = TypeVar("T")
 DEFAULT_FOLDER = ".spectral"
 FILE = "state.db"
 BUSY_S = 5.0
+CACHE_KIB = 256
+"""SQLite's own page cache: its default of 2 MiB would fill over the first hours, and look like a leak."""
 
 
 class State:
@@ -61,6 +63,7 @@ class State:
             connection.row_factory = sqlite3.Row
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
+            connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
             migrate(connection)
         except sqlite3.OperationalError:
             connection.close()
