@@ -57,6 +57,7 @@ _HARMLESS_OPTIONS: dict[str, Callable[[Any], bool]] = {
     "repeat_last_n": lambda value: value == -1,
     "num_keep": lambda value: value in (0, -1),
 }
+_OF_THE_SERVER = ("num_gpu", "main_gpu", "num_thread", "num_batch", "low_vram", "use_mmap", "use_mlock", "numa")
 _NO_PENALTY = {"repeat_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 _TEXT_ONLY = "models here read and write text only; remove it"
 _HINTS = {
@@ -133,7 +134,8 @@ class _Generating(Request):
             if name in Options.model_fields:
                 continue
             if name not in _HARMLESS_OPTIONS:
-                raise unsupported(f"options.{name}", "it is the server's configuration that says this; remove it")
+                says = "it is the server's configuration that says this; remove it"
+                raise unsupported(f"options.{name}", says if name in _OF_THE_SERVER else "remove it from the request")
             if not _HARMLESS_OPTIONS[name](kept.pop(name)):
                 raise unsupported(f"options.{name}", "this server does not support this value; remove it")
         for name in ("temperature", "top_p", "min_p", "typical_p", "repeat_penalty"):

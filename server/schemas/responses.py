@@ -5,13 +5,15 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, WithJsonSchema
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from server.errors import bad_request, unsupported
 from server.schemas.base import Harmless, JsonObject, Strict, json_object
 from server.schemas.fields import MAX_TOOLS, FunctionName, Limit, Text
 from server.schemas.sampling import COMMON_HARMLESS, HINTS, SamplingFields, without_thoughts
 from server.schemas.tools import (
+    AllowedChoice,
+    AllowedTools,
     Function,
     JsonSchema,
     NamedChoice,
@@ -21,6 +23,7 @@ from server.schemas.tools import (
     TextFormat,
     Tool,
     ToolUse,
+    check_choice,
     format_grammar,
 )
 from server.worker import messages as wire
@@ -38,6 +41,14 @@ class FunctionChoice(NamedFunction):
     """This function and no other."""
 
     type: Literal["function"]
+
+
+class AllowedFunctions(Strict):
+    """Some of the tools that are offered; see AllowedTools."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: list[FunctionChoice] = Field(min_length=1, max_length=MAX_TOOLS)
 
 
 class FlatSchemaFormat(Strict):
@@ -95,6 +106,11 @@ Reasoning = Annotated[
 ]
 
 
+Choice = Annotated[
+    Literal["none", "auto", "required"] | FunctionChoice | AllowedFunctions, BeforeValidator(check_choice)
+]
+
+
 class ResponsesRequest(SamplingFields):
     """POST /v1/responses."""
 
@@ -109,7 +125,7 @@ class ResponsesRequest(SamplingFields):
     max_output_tokens: Limit | None = None
     text: TextOptions | None = None
     tools: list[FunctionTool] = Field([], max_length=MAX_TOOLS)
-    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
+    tool_choice: Choice | None = None
     parallel_tool_calls: bool = True
     top_logprobs: int | None = Field(None, ge=0, le=20)
     include: list[Literal["message.output_text.logprobs"]] = Field([], max_length=8)
@@ -125,7 +141,9 @@ class ResponsesRequest(SamplingFields):
         if not data.get("tools") and data.get("tool_choice") in ("none", "auto"):
             data = {name: value for name, value in data.items() if name != "tool_choice"}
         items = data.get("input")
-        if isinstance(items, str) and items:
+        if items in ("", []):
+            raise bad_request("input: must be a text, or a list of items, that is not empty", "input")
+        if isinstance(items, str):
             items = [{"role": "user", "content": items}]
         if not isinstance(items, list):
             return data
@@ -139,10 +157,13 @@ class ResponsesRequest(SamplingFields):
             Tool(type="function", function=Function(**{name: getattr(tool, name) for name in fields}))
             for tool in self.tools
         ]
-        choice = self.tool_choice
-        if isinstance(choice, FunctionChoice):
-            named = NamedChoice(type="function", function=NamedFunction(name=choice.name))
-            return ToolUse(tools, named, self.parallel_tool_calls)
+        asked = self.tool_choice
+        choice: str | NamedChoice | AllowedChoice | None
+        if isinstance(asked, AllowedFunctions):
+            allowed = AllowedTools(mode=asked.mode, tools=[_as_in_a_chat(one) for one in asked.tools])
+            choice = AllowedChoice(type="allowed_tools", allowed_tools=allowed)
+        else:
+            choice = _as_in_a_chat(asked) if isinstance(asked, FunctionChoice) else asked
         return ToolUse(tools, choice, self.parallel_tool_calls)
 
     @property
@@ -204,6 +225,10 @@ class ResponsesRequest(SamplingFields):
                 else:  # a text and calls, or several calls, of one answer
                     turns[-1] = wire.Message("assistant", last.content, [*last.tool_calls, call])
         return turns
+
+
+def _as_in_a_chat(choice: FunctionChoice) -> NamedChoice:
+    return NamedChoice(type="function", function=NamedFunction(name=choice.name))
 
 
 def _plain(item: Any) -> Any:

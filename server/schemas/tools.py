@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from server.errors import bad_request
 from server.schemas.base import JsonObject, Strict
-from server.schemas.fields import FunctionName
+from server.schemas.fields import MAX_TOOLS, FunctionName
 from server.worker import messages as wire
 
 _ANY_OBJECT: dict[str, Any] = {"type": "object"}
@@ -50,7 +50,30 @@ class NamedChoice(Strict):
     function: NamedFunction
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedChoice
+class AllowedTools(Strict):
+    """These functions and no others: as many calls as it likes (auto), or at least one (required)."""
+
+    mode: Literal["auto", "required"]
+    tools: list[NamedChoice] = Field(min_length=1, max_length=MAX_TOOLS)
+
+
+class AllowedChoice(Strict):
+    """Some of the tools that are offered."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+def check_choice(value: Any) -> Any:
+    """Its kind, so that what is wrong with it is told of the kind that was meant. Raises ValueError."""
+    if isinstance(value, dict) and value.get("type") not in ("function", "allowed_tools"):
+        raise ValueError('must be "none", "auto", "required", or an object of the type function or allowed_tools')
+    return value
+
+
+ToolChoice = Annotated[
+    Literal["none", "auto", "required"] | NamedChoice | AllowedChoice, BeforeValidator(check_choice)
+]
 
 
 class JsonSchema(Strict):
@@ -121,14 +144,20 @@ class ToolUse:
         parallel: whether more than one call may come of an answer.
     """
 
-    def __init__(self, tools: list[Tool], choice: str | NamedChoice | None, parallel: bool) -> None:
+    def __init__(self, tools: list[Tool], choice: str | NamedChoice | AllowedChoice | None, parallel: bool) -> None:
         offered = {tool.function.name: tool for tool in tools}
         if len(offered) < len(tools):
             raise bad_request("tools: two functions have the same name", "tools")
         if choice not in (None, "none", "auto") and not tools:
             raise bad_request("tool_choice: needs tools", "tool_choice")
-        if isinstance(choice, NamedChoice) and choice.function.name not in offered:
-            raise bad_request(f"tool_choice: there is no tool {choice.function.name!r}", "tool_choice")
+        named = [choice] if isinstance(choice, NamedChoice) else []
+        named = choice.allowed_tools.tools if isinstance(choice, AllowedChoice) else named
+        for one in named:
+            if one.function.name not in offered:
+                raise bad_request(f"tool_choice: there is no tool {one.function.name!r}", "tool_choice")
+        if isinstance(choice, AllowedChoice):  # the others are not even shown to the model
+            kept = {one.function.name for one in named}
+            tools, choice = [tool for tool in tools if tool.function.name in kept], choice.allowed_tools.mode
         used = [] if choice == "none" else tools
         callable_tools = [offered[choice.function.name]] if isinstance(choice, NamedChoice) else used
         self.forced = choice == "required" or isinstance(choice, NamedChoice)
