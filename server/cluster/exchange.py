@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from server.cluster.crowd import cost_of, crowd_of, move_s
 from server.scheduler.demand import Choice, Demand, Device, Plan
 from server.scheduler.options import KL_SECONDS
 
@@ -33,6 +34,25 @@ class Cell:
     """Members that were given a place where they fit, until the cell is planned."""
     drifted: int = 0
     """For how many plans its traffic has been another one than that which it was planned for."""
+    _regrets: tuple[Plan | None, dict[str, float]] = None, {}
+
+    def regrets(self) -> dict[str, float]:
+        """What each member loses by want of bytes and by its neighbours, in seconds of delay per second."""
+        if self._regrets[0] is not self.plan:
+            self._regrets = self.plan, dict(self._lost())
+        return self._regrets[1]
+
+    def _lost(self) -> Iterable[tuple[str, float]]:
+        choices = self.plan.choices if self.plan is not None else {}
+        crowd = crowd_of(choices, self.members)
+        for name, choice in choices.items():
+            demand = self.members.get(name)  # it may have gone since
+            if demand is not None and not demand.busy:
+                crowd.remove(demand, choice.devices)
+                beside = sum(crowd.extra(demand, device) for device in choice.devices)
+                crowd.add(demand, choice.devices)
+                finest = min((rung.kl for rung in demand.rungs), default=0.0)
+                yield name, choice.cost + beside - finest * KL_SECONDS * demand.rate * demand.priority
 
 
 Solve = Callable[[Cell, Mapping[str, Demand]], Plan]
@@ -56,8 +76,9 @@ def exchange(cells: Iterable[Cell], solve: Solve, over: Callable[[], bool] = lam
                 return False
             here = rest if back is None else {**rest, back.name: back}
             there = {n: d for n, d in other.members.items() if back is None or n != back.name} | {name: demand}
+            price = LEAST_REGRET + move_s(demand) + (0.0 if back is None else move_s(back))
             plans = alone if back is None else solve(cell, here), solve(other, there)
-            if plans[0].cost + plans[1].cost < before - LEAST_REGRET:
+            if plans[0].cost + plans[1].cost < before - price:
                 cell.members, cell.plan = here, plans[0]
                 other.members, other.plan = there, plans[1]
                 for changed in (cell, other):
@@ -77,13 +98,8 @@ def roomiest(cells: Iterable[Cell], cell: Cell, demand: Demand) -> list[Cell]:
 def _worst(cells: Iterable[Cell]) -> tuple[Cell, str] | None:
     found: tuple[float, Cell, str] | None = None
     for cell in cells:
-        for name, choice in cell.plan.choices.items() if cell.plan is not None else ():
-            demand = cell.members.get(name)  # it may have gone since
-            if demand is None or name in cell.stuck or demand.busy:
-                continue
-            finest = min((rung.kl for rung in demand.rungs), default=0.0)
-            regret = choice.cost - finest * KL_SECONDS * demand.rate * demand.priority
-            if regret > LEAST_REGRET and (found is None or regret > found[0]):
+        for name, regret in cell.regrets().items():
+            if name in cell.members and name not in cell.stuck and regret > max(LEAST_REGRET, found[0] if found else 0):
                 found = regret, cell, name
     return None if found is None else (found[1], found[2])
 
@@ -96,4 +112,4 @@ def _partners(demand: Demand, other: Cell, cell: Cell) -> list[Demand]:
 
 def _cost(cell: Cell) -> float:
     """Of those that are still there."""
-    return sum(choice.cost for name, choice in cell.plan.choices.items() if name in cell.members) if cell.plan else 0.0
+    return cost_of(cell.plan.choices, cell.members) if cell.plan is not None else 0.0

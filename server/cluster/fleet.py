@@ -7,7 +7,9 @@ planner as on a single machine (`server.scheduler.planner`) plans each cell.
    best, on a node without a sibling, where least runs. One that fits need not wait until its cell is planned.
 2. Cells that got somebody new, or lost a device, are planned anew; then those whose replicas or wishes changed in
    another way than the last plan said; of those with other traffic, or with bytes that came free, a few each time.
-   Load of others and siblings on a device are costs (`Demand.bias`), so that a cell's plan spreads what can be spread.
+   What replicas cost each other on a device or a node (`crowd`) is a cost of the device to each of them
+   (`Demand.bias`), so that a cell's plan spreads what can be spread. That is right for one that moves alone: whoever
+   carries a plan out moves one replica of a cell at a time, and asks for another plan.
 3. A replica that a cell cannot serve tries others, those with the most room first.
 4. On request (`improve`) replicas that lose most by their cell's squeeze change places, as long as the sum of the two
    cells' costs falls.
@@ -23,18 +25,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from server.cluster.crowd import NEIGHBOUR_S, counted, node_of, with_crowd
 from server.cluster.exchange import Cell, exchange, roomiest
-from server.cluster.rooms import NEIGHBOUR_S, Rooms, device_of, load_of, model_of, nbytes, node_of
+from server.cluster.rooms import Rooms, nbytes
 from server.scheduler.demand import COLD, HOT, Choice, Demand, Device, Plan, Rung
 from server.scheduler.options import UNMET_S
 from server.scheduler.planner import TIME_LIMIT_S, plan
 
 CELL_DEVICES = 8
 """Devices of one cell; a node that has more is a cell of its own."""
-CROWD_S = 0.5
-"""What a device that others keep busy costs: seconds of delay for every request, per other sequence that runs."""
-SIBLING_S = 0.05
-"""A second replica of one model on a node: it serves no purpose there that another node would not serve better."""
 TRIES = 3
 DRIFTED_CELLS = 4
 """Cells with other traffic than before that one plan looks at, the longest waiting first."""
@@ -181,7 +180,12 @@ class Fleet:
 
     def _plan_of(self, cell: Cell, members: Mapping[str, Demand]) -> Plan:
         self._planned += 1
-        return plan(list(_with_load(members, cell)), list(cell.devices.values()), time_limit_s=self._limit)
+        biased = with_crowd(members.values(), cell.devices)
+        return counted(plan(biased, list(cell.devices.values()), time_limit_s=self._limit), members, biased)
+
+    def cell_of(self, node: str) -> str:
+        """The cell of a node, "" for one that is not planned."""
+        return self._cell_of_node.get(node, "")
 
     def _place_unmet(self, over: Callable[[], bool]) -> None:
         """Those that their cell cannot serve try the cells with the most room."""
@@ -256,27 +260,3 @@ def _drifted(before: Demand, now: Demand) -> bool:
     """Whether its traffic is another one by half."""
     more = abs(now.rate - before.rate) > 0.5 * max(before.rate, 0.01)
     return more or now.tokens > before.tokens * 1.5 or now.sequences > before.sequences * 1.5
-
-
-def _with_load(members: Mapping[str, Demand], cell: Cell) -> Iterable[Demand]:
-    """The members with the costs of others' load on each device, as far as it is known where they will be."""
-    # Each sees what stands before it in this order, so that of two that are in each other's way one stays.
-    members = dict(sorted(members.items(), key=lambda item: (not item[1].busy, -load_of(item[1]), item[0])))
-    place = {name: device_of(demand) for name, demand in members.items()}
-    load: dict[str, float] = {}
-    count: dict[str, int] = {}
-    siblings: dict[tuple[str, str], int] = {}
-    for name, demand in members.items():
-        here, bias = place[name], []
-        for device in cell.devices:
-            same = siblings.get((model_of(name), node_of(device)), 0)
-            extra = demand.rate * CROWD_S * load.get(device, 0.0) + SIBLING_S * same
-            stays = -NEIGHBOUR_S / 2 if device == here else 0.0
-            bias.append((device, extra + NEIGHBOUR_S * count.get(device, 0) + stays))
-        if here is not None:
-            load[here] = load.get(here, 0.0) + load_of(demand)
-            count[here] = count.get(here, 0) + 1
-            key = model_of(name), node_of(here)
-            siblings[key] = siblings.get(key, 0) + 1
-        least = min((extra for _, extra in bias), default=0.0)  # only differences count: to be away is no better
-        yield replace(demand, bias=tuple((device, extra - least) for device, extra in bias))

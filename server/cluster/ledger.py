@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from server.cluster import wire
 from server.cluster.scaling import Traffic
 from server.scheduler.demand import HOST, Device
+from server.scheduler.steward import RATE_S
+
+LEAST_S = 30.0
+"""A rate is never taken from less time: the first requests say little."""
 
 
 @dataclass
@@ -111,6 +116,8 @@ class Model:
     """One configured model: what is wanted of it, and its traffic."""
 
     name: str
+    since: float = 0.0
+    """From when on its traffic is known."""
     rate: float = 0.0
     rated_at: float = 0.0
     waiting: dict[str, tuple[int, float]] = field(default_factory=dict)  # by gateway: how many, and until when
@@ -120,6 +127,17 @@ class Model:
     traffic: Traffic = field(default_factory=Traffic)
     pause_until: float = 0.0
     """A replica was given up for want of bytes: until then no other one is made for it, unless requests wait."""
+
+    def came(self, count: int, now: float) -> None:
+        """Requests since the last call."""
+        self.rate = self.rate * math.exp(-(now - self.rated_at) / RATE_S) + count / RATE_S
+        self.rated_at = now
+        self.traffic.came(count, now)
+
+    def rate_at(self, now: float) -> float:
+        """Requests per second, averaged over the last RATE_S, or over as much of them as is known."""
+        known = 1 - math.exp(-max(LEAST_S, now - self.since) / RATE_S)
+        return self.rate * math.exp(-(now - self.rated_at) / RATE_S) / known
 
     def waits(self, now: float) -> int:
         """Requests that wait for it in all gateways."""

@@ -17,16 +17,16 @@ from dataclasses import replace
 from typing import Any
 
 from server.cluster import wire
+from server.cluster.crowd import node_of
 from server.cluster.fleet import Fleet, FleetPlan
 from server.cluster.ledger import Model, Node, Replica, Replicas, devices_for
-from server.cluster.rooms import node_of
 from server.config import ModelSettings
 from server.config_cluster import ClusterSettings, ReplicaSettings
 from server.config_memory import MemorySettings
 from server.scheduler.demand import COLD, HOST, HOT, Demand, Placement
 from server.scheduler.dry_run import wishes_for
 from server.scheduler.facts import Measure, facts_for, with_ladder
-from server.scheduler.steward import RATE_S, Facts, Steward, Ward, Wishes
+from server.scheduler.steward import Facts, Steward, Ward, Wishes
 
 log = logging.getLogger("spectral.cluster")
 REPLAN_S = 5.0
@@ -82,7 +82,7 @@ class Placements:
             self.release(gone)
             del self.models[gone]
         for settings in models:
-            model = self.models.setdefault(settings.name, Model(settings.name))
+            model = self.models.setdefault(settings.name, Model(settings.name, self._clock()))
             model.wanted = model.wanted or settings.load == "startup"
         self._dirty = True
 
@@ -127,9 +127,7 @@ class Placements:
         for name, count in question.requests.items():
             model = self.models.get(name)
             if model is not None:
-                model.rate = model.rate * math.exp(-(now - model.rated_at) / RATE_S) + count / RATE_S
-                model.rated_at = now
-                model.traffic.came(count, now)
+                model.came(count, now)
         for model in self.models.values():
             count = question.waiting.get(model.name, 0)
             model.waiting[question.gateway] = count, now + 5.0 + question.wait
@@ -282,7 +280,7 @@ class Placements:
             ward.facts = facts
         model = self.models[replica.model]
         ward.wishes, ward.pinned = wishes, wishes.pinned
-        ward.rate, ward.rated_at = model.rate * math.exp(-(now - model.rated_at) / RATE_S) / max(1, copies), now
+        ward.rate, ward.rated_at = model.rate_at(now) / max(1, copies), now
         running = len_running(state)
         waiting = 0 if replica.node else max(1, model.waits(now))
         tokens = state.stats.kv_tokens if state is not None else 0
@@ -292,9 +290,11 @@ class Placements:
             ward.now = Placement(HOT, replica.devices, setting)
         return ward
 
-    @staticmethod
-    def _may_move(replica: Replica, now: float, moved: set[str]) -> bool:
-        return replica.hot and replica.node not in moved and now - replica.placed_at >= STAY_S
+    def _may_move(self, replica: Replica, node: str, now: float, moved: set[str]) -> bool:
+        cells = {self.fleet.cell_of(replica.node), self.fleet.cell_of(node)}
+        may = replica.hot and not cells & moved and now - replica.placed_at >= STAY_S
+        moved |= cells if may else set()
+        return may
 
     def facts(self, settings: ModelSettings, kind: str, setting: str, replica: Replica) -> Facts:
         """What a replica needs: predicted from files, or as its worker told. `kind`: "cpu" or a GPU."""
@@ -304,8 +304,8 @@ class Placements:
         return with_ladder(found, setting, ready)
 
     def _apply(self, replica: Replica, now: float, moved: set[str]) -> None:
-        """Carry out one choice. Of replicas that should move one goes at a time from a node: what the others lose by
-        their neighbours is then seen anew."""
+        """Carry out one choice. Of replicas that should move one goes at a time from a cell or into it, and what others
+        lose by their neighbours is seen anew: several that flee from each other would meet again."""
         assert self.last is not None
         choice = self.last.choices[replica.name]
         model = self.models[replica.model]
@@ -315,8 +315,7 @@ class Placements:
                 self._settle(replica, node, device, now)
                 self._steward.moved(replica.name, choice.placement, choice.lease, now)
                 model.stage = ""
-            elif (replica.node, replica.device) != (node, device) and self._may_move(replica, now, moved):
-                moved.add(replica.node)
+            elif (replica.node, replica.device) != (node, device) and self._may_move(replica, node, now, moved):
                 self._settle(self._new(replica.model), node, device, now)
                 replica.leaving = self._dirty = True
                 self.moves += 1

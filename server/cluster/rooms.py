@@ -6,35 +6,9 @@ from collections.abc import Collection, Iterable
 
 import numpy as np
 
+from server.cluster.crowd import NEIGHBOUR_S, load_of, model_of, node_of, places_of
 from server.cluster.exchange import Cell
-from server.scheduler.demand import HOT, Demand
-
-SERVICE_S = 4.0
-"""Device seconds that a request is taken to cost, for the load of devices."""
-NEIGHBOUR_S = 1e-6
-"""What any other model on a device costs, so that those that nobody asks for are spread too."""
-
-
-def node_of(device: str) -> str:
-    """The node of "node/device"."""
-    return device.rpartition("/")[0]
-
-
-def model_of(replica: str) -> str:
-    """The model of "model#3"."""
-    return replica.rpartition("#")[0] or replica
-
-
-def load_of(demand: Demand) -> float:
-    """Sequences that a replica keeps running on its device."""
-    return demand.rate * SERVICE_S
-
-
-def device_of(demand: Demand) -> str | None:
-    """Where a replica is, or was given a place (the only device of its first bias)."""
-    if demand.now.residency == HOT and demand.now.devices:
-        return demand.now.devices[0]
-    return demand.bias[0][0] if demand.bias else None
+from server.scheduler.demand import Demand
 
 
 def nbytes(demand: Demand, finest: bool) -> float:
@@ -62,9 +36,9 @@ class Rooms:
         self._allowed: dict[Collection[str], np.ndarray] = {}
         for cell in cells:
             for demand in cell.members.values():
-                device = device_of(demand)
-                if device in devices:
-                    self.take(demand, device)
+                for device in places_of(demand)[:1]:
+                    if device in devices:
+                        self.take(demand, device)
 
     def take(self, demand: Demand, device: str) -> None:
         """A replica is or will be there."""

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from server.cluster.crowd import Crowd, model_of, node_of
 from server.cluster.fleet import Fleet, FleetPlan
-from server.cluster.rooms import model_of, node_of
 from server.scheduler.demand import HOT, Demand, Device, Placement, Rung
 from server.scheduler.planner import plan
 from tests.server.scheduler.cases import GIB
@@ -69,9 +69,9 @@ def test_what_fits_nowhere_is_unmet_and_says_why() -> None:
 def test_a_plan_that_was_carried_out_is_its_own_answer_and_plans_nothing_again() -> None:
     made = fleet(6)
     demands = [demand(f"m{i}#{i}", rate=0.1 * i) for i in range(14)]
-    placed = carried_out(demands, made.plan(demands, improve=4))
+    placed = carried_out(demands, made.plan(demands, improve=24))
     for _ in range(3):
-        found = made.plan(placed, improve=4)
+        found = made.plan(placed, improve=24)
         assert all(found.choices[d.name].placement.devices == d.now.devices for d in placed)
     assert made.plan(placed).planned == 0, "nothing changed, so nothing is solved"
 
@@ -159,6 +159,35 @@ def test_two_cells_are_near_the_exact_optimum_of_one(seed: int) -> None:
     hot = lambda choices: sum(d.rate for d in demands if choices[d.name].residency == HOT)  # noqa: E731
     assert hot(ours.choices) >= 0.95 * hot(best.choices)
     assert kl(ours.choices) <= 1.25 * kl(best.choices) + 1e-9
+
+
+def test_a_move_changes_the_sum_by_what_the_mover_sees_of_it() -> None:
+    crowd, devices = Crowd(), ("n0/cuda:0", "n0/cuda:1", "n1/cuda:0")
+    everybody = [demand(f"m{i % 3}#{i}", rate=0.1 + 0.2 * i) for i in range(7)]
+    for at, each in enumerate(everybody):
+        crowd.add(each, (devices[at % 2],))
+    before, mover = crowd.total, everybody[4]
+    crowd.remove(mover, (devices[0],))
+    change = crowd.extra(mover, devices[2]) - crowd.extra(mover, devices[0])
+    crowd.add(mover, (devices[2],))
+    assert change < 0 and crowd.total - before == pytest.approx(change)
+
+
+def test_who_shares_a_device_and_could_not_leave_for_less_than_a_move_costs_stays() -> None:
+    made = fleet(2)
+    for rate, moves in ((0.05, 0), (1.0, 1)):
+        here = [demand(f"m{i}#1", rate=rate, needed=False, now=Placement(HOT, ("n0/cuda:0",), "4x")) for i in range(2)]
+        found = made.plan(here)
+        assert sum(found.choices[d.name].devices != d.now.devices for d in here) >= moves
+        assert moves or all(found.choices[d.name].devices == d.now.devices for d in here)
+
+
+def test_those_that_leave_make_nobody_else_go() -> None:
+    made = fleet(1)
+    leaving = demand("m0#1", rate=2.0, busy=True, needed=False, now=Placement(HOT, ("n0/cuda:0",), "4x"))
+    stays = replace(leaving, name="m1#2", busy=False)
+    found = made.plan([leaving, stays])
+    assert found.choices["m1#2"].devices == ("n0/cuda:0",)
 
 
 def test_names() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from server.cluster import wire
-from server.cluster.ledger import Node, Replica
+from server.cluster.ledger import Model, Node, Replica
 from server.cluster.placement import Placements
 from server.config import ModelSettings
 from server.scheduler.steward import Facts
@@ -104,3 +104,33 @@ def test_plans_have_an_end_however_many_cells_changed() -> None:
         places.now += 0.25
         places.plan()
     assert places.last.left == 0 and not places.due(), "what was left has been planned"
+
+
+def test_neighbours_part_once_and_stay_apart() -> None:
+    """Five models learn what they cost each other: each that has to go goes once, however long traffic lasts."""
+    names = [f"m{i}" for i in range(5)]
+    places, moves = Clocked(dict.fromkeys(names, 2.0), nodes=3), []
+    crowded = next(iter(places.nodes))
+    places.plan()
+    for number, replica in enumerate(list(places.replicas.values())):
+        places.replicas.settle(replica, crowded, f"cuda:{number % 2}")  # as if the other nodes had come later
+    for _ in range(1500):
+        places.now += 1.0
+        places.asked(wire.Ask("g", dict.fromkeys(names, 2), {}, 0, 1.0))
+        places.report(5, 5)
+        if places.due():
+            places.plan()
+        moves.append(places.moves)
+    assert 2 <= moves[-1] <= 5 and moves[-1] == moves[len(moves) // 2]
+    assert len({(r.node, r.device) for r in places.replicas.values() if r.live}) == 5
+
+
+def test_a_rate_is_known_from_the_time_that_was_seen() -> None:
+    model = Model("chat", since=100.0)
+    for second in range(60):
+        model.came(3, 101.0 + second)
+    assert abs(model.rate_at(160.0) - 3.0) < 0.1
+    assert abs(model.rate_at(760.0) - 3.0 * 60 / 660) < 0.2
+    model = Model("other", since=0.0)
+    model.came(1, 1.0)
+    assert model.rate_at(1.0) < 0.05, "one request says little"
