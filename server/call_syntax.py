@@ -48,13 +48,13 @@ _decode = json.JSONDecoder(parse_float=_finite, parse_constant=_finite).raw_deco
 def read_calls(text: str, names: Sequence[str]) -> list[Found] | None:
     """All of a text as calls of functions with these names; None where any of it is something else."""
     calls: list[Found] = []
-    at = _skip(text, 0)
+    at = skip_marks(text, 0)
     while at < len(text):
         found, at = _next(text, at, names)
         if not found:
             return None
         calls += found
-        at = _skip(text, at)
+        at = skip_marks(text, at)
     return calls or None
 
 
@@ -192,7 +192,7 @@ def _gemma_items(text: str, at: int, depth: int) -> tuple[Any, int]:
     closing = "}" if named else "]"
     pairs: dict[str, Any] = {}
     items: list[Any] = []
-    at = _skip(text, at + 1)
+    at = skip_marks(text, at + 1)
     while at < len(text) and text[at] != closing:
         key = _WORD.match(text, at) if named else None
         if named:
@@ -206,7 +206,7 @@ def _gemma_items(text: str, at: int, depth: int) -> tuple[Any, int]:
             pairs[key[0]] = value
         else:
             items.append(value)
-        at = _skip(text, end)
+        at = skip_marks(text, end)
     return (pairs if named else items) if at < len(text) else None, at + 1
 
 
@@ -275,7 +275,7 @@ def _skip_space(text: str, at: int) -> int:
     return at
 
 
-def _skip(text: str, at: int) -> int:
+def skip_marks(text: str, at: int = 0) -> int:
     """Behind space, separators and marks."""
     while True:
         found = _GAP.match(text, at)

@@ -99,6 +99,7 @@ class LimitSettings(Section):
 
 Quantization = Literal["none", "nf4", "int8"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Thoughts = Literal["apart", "in_text"]
 LoadWhen = Literal["startup", "on_demand"]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:\d+)$")]
 SettingName = Annotated[str, Field(min_length=1)]
@@ -115,6 +116,7 @@ class DefaultSettings(DefaultMemory):
     load: LoadWhen | None = None
     limits: LimitSettings | None = Field(None, description="Those given here; a model's own limits win one by one.")
     threads: Threads | None = None
+    thoughts: Thoughts | None = None
 
 
 class ModelSettings(ModelMemory):
@@ -131,6 +133,9 @@ class ModelSettings(ModelMemory):
     limits: LimitSettings = LimitSettings()
     threads: Threads = Field(1, description="CPU threads of the worker.")
     aliases: tuple[Name, ...] = Field((), description="Other names for the same model.")
+    thoughts: Thoughts = Field(
+        "apart", description="Thoughts before answers, of models that mark them: fields of their own, or in the text."
+    )
     trust_remote_code: bool = Field(False, description="Run Python code that the model's folder brings along.")
 
     @model_validator(mode="before")

@@ -13,6 +13,7 @@ from fastapi import Request
 
 from server import errors, sse
 from server.auth import Caller, caller_of
+from server.figures import setting_info
 from server.limits import Limiter, Permit
 from server.scheduler.loop import Scheduler
 from server.scheduler.slots import Slot
@@ -58,6 +59,12 @@ class Generation:
     ) -> None:
         self.model = slot.name
         self.tool_format = ready.tool_format
+        # A grammar holds an answer from its first letter on: nothing in it is a thought, however the prompt ends.
+        held = submit.sampling.grammar is not None and submit.sampling.grammar.kind != "tool_calls"
+        apart = submit.kind == "chat" and not held and slot.settings.thoughts == "apart"
+        self.thought_format = ready.thought_format if apart else ""
+        self.thinks = False  # the prompt ended within thoughts
+        self.thought_tokens = 0
         self.request_id = submit.request_id
         self.created = int(time.time())
         self.prompt_tokens = 0
@@ -103,7 +110,7 @@ class Generation:
         self.prompt_tokens, self.accepted_at = item.prompt_tokens, time.monotonic()
         if self._span is not None:
             self._span.waited(self.began, self.accepted_at, self.model)
-        self._setting = item.setting
+        self._setting, self.thinks = item.setting, item.thinks
         if self._permit is not None:
             self._permit.spend(item.prompt_tokens)
         self._scheduler.metrics.prompt_tokens.labels(self.model).inc(item.prompt_tokens)
@@ -218,7 +225,10 @@ class Generation:
     @property
     def usage(self) -> dict[str, Any]:
         """Token counts as the OpenAI API has them."""
-        return {**self.counts, "prompt_tokens_details": {"cached_tokens": self.cached_tokens}}
+        usage = {**self.counts, "prompt_tokens_details": {"cached_tokens": self.cached_tokens}}
+        if self.thought_format:
+            usage["completion_tokens_details"] = {"reasoning_tokens": self.thought_tokens}
+        return usage
 
     @property
     def counts(self) -> dict[str, int]:
@@ -239,32 +249,6 @@ def _refusal(item: messages.Rejected, field_names: dict[str, str], slot: Slot) -
     message = item.message if param is None or param in item.message else f"{param}: {item.message}"
     wait = slot.admission.retry_after() if item.status in (429, 503) else None
     return errors.ApiError(item.status, message, code=item.code, param=param, retry_after=wait)
-
-
-def setting_info(ready: messages.Ready, setting: str = "") -> dict[str, Any]:
-    """A setting of a hot model in figures: bits per element, bytes per token at a stated context, mean KL (nats).
-
-    `setting`: "exact" or a row of the ladder; "" for the one that the model runs at.
-    """
-    exact = ready.bytes_per_token_exact
-    name, rank, bits, kl = ready.setting, ready.rank, ready.bits_per_element, ready.kl_mean
-    size = ready.bytes_per_token
-    row = next((row for row in ready.ladder if row.name == setting), None)
-    if setting == "exact" != name:
-        name, rank, bits, kl, size = setting, 0.0, 16.0, 0.0, exact
-    elif row is not None and setting != name:
-        name, rank, bits, kl, size = setting, row.rank, row.bits_per_element, row.kl_mean, exact / row.ratio
-    ratio = exact / size if size else 1.0
-    return {
-        "setting": name,
-        "rank": rank,
-        "bits_per_element": bits,
-        "kl_mean": kl,
-        "bytes_per_token": size,
-        "bytes_per_token_exact": ready.bytes_per_token_exact,
-        "reference_context": ready.reference_context,
-        "ratio": round(ratio, 3),
-    }
 
 
 class Gateway:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from server import sse
-from server.answers.calls import CalledTool, items
+from server.answers.calls import CalledPart, CalledTool, Thought, items
 from server.gateway import Generation
 from server.schemas import ChatRequest
 from server.worker import messages
@@ -25,18 +25,23 @@ class Chat:
         texts: list[list[str]] = [[] for _ in range(n)]
         tokens: list[list[messages.TokenLogprob]] = [[] for _ in range(n)]
         calls: list[list[dict[str, Any]]] = [[] for _ in range(n)]
+        thoughts: list[list[str]] = [[] for _ in range(n)]
         async for item in items(self._generation, self._body.tool_use, n):
             if isinstance(item, messages.Delta):
                 texts[item.index].append(item.text)
                 tokens[item.index].extend(item.logprobs or [])
             elif isinstance(item, CalledTool):
                 calls[item.index].append(call_object(item))
+            elif isinstance(item, Thought):
+                thoughts[item.index].append(item.text)
         choices = []
         for index in range(n):
             text = "".join(texts[index])
             message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
             if calls[index]:
                 message |= {"content": text or None, "tool_calls": calls[index]}
+            if thoughts[index]:
+                message["reasoning_content"] = "".join(thoughts[index])
             reason = self._generation.finish_reasons[index]
             choice = {"index": index, "message": message, "logprobs": self.logprobs(tokens[index])}
             choices.append({**choice, "finish_reason": reason})
@@ -44,15 +49,15 @@ class Chat:
         return {**head, "choices": choices, "usage": self._generation.usage, "spectral": self._generation.spectral}
 
     async def events(self) -> AsyncIterator[bytes]:
-        """The stream: the role, text and calls, the ends, perhaps the usage, and [DONE]."""
+        """The stream: the role, thoughts, text and calls, the ends, perhaps the usage, and [DONE]."""
         generation, n = self._generation, self._body.n
         head = self._head("chat.completion.chunk")
         if self._body.include_usage:
             head["usage"] = None
         for index in range(n):
             yield sse.event({**head, "choices": [chunk(index, {"role": "assistant", "content": ""})]})
-        if self._body.tool_use:
-            async for data in self._called(head, n):
+        if self._body.tool_use or generation.thought_format:
+            async for data in self._sorted(head, n):
                 yield data
         else:  # nothing is done for a token that could be done once for all of them
             texts = [_TextEvent(head, index) for index in range(n)]
@@ -67,14 +72,19 @@ class Chat:
             yield sse.event({**head, "choices": [], "usage": generation.usage, "spectral": generation.spectral})
         yield sse.DONE
 
-    async def _called(self, head: dict[str, Any], n: int) -> AsyncIterator[bytes]:
-        """Text and calls."""
-        async for item in items(self._generation, self._body.tool_use, n):
+    async def _sorted(self, head: dict[str, Any], n: int) -> AsyncIterator[bytes]:
+        """Thoughts, text and calls."""
+        async for item in items(self._generation, self._body.tool_use, n, live=True):
             if isinstance(item, messages.Delta):
                 yield self._text_event(head, item)
+            elif isinstance(item, Thought):
+                yield sse.event({**head, "choices": [chunk(item.index, {"reasoning_content": item.text})]})
             elif isinstance(item, CalledTool):
                 delta = {"tool_calls": [{"index": item.number, **call_object(item)}]}
                 yield sse.event({**head, "choices": [chunk(item.index, delta)]})
+            elif isinstance(item, CalledPart):
+                if item.first or item.part.arguments:
+                    yield sse.event({**head, "choices": [chunk(item.index, {"tool_calls": [call_part(item)]})]})
             else:
                 yield self._end_event(head, item, n)
 
@@ -126,6 +136,15 @@ def call_object(item: CalledTool) -> dict[str, Any]:
     """A call as a message has it."""
     function = {"name": item.call.name, "arguments": item.call.arguments}
     return {"id": item.call.id, "type": "function", "function": function}
+
+
+def call_part(item: CalledPart) -> dict[str, Any]:
+    """A part of a call as a stream has it: the first has its id and name."""
+    part = item.part
+    if not item.first:
+        return {"index": item.number, "function": {"arguments": part.arguments}}
+    function = {"name": part.name, "arguments": part.arguments}
+    return {"index": item.number, "id": part.id, "type": "function", "function": function}
 
 
 def chunk(index: int, delta: dict[str, Any], logprobs: Any = None) -> dict[str, Any]:

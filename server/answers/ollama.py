@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from server import errors, sse
-from server.answers.calls import CalledTool, items
+from server.answers.calls import CalledTool, Item, Thought, items
 from server.gateway import Generation
 from server.schemas.ollama import OllamaChatRequest, OllamaGenerateRequest
 from server.worker import messages
@@ -28,13 +28,16 @@ class Ollama:
         text: list[str] = []
         calls: list[dict[str, Any]] = []
         tokens: list[messages.TokenLogprob] = []
+        thoughts: list[str] = []
         async for item in self._items():
             if isinstance(item, messages.Delta):
                 text.append(item.text)
                 tokens += item.logprobs or []
             elif isinstance(item, CalledTool):
                 calls.append(_call(item))
-        return {**self._piece("".join(text), calls), **self._end(), **_logprobs(tokens)}
+            elif isinstance(item, Thought):
+                thoughts.append(item.text)
+        return {**self._piece("".join(text), calls, "".join(thoughts)), **self._end(), **_logprobs(tokens)}
 
     async def lines(self) -> AsyncIterator[bytes]:
         """The stream: one line for each piece, and the last with the figures."""
@@ -44,18 +47,21 @@ class Ollama:
                     yield sse.line({**self._piece(item.text, []), "done": False, **_logprobs(item.logprobs or [])})
             elif isinstance(item, CalledTool):
                 yield sse.line({**self._piece("", [_call(item)]), "done": False})
+            elif isinstance(item, Thought):
+                yield sse.line({**self._piece("", [], item.text), "done": False})
         yield sse.line({**self._piece("", []), **self._end()})
 
-    async def _items(self) -> AsyncIterator[messages.Delta | messages.Finished | CalledTool]:
+    async def _items(self) -> AsyncIterator[Item]:
         async for item in items(self._generation, self._body.tool_use):
             self._first = self._first or time.monotonic()
             yield item
 
-    def _piece(self, text: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
+    def _piece(self, text: str, calls: list[dict[str, Any]], thoughts: str = "") -> dict[str, Any]:
         head = {"model": self._body.model, "created_at": now()}
+        thinking = {"thinking": thoughts} if thoughts else {}
         if not self._chat:
-            return {**head, "response": text}
-        message: dict[str, Any] = {"role": "assistant", "content": text}
+            return {**head, "response": text, **thinking}
+        message: dict[str, Any] = {"role": "assistant", "content": text, **thinking}
         return {**head, "message": {**message, "tool_calls": calls} if calls else message}
 
     def _end(self) -> dict[str, Any]:

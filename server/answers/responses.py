@@ -8,9 +8,10 @@ from typing import Any
 import msgspec
 
 from server import errors, sse
-from server.answers.calls import CalledTool, items
+from server.answers.calls import CalledPart, CalledTool, Item, Thought, items
 from server.gateway import Generation
 from server.schemas import ResponsesRequest
+from server.toolcalls import Call, CallPart
 from server.worker import messages
 
 
@@ -23,6 +24,8 @@ class Responses:
         self._output: list[dict[str, Any]] = []
         self._text: list[str] | None = None  # of the open message
         self._tokens: list[dict[str, Any]] = []
+        self._thoughts: list[str] | None = None  # of the open item of thoughts
+        self._arguments: list[str] = []  # of the open call
 
     async def whole(self) -> dict[str, Any]:
         """The whole answer. Raises ApiError where the generation fails."""
@@ -36,7 +39,7 @@ class Responses:
         yield self._event("response.created", response=self._response("in_progress"))
         yield self._event("response.in_progress", response=self._response("in_progress"))
         try:
-            async for item in items(self._generation, self._body.tool_use):
+            async for item in items(self._generation, self._body.tool_use, live=True):
                 for event in self._take(item):
                     yield event
         except errors.ApiError as error:
@@ -46,14 +49,19 @@ class Responses:
         status = self._status()
         yield self._event(f"response.{status}", response=self._response(status))
 
-    def _take(self, item: messages.Delta | messages.Finished | CalledTool) -> list[bytes]:
+    def _take(self, item: Item) -> list[bytes]:
         """Add an item to the output; the events that say so."""
+        if isinstance(item, Thought):
+            return self._think(item.text)
         if isinstance(item, CalledTool):
-            return [*self._end_message(), *self._call(item)]
+            return [*self._end_thoughts(), *self._end_message(), *self._call(item)]
+        if isinstance(item, CalledPart):
+            return [*self._end_thoughts(), *self._end_message(), *self._call_part(item)]
         if isinstance(item, messages.Finished):
+            over = self._end_thoughts()
             nothing = self._text is None and not self._output
-            return [*(self._begin_message() if nothing else []), *self._end_message()]
-        found = [] if self._text is not None or not item.text else self._begin_message()
+            return [*over, *(self._begin_message() if nothing else []), *self._end_message()]
+        found = [] if self._text is not None or not item.text else [*self._end_thoughts(), *self._begin_message()]
         tokens = [_logprob(token) for token in item.logprobs or []] if self._body.wants_logprobs else []
         self._tokens += tokens
         if self._text is not None and item.text:
@@ -67,6 +75,39 @@ class Responses:
 
     def _message_id(self) -> str:
         return f"msg_{self._generation.request_id}_{len(self._output)}"
+
+    def _think(self, text: str) -> list[bytes]:
+        place = {**self._place(), "item_id": self._thoughts_id()}
+        found = []
+        if self._thoughts is None:
+            self._thoughts = []
+            item = self._reasoning("in_progress", None)
+            found.append(self._event("response.output_item.added", output_index=len(self._output), item=item))
+            found.append(self._event("response.content_part.added", **place, part=_thought("")))
+        self._thoughts.append(text)
+        return [*found, self._event("response.reasoning_text.delta", **place, delta=text)]
+
+    def _end_thoughts(self) -> list[bytes]:
+        if self._thoughts is None:
+            return []
+        text, place = "".join(self._thoughts), {**self._place(), "item_id": self._thoughts_id()}
+        cut = self._generation.finish_reasons.get(0) == "length"
+        item = self._reasoning("incomplete" if cut else "completed", text)
+        found = [
+            self._event("response.reasoning_text.done", **place, text=text),
+            self._event("response.content_part.done", **place, part=_thought(text)),
+            self._event("response.output_item.done", output_index=len(self._output), item=item),
+        ]
+        self._output.append(item)
+        self._thoughts = None
+        return found
+
+    def _reasoning(self, status: str, text: str | None) -> dict[str, Any]:
+        content = [] if text is None else [_thought(text)]
+        return {"id": self._thoughts_id(), "type": "reasoning", "summary": [], "content": content, "status": status}
+
+    def _thoughts_id(self) -> str:
+        return f"rs_{self._generation.request_id}_{len(self._output)}"
 
     def _begin_message(self) -> list[bytes]:
         self._text = []
@@ -95,19 +136,40 @@ class Responses:
         return {"id": ident, "type": "message", "status": status, "role": "assistant", "content": content}
 
     def _call(self, item: CalledTool) -> list[bytes]:
-        ident, index = f"fc_{self._generation.request_id}_{len(self._output)}", len(self._output)
-        call = {"id": ident, "type": "function_call", "call_id": item.call.id, "name": item.call.name}
-        done = {**call, "arguments": item.call.arguments, "status": "completed"}
-        place = {"item_id": ident, "output_index": index}
-        begun = {**call, "arguments": "", "status": "in_progress"}
-        self._output.append(done)
-        arguments = item.call.arguments
-        return [
-            self._event("response.output_item.added", output_index=index, item=begun),
-            self._event("response.function_call_arguments.delta", **place, delta=arguments),
-            self._event("response.function_call_arguments.done", **place, name=item.call.name, arguments=arguments),
-            self._event("response.output_item.done", output_index=index, item=done),
+        call = item.call
+        return [*self._begin_call(call.id, call.name), *self._more(call.arguments), *self._end_call(call, "completed")]
+
+    def _call_part(self, item: CalledPart) -> list[bytes]:
+        part = item.part
+        found = self._begin_call(part.id, part.name) if item.first else []
+        found += self._more(part.arguments) if part.arguments else []
+        return [*found, *(self._end_call(part, "completed" if part.whole else "incomplete") if part.end else [])]
+
+    def _begin_call(self, ident: str, name: str) -> list[bytes]:
+        self._arguments = []
+        item = self._call_item(ident, name, "", "in_progress")
+        return [self._event("response.output_item.added", output_index=len(self._output), item=item)]
+
+    def _more(self, arguments: str) -> list[bytes]:
+        self._arguments.append(arguments)
+        return [self._event("response.function_call_arguments.delta", **self._call_place(), delta=arguments)]
+
+    def _end_call(self, call: Call | CallPart, status: str) -> list[bytes]:
+        text, place = "".join(self._arguments), self._call_place()
+        item = self._call_item(call.id, call.name, text, status)
+        found = [
+            self._event("response.function_call_arguments.done", **place, name=call.name, arguments=text),
+            self._event("response.output_item.done", output_index=len(self._output), item=item),
         ]
+        self._output.append(item)
+        return found
+
+    def _call_place(self) -> dict[str, Any]:
+        return {"item_id": f"fc_{self._generation.request_id}_{len(self._output)}", "output_index": len(self._output)}
+
+    def _call_item(self, ident: str, name: str, arguments: str, status: str) -> dict[str, Any]:
+        about = {"id": self._call_place()["item_id"], "type": "function_call", "call_id": ident, "name": name}
+        return {**about, "arguments": arguments, "status": status}
 
     def _status(self) -> str:
         return "incomplete" if self._generation.finish_reasons.get(0) == "length" else "completed"
@@ -161,6 +223,10 @@ def _part(text: str, tokens: list[dict[str, Any]]) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": tokens}
 
 
+def _thought(text: str) -> dict[str, Any]:
+    return {"type": "reasoning_text", "text": text}
+
+
 def _logprob(token: messages.TokenLogprob) -> dict[str, Any]:
     one: dict[str, Any] = msgspec.structs.asdict(token)
     top = [msgspec.structs.asdict(candidate) for candidate in one.pop("top")]
@@ -172,6 +238,6 @@ def _usage(usage: dict[str, Any]) -> dict[str, Any]:
         "input_tokens": usage["prompt_tokens"],
         "input_tokens_details": usage["prompt_tokens_details"],
         "output_tokens": usage["completion_tokens"],
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": usage.get("completion_tokens_details", {"reasoning_tokens": 0}),
         "total_tokens": usage["total_tokens"],
     }

@@ -9,8 +9,10 @@ let models = {};
 
 function answerBox(title) {
   const text = el("p", { class: "text" });
+  const thoughts = el("p");
+  const thinking = el("details", { class: "thoughts", open: "" }, el("summary", {}, "Thoughts"), thoughts);
   const figures = el("dl");
-  return { node: el("div", { class: "answer" }, title ? el("h3", {}, title) : null, text, figures), text, figures };
+  return { node: el("div", { class: "answer" }, title ? el("h3", {}, title) : null, text, figures), thinking, thoughts, text, figures };
 }
 
 function figure(box, term, value) {
@@ -28,12 +30,22 @@ async function read(answer, box, began) {
   figure(box, "setting", answer.headers.get("X-Spectral-Setting") ?? "");
   for await (const chunk of events(answer)) {
     if (chunk.error) throw new Error(chunk.error.message);
-    const piece = chunk.choices?.[0]?.delta?.content;
-    if (piece) {
+    const delta = chunk.choices?.[0]?.delta ?? {};
+    const thought = delta.reasoning_content;
+    const piece = delta.content;
+    if (piece || thought) {
       first ||= performance.now();
-      text += piece;
       tokens += 1;
+    }
+    if (thought) {
+      if (!box.thinking.isConnected) box.text.before(box.thinking);
+      box.thoughts.append(thought);
+    }
+    if (piece) {
+      text += piece;
       box.text.textContent = text;
+    }
+    if (piece || thought) {
       const seconds = (performance.now() - first) / 1000;
       if (seconds > 0.2) figure(box, "speed", `${((tokens - 1) / seconds).toFixed(1)} pieces/s`);
     }

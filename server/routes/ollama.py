@@ -15,7 +15,8 @@ from server import errors, schemas, sse
 from server.answers.ollama import Ollama, error_line, now
 from server.auth import caller_of
 from server.documents import body, ollama_failures, ollama_streamed
-from server.gateway import Gateway, setting_info, unless_gone
+from server.figures import setting_info
+from server.gateway import Gateway, unless_gone
 from server.routes.body import read_json
 from server.routes.openai import visible
 from server.routes.ops import installed_version
@@ -190,5 +191,6 @@ def _shown(slot: Slot) -> dict[str, Any]:
         info |= {"general.parameter_count": ready.parameters, "spectral.context_length": ready.context_length}
         info |= {f"spectral.{name}": value for name, value in setting_info(ready).items()}
         capabilities += ["tools"] if ready.tool_format else []
+        capabilities += ["thinking"] if ready.thought_format else []
     shown = {"modelfile": "", "parameters": "", "template": "", "license": ""}
     return {**shown, "details": _details(slot), "model_info": info, "capabilities": capabilities}

@@ -13,7 +13,8 @@ from server.answers.completion import Completions
 from server.answers.responses import Responses
 from server.auth import Caller, caller_of
 from server.documents import body, failures, streamed
-from server.gateway import Gateway, Generation, setting_info, unless_gone
+from server.figures import setting_info
+from server.gateway import Gateway, Generation, unless_gone
 from server.routes.body import read_json
 from server.scheduler.loop import Scheduler
 from server.scheduler.slots import Slot
@@ -95,7 +96,7 @@ def model_card(slot: Slot, created: int) -> dict[str, Any]:
     info: dict[str, Any] = {"state": slot.state, "aliases": list(slot.settings.aliases)}
     if slot.ready is not None:
         info |= {"context_length": slot.ready.context_length, **setting_info(slot.ready)}
-        info |= {"tools": bool(slot.ready.tool_format)}
+        info |= {"tools": bool(slot.ready.tool_format), "thoughts": bool(slot.ready.thought_format)}
     return {"id": slot.name, "object": "model", "created": created, "owned_by": "spectral", "spectral": info}
 
 

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from server.gateway import setting_info
+from server.figures import setting_info
 from server.scheduler.loop import Scheduler
 from server.scheduler.slots import Slot
 

@@ -47,6 +47,9 @@ class ChatMessage(Strict):
     tool_calls: list[ToolCall] = Field([], max_length=MAX_TOOLS)
     tool_call_id: str | None = Field(None, min_length=1, max_length=200)
     name: str | None = Field(None, min_length=1, max_length=64, description="Of the tool that answers.")
+    reasoning_content: str | None = Field(
+        None, description="An assistant's thoughts before its answer, for templates that show them."
+    )
 
     def to_wire(self, where: str) -> wire.Message:
         """The message to the worker. Raises ApiError 400; `where` is how its fields are named there."""
@@ -57,8 +60,9 @@ class ChatMessage(Strict):
         if self.role == "tool" and self.tool_call_id is None:
             param = f"{where}.tool_call_id"
             raise bad_request(f"{param}: this field is required", param, "missing_required_parameter")
-        allowed = {"tool": ("tool_call_id", "name"), "assistant": ("tool_calls",)}.get(self.role, ())
-        for name in ("tool_calls", "tool_call_id", "name"):
+        own = {"tool": ("tool_call_id", "name"), "assistant": ("tool_calls", "reasoning_content")}
+        allowed = own.get(self.role, ())
+        for name in ("tool_calls", "tool_call_id", "name", "reasoning_content"):
             if getattr(self, name) and name not in allowed:
                 raise unsupported(f"{where}.{name}", f"a message of the role {self.role} cannot have it")
         calls = []
@@ -66,7 +70,8 @@ class ChatMessage(Strict):
             param = f"{where}.tool_calls[{place}].function.arguments"
             function = {"name": call.function.name, "arguments": json_object(call.function.arguments or "{}", param)}
             calls.append({"id": call.id, "type": "function", "function": function})
-        return wire.Message(self.role, self.content or "", calls, self.tool_call_id, self.name)
+        thoughts = self.reasoning_content or None
+        return wire.Message(self.role, self.content or "", calls, self.tool_call_id, self.name, thoughts)
 
 
 class ChatRequest(OpenAIFields):

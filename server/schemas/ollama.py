@@ -100,7 +100,9 @@ class Options(Strict):
         )
 
 
-Think = Annotated[bool | str, WithJsonSchema({"const": False, "description": "Without thoughts before the answer."})]
+Think = Annotated[
+    bool | str, WithJsonSchema({"type": "boolean", "description": "With thoughts before the answer, or without."})
+]
 
 
 class _Generating(Request):
@@ -151,6 +153,8 @@ class _Generating(Request):
         if asked is not None and asked > ready.context_length:
             message = f"options.num_ctx: this model's context is {ready.context_length} tokens, {asked} are asked for"
             raise bad_request(message, "options.num_ctx")
+        if self.think and not ready.thought_format:
+            raise bad_request("think: this model has no thoughts of its own; leave it out", "think")
 
     def _sampling(self) -> wire.Sampling:
         """Raises ApiError 400."""
@@ -161,9 +165,9 @@ class _Generating(Request):
     @property
     def _thinking(self) -> bool | None:
         """Raises ApiError 400."""
-        if self.think not in (None, False):
-            raise unsupported("think", "thoughts are a part of the answer here; only false, for none, is understood")
-        return None if self.think is None else False
+        if isinstance(self.think, str):
+            raise unsupported("think", "there are no degrees of it here; true or false")
+        return self.think
 
     def _grammar(self) -> wire.Grammar | None:
         if self.format is None:
@@ -195,11 +199,12 @@ class OllamaMessage(Strict):
     tool_calls: list[OllamaCall] = Field([], max_length=MAX_TOOLS)
     tool_name: str | None = Field(None, min_length=1, max_length=64)
     tool_call_id: str | None = Field(None, min_length=1, max_length=200)
+    thinking: str = Field("", description="An assistant's thoughts before its answer, for templates that show them.")
 
     def to_wire(self, where: str, place: int) -> wire.Message:
         """The message to the worker. Raises ApiError 400."""
-        allowed = {"tool": ("tool_name", "tool_call_id"), "assistant": ("tool_calls",)}.get(self.role, ())
-        for name in ("tool_calls", "tool_name", "tool_call_id"):
+        allowed = {"tool": ("tool_name", "tool_call_id"), "assistant": ("tool_calls", "thinking")}.get(self.role, ())
+        for name in ("tool_calls", "tool_name", "tool_call_id", "thinking"):
             if getattr(self, name) and name not in allowed:
                 raise unsupported(f"{where}.{name}", f"a message of the role {self.role} cannot have it")
         calls = []
@@ -208,7 +213,8 @@ class OllamaMessage(Strict):
             ident = call.id or f"c{place % 10**5:05d}{number % 1000:03d}"
             function = {"name": call.function.name, "arguments": call.function.arguments}
             calls.append({"id": ident, "type": "function", "function": function})
-        return wire.Message(self.role, self.content, calls, self.tool_call_id, self.tool_name)
+        thoughts = self.thinking or None
+        return wire.Message(self.role, self.content, calls, self.tool_call_id, self.tool_name, thoughts)
 
 
 class OllamaChatRequest(_Generating):
@@ -224,7 +230,7 @@ class OllamaChatRequest(_Generating):
         turns = data.get("messages")
         if isinstance(turns, list):
             plain = [
-                {k: v for k, v in turn.items() if v is not None and v != [] and (k, v) != ("thinking", "")}
+                {k: v for k, v in turn.items() if v is not None and v != []}
                 if isinstance(turn, dict)
                 else turn
                 for turn in turns
@@ -293,6 +299,8 @@ class OllamaGenerateRequest(_Generating):
         """The message to the worker. Raises ApiError 400."""
         sampling, thinking = self._sampling(), self._thinking
         if self.raw:
+            if self.think:
+                raise bad_request("think: has no place with a raw prompt; the model goes on with it as it is", "think")
             if self.system:
                 raise bad_request("system: has no place in a raw prompt; write it into the prompt", "system")
             return wire.Submit(request_id, "completion", sampling, prompt=self.prompt)

@@ -74,10 +74,17 @@ class ResponsesStreamOptions(Strict):
     include_obfuscation: Literal[False] = False
 
 
-class InputItem(Strict):
-    """A message, a call of a function, or what a function returned."""
+class SummaryText(Strict):
+    """A part of a summary of thoughts; none is ever written here."""
 
-    type: Literal["message", "function_call", "function_call_output"] = "message"
+    type: Literal["summary_text"]
+    text: str
+
+
+class InputItem(Strict):
+    """A message, a model's thoughts, a call of a function, or what a function returned."""
+
+    type: Literal["message", "reasoning", "function_call", "function_call_output"] = "message"
     id: str | None = Field(None, max_length=200)
     status: Literal["in_progress", "completed", "incomplete"] | None = None
     role: Literal["system", "developer", "user", "assistant"] | None = None
@@ -86,6 +93,7 @@ class InputItem(Strict):
     name: FunctionName | None = None
     arguments: str | None = None
     output: Text | None = None
+    summary: list[SummaryText] | None = Field(None, max_length=64)
 
 
 _FIELDS = {
@@ -147,7 +155,7 @@ class ResponsesRequest(SamplingFields):
             items = [{"role": "user", "content": items}]
         if not isinstance(items, list):
             return data
-        return {**data, "input": [_plain(item) for item in items]}
+        return {**data, "input": [_thoughts(_plain(item), f"input[{place}]") for place, item in enumerate(items)]}
 
     @cached_property
     def tool_use(self) -> ToolUse:
@@ -208,11 +216,17 @@ class ResponsesRequest(SamplingFields):
 
     def _turns(self) -> list[wire.Message]:
         turns = [wire.Message("system", self.instructions)] if self.instructions else []
+        thoughts: str | None = None  # of the answer that comes next
         for place, item in enumerate(self.input):
             where = f"input[{place}]"
             _check_item(item, where)
+            if item.type == "reasoning":
+                thoughts = item.content
+                continue
+            before, thoughts = thoughts, None
             if item.type == "message":
-                turns.append(wire.Message(item.role or "user", item.content or ""))
+                before = before if item.role == "assistant" else None
+                turns.append(wire.Message(item.role or "user", item.content or "", reasoning=before))
             elif item.type == "function_call_output":
                 turns.append(wire.Message("tool", item.output or "", tool_call_id=item.call_id))
             else:
@@ -220,10 +234,11 @@ class ResponsesRequest(SamplingFields):
                 function = {"name": item.name, "arguments": arguments}
                 call = {"id": item.call_id, "type": "function", "function": function}
                 last = turns[-1] if turns and turns[-1].role == "assistant" else None
-                if last is None:
-                    turns.append(wire.Message("assistant", "", [call]))
+                if last is None or before is not None:
+                    turns.append(wire.Message("assistant", "", [call], reasoning=before))
                 else:  # a text and calls, or several calls, of one answer
-                    turns[-1] = wire.Message("assistant", last.content, [*last.tool_calls, call])
+                    calls = [*last.tool_calls, call]
+                    turns[-1] = wire.Message("assistant", last.content, calls, reasoning=last.reasoning)
         return turns
 
 
@@ -238,12 +253,28 @@ def _plain(item: Any) -> Any:
     return {name: value for name, value in item.items() if value is not None and name != "parsed_arguments"}
 
 
+def _thoughts(item: Any, where: str) -> Any:
+    """An item of thoughts with its parts joined. Raises ApiError 400."""
+    if not isinstance(item, dict) or item.get("type") != "reasoning" or not isinstance(item.get("content"), list):
+        return item
+    texts = []
+    for part in item["content"]:
+        if not isinstance(part, dict) or part.keys() != {"type", "text"} or part["type"] != "reasoning_text":
+            message = 'a part of thoughts must be exactly {"type": "reasoning_text", "text": "..."}'
+            raise bad_request(f"{where}.content: {message}", f"{where}.content")
+        texts.append(part["text"])
+    if not all(isinstance(text, str) for text in texts):
+        raise bad_request(f"{where}.content: the text of a part must be a string", f"{where}.content")
+    return {**item, "content": "".join(texts)}
+
+
 def _check_item(item: InputItem, where: str) -> None:
-    allowed = _FIELDS[item.type]
-    for name in ("role", "content", "call_id", "name", "arguments", "output"):
+    needed = _FIELDS.get(item.type, ())
+    allowed = needed or ("content", "summary")
+    for name in ("role", "content", "call_id", "name", "arguments", "output", "summary"):
         given = getattr(item, name) is not None
         if given and name not in allowed:
             raise unsupported(f"{where}.{name}", f"an item of the type {item.type} cannot have it")
-        if not given and name in allowed:
+        if not given and name in needed:
             param = f"{where}.{name}"
             raise bad_request(f"{param}: this field is required", param, "missing_required_parameter")

@@ -69,7 +69,7 @@ def load(spec: wire.Load, tell: Callable[[wire.ToParent], None]) -> tuple[Built,
 
 def describe(built: Built) -> wire.Ready:
     """The figures that the gateway shows. Bytes per token at the reference context, or the model's if it is shorter."""
-    from spectral.engine.chat import has_template, prepare, tool_format
+    from spectral.engine.chat import has_template, prepare, thought_format, tool_format
 
     engine, profile, row = built.engine, built.profile, built.row
     loaded = engine.loaded
@@ -93,6 +93,7 @@ def describe(built: Built) -> wire.Ready:
         quantization=loaded.quantization,
         chat_template=has_template(loaded.tokenizer),
         tool_format=tool_format(loaded.tokenizer),
+        thought_format=thought_format(loaded.tokenizer),
         eos_token_ids=sorted(loaded.eos_token_ids),
         vocab_size=engine.vocab_size,
         fingerprint=loaded.fingerprint,

@@ -64,6 +64,7 @@ def _turns(message: wire.Submit | wire.Tokenize) -> list[types.Message]:
     turns = []
     for m in message.messages:
         extra = {"tool_calls": m.tool_calls, "tool_call_id": m.tool_call_id, "name": m.name}
+        extra["reasoning_content"] = m.reasoning
         turns.append(types.Message(m.role, m.content, {name: value for name, value in extra.items() if value}))
     return turns
 
@@ -72,7 +73,7 @@ def text_length(message: wire.Submit | wire.Tokenize) -> int:
     """Characters that must be tokenized."""
     prompt = len(message.prompt) if isinstance(message.prompt, str) else 0
     described = len(str(message.tools)) if message.tools else 0
-    return prompt + described + sum(len(m.content) for m in message.messages)
+    return prompt + described + sum(len(m.content) + len(m.reasoning or "") for m in message.messages)
 
 
 def rejected(request_id: str, error: Exception) -> wire.Rejected:

@@ -32,6 +32,7 @@ from server.worker.child_load import import_libraries, load
 from server.worker.child_memory import COMMANDS, MemoryControl
 from server.worker.child_queue import QueueDeadlines, TurnQueue
 from spectral.engine import types
+from spectral.engine.chat import opens_thoughts, thought_format
 from spectral.engine.templates import RENDERER
 from spectral.errors import ModelError, ProfileError, RequestError, SettingError
 
@@ -164,6 +165,7 @@ class Worker:
     def __init__(self, engines: Engines, inbox: Inbox, writer: Writer) -> None:
         self._engines, self._inbox, self._writer = engines, inbox, writer
         self._translate = child_wire.EventTranslator(engines.current.loaded.tokenizer)
+        self._thoughts = thought_format(engines.current.loaded.tokenizer)
         self._encoder = Encoder(engines, inbox, writer)
         self._memory = MemoryControl(engines, engines.current.limits.max_kv_bytes, writer.send)
         self._queue = QueueDeadlines(engines, writer.send)
@@ -290,11 +292,12 @@ class Worker:
             engine = self._engines.current
             tokens = engine.submit(request, outcome)
             setting = engine.lanes.setting_for(request.max_kl, request.setting)
+            thinks = request.is_chat and opens_thoughts(engine.loaded.tokenizer, self._thoughts, outcome)
         except Exception as error:  # as above
             self._writer.send(child_wire.rejected(ident, error))
             return
         self._translate.clock.submitted(ident, request.params.n)
-        self._writer.send(wire.Accepted(ident, tokens, setting))
+        self._writer.send(wire.Accepted(ident, tokens, setting, thinks))
         if cancelled:
             self._engines.cancel(ident)
 

@@ -53,7 +53,7 @@ class Submit(msgspec.Struct, tag="submit", frozen=True):
     `timeout_s`: it fails with deadline_exceeded if it has not ended by then. `max_kl`: how far the cache's setting may
     be from the exact cache (mean KL, nats); `setting`: which it is. `tenant`: on whose behalf; `cache_salt`: who shares
     prefixes and sessions with it. `priority`: higher ones run first. `session`: keep the cache under this name.
-    `queue_s`: it fails with queue_timeout if it has not begun by then. `thinking` False: without thoughts before it.
+    `queue_s`: it fails with queue_timeout if it has not begun by then. `thinking`: with thoughts before it, without.
     """
 
     request_id: str
@@ -135,6 +135,8 @@ class Ready(msgspec.Struct, tag="ready", frozen=True):
     chat_template: bool = True
     tool_format: str = ""
     """How the chat template writes calls of tools: "hermes", "mistral", "json"; "" where it does not know tools."""
+    thought_format: str = ""
+    """How the model marks the thoughts before its answers; "" where it has none."""
     eos_token_ids: list[int] = []
     vocab_size: int = 0
     profile_id: str = ""
@@ -150,11 +152,15 @@ class LoadFailed(msgspec.Struct, tag="load_failed", frozen=True):
 
 
 class Accepted(msgspec.Struct, tag="accepted", frozen=True):
-    """The request is queued or running, at a setting of the cache ("": the model's); sent before any Delta."""
+    """The request is queued or running, at a setting of the cache ("": the model's); sent before any Delta.
+
+    `thinks`: the prompt ends within thoughts, so the answer begins with them and without their mark.
+    """
 
     request_id: str
     prompt_tokens: int
     setting: str = ""
+    thinks: bool = False
 
 
 class Rejected(msgspec.Struct, tag="rejected", frozen=True):

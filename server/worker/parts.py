@@ -21,7 +21,7 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     """One chat message; `content` is plain text (the gateway has joined the parts).
 
     `tool_calls` of an assistant: [{"id", "type": "function", "function": {"name", "arguments": object}}].
-    `tool_call_id`, `name`: which call a tool's answer belongs to.
+    `tool_call_id`, `name`: which call a tool's answer belongs to. `reasoning`: an assistant's thoughts before it.
     """
 
     role: str
@@ -29,6 +29,7 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     tool_calls: list[dict[str, Any]] = []
     tool_call_id: str | None = None
     name: str | None = None
+    reasoning: str | None = None
 
 
 class Grammar(msgspec.Struct, frozen=True):

@@ -25,6 +25,7 @@ class Answer:
     """One streamed answer and what was measured on it. Times in seconds."""
 
     text: str = ""
+    thoughts: str = ""
     finish_reason: str | None = None
     usage: dict[str, Any] = field(default_factory=dict)
     spectral: dict[str, Any] = field(default_factory=dict)
@@ -67,15 +68,16 @@ class Session:
             body["temperature"] = self.temperature
         return body
 
-    def ask(self, text: str, on_text: Any) -> Answer:
-        """Send one message and stream the answer to `on_text`. Ctrl-C stops this answer only. Raises ServerError."""
+    def ask(self, text: str, on_text: Any, on_thought: Any = None) -> Answer:
+        """Send one message and stream the answer to `on_text`, and the thoughts before it to `on_thought`. Ctrl-C stops
+        this answer only. Raises ServerError."""
         self.messages.append({"role": "user", "content": text})
         answer = Answer()
         started = time.monotonic()
         stream = http.stream_chat(self.client, self.body())
         try:
             for chunk in stream:
-                take_chunk(answer, chunk, started, on_text)
+                take_chunk(answer, chunk, started, on_text, on_thought)
         except KeyboardInterrupt:
             answer.stopped = True
         except SpectralError:
@@ -91,16 +93,21 @@ class Session:
         return answer
 
 
-def take_chunk(answer: Answer, chunk: dict[str, Any], started: float, on_text: Any) -> None:
+def take_chunk(answer: Answer, chunk: dict[str, Any], started: float, on_text: Any, on_thought: Any = None) -> None:
     """Add one chunk to an answer."""
     answer.usage = chunk.get("usage") or answer.usage
     answer.spectral = {**answer.spectral, **(chunk.get("spectral") or {})}
     for choice in chunk.get("choices") or []:
         answer.finish_reason = choice.get("finish_reason") or answer.finish_reason
-        piece = (choice.get("delta") or {}).get("content")
+        delta = choice.get("delta") or {}
+        piece, thought = delta.get("content"), delta.get("reasoning_content")
+        if (piece or thought) and answer.first_token_s is None:
+            answer.first_token_s = time.monotonic() - started
+        if thought:
+            answer.thoughts += thought
+            if on_thought is not None:
+                on_thought(thought)
         if piece:
-            if answer.first_token_s is None:
-                answer.first_token_s = time.monotonic() - started
             answer.text += piece
             on_text(piece)
 
@@ -138,7 +145,8 @@ def as_record(session: Session, question: str, answer: Answer) -> str:
     """One JSON line per answer for `--json`."""
     speed = answer.tokens_per_second
     return json.dumps({
-        "model": session.model, "question": question, "answer": answer.text, "finish_reason": answer.finish_reason,
+        "model": session.model, "question": question, "answer": answer.text, "thoughts": answer.thoughts,
+        "finish_reason": answer.finish_reason,
         "stopped": answer.stopped, "usage": answer.usage, "spectral": answer.spectral,
         "first_token_s": answer.first_token_s, "total_s": answer.total_s, "tokens_per_second": speed,
     })
@@ -168,11 +176,25 @@ def command(session: Session, line: str) -> bool:
 def answer_line(session: Session, line: str, as_json: bool) -> None:
     """Ask, stream to the terminal, and show what was measured."""
 
+    thinking = False
+
     def on_text(piece: str) -> None:
+        nonlocal thinking
+        if thinking:
+            typer.echo("\n", err=True)
+            thinking = False
         sys.stdout.write(piece)
         sys.stdout.flush()
 
-    answer = session.ask(line, (lambda piece: None) if as_json else on_text)
+    def on_thought(piece: str) -> None:
+        nonlocal thinking
+        thinking = True
+        typer.secho(piece, dim=True, nl=False, err=True)  # not among what a pipe reads
+
+    if as_json:
+        answer = session.ask(line, lambda piece: None)
+    else:
+        answer = session.ask(line, on_text, on_thought)
     if as_json:
         typer.echo(as_record(session, line, answer))
         return

@@ -10,6 +10,8 @@ from typing import Any
 from spectral.engine.templates import RENDERER, TemplateFailed, is_jinja, render_chat
 from spectral.engine.types import GenerateRequest, Message
 from spectral.errors import RequestError
+from spectral.thought_forms import TAGS as THOUGHTS
+from spectral.thought_forms import form_of as thought_form_of
 from spectral.tool_forms import form_of
 
 _READS_OWN = re.compile(r"""(?<![\w.'"])tools(?!['"\w])""")
@@ -28,13 +30,28 @@ def tool_format(tokenizer: Any) -> str:
     return form_of(str(getattr(tokenizer, "chat_template", None) or ""))
 
 
+def thought_format(tokenizer: Any) -> str:
+    """How the model marks its thoughts (a key of spectral.thought_forms.TAGS); "" where neither its template nor its
+    added tokens have such marks."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return thought_form_of(
+        str(getattr(tokenizer, "chat_template", None) or ""), {str(token.content) for token in added.values()}
+    )
+
+
+def opens_thoughts(tokenizer: Any, form: str, ids: Sequence[int]) -> bool:
+    """True where a prompt ends with the mark that begins thoughts: the answer then has no such mark."""
+    return bool(form) and str(tokenizer.decode(list(ids[-8:]))).rstrip().endswith(THOUGHTS[form][0])
+
+
 def encode_chat(
     tokenizer: Any, messages: list[Message], tools: Sequence[dict[str, Any]] = (), thinking: bool | None = None
 ) -> list[int]:
     """Token ids of a conversation with the opening of the answer. Raises RequestError naming what the template refused.
 
     "developer" is what newer clients call "system"; it becomes that where the template does not know it. `thinking`
-    goes to templates that ask for it (`enable_thinking`); False is refused where the template opens thoughts anyway.
+    goes to templates that ask for it (`enable_thinking`, or `thinking`); False is refused where the template opens
+    thoughts anyway.
     """
     if not has_template(tokenizer):
         raise RequestError(
@@ -59,7 +76,7 @@ def encode_chat(
     if tools and _READS_OWN.search(str(tokenizer.chat_template)) is None:
         _add_to_system(turns, tools)
     try:
-        switch = {} if thinking is None else {_SWITCH: thinking}
+        switch = {} if thinking is None else dict.fromkeys(_SWITCHES, thinking)
         ids = _template_ids(tokenizer, turns, list(tools) or None, switch)
     except TemplateFailed as error:
         bounded = error.kind in ("Timeout", "TooLong", "MemoryError", "Died")
@@ -73,14 +90,15 @@ def encode_chat(
         raise RequestError(
             f"the model's chat template refuses these messages: {error}", param="messages", code="invalid_messages"
         ) from error
-    if thinking is False and str(tokenizer.decode(ids[-8:])).rstrip().endswith("<think>"):
+    if thinking is False and opens_thoughts(tokenizer, thought_format(tokenizer), ids):
         raise RequestError(
             "this model's chat template makes it think and has no switch for that; leave this out", param="thinking"
         )
     return [int(i) for i in ids]
 
 
-_SWITCH = "enable_thinking"
+_SWITCHES = ("enable_thinking", "thinking")
+"""Names of the template's variable: Qwen3, GLM and SmolLM3 have the first, DeepSeek and Granite the second."""
 
 
 def _add_to_system(turns: list[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> None:

@@ -6,22 +6,23 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
-from spectral.tool_forms import MARKS
+from spectral import thought_forms, tool_forms
 
 REPLACEMENT = "\ufffd"
+_MARKS = (*tool_forms.MARKS, *thought_forms.MARKS)
 MAX_PENDING = 64
 """Tokens that may stay undecided; a text that is not UTF-8 for longer than this is passed on as it is."""
 
 
 def make_decoder(tokenizer: Any) -> Callable[[list[int]], str]:
     """A function from token ids to text; the tokenizer's fast path where it has one. Of the special tokens only the
-    marks of tool calls are shown: without them nobody could tell where a call begins."""
+    marks of tool calls and thoughts are shown: without them nobody could tell where a call begins, or an answer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     cleans = getattr(tokenizer, "clean_up_tokenization_spaces", False)
     decode = tokenizer.decode if backend is None or cleans else backend.decode
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = {ident: str(token.content) for ident, token in added.items() if token.special}
-    marks = {ident for ident, text in special.items() if text in MARKS}
+    marks = {ident for ident, text in special.items() if text in _MARKS}
     hidden = special.keys() - marks
 
     def without_special(ids: list[int]) -> str:

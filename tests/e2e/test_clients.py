@@ -6,6 +6,7 @@ Ollama's and LangChain's are in tests/server and among the examples; lm-eval's r
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import subprocess
@@ -16,7 +17,9 @@ from typing import Any, Literal
 import openai
 import pydantic
 import pytest
-from harness import Server
+from harness import Server, running_server
+
+from spectral import resources
 
 pytestmark = pytest.mark.e2e
 MODEL = "demo-7m"
@@ -71,6 +74,47 @@ def test_openai_has_a_tool_called_and_sends_what_it_returned(server: Server, cho
         turns += [whole.message, {"role": "tool", "tool_call_id": call.id, "content": "rain"}]
         free = client.chat.completions.create(**{**asked, "messages": turns}, max_tokens=48)  # strict, and not forced
         assert free.choices[0].message.content or free.choices[0].message.tool_calls
+
+
+def test_arguments_of_a_call_come_in_pieces(server: Server) -> None:
+    tools = [openai.pydantic_function_tool(Weather)]
+    turns: list[Any] = [{"role": "user", "content": "What is the weather in Oslo?"}]
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        asked: dict[str, Any] = {"model": MODEL, "tools": tools, "tool_choice": "required", "temperature": 0}
+        whole = client.chat.completions.create(messages=turns, **asked).choices[0].message.tool_calls or []
+        chunks = list(client.chat.completions.create(messages=turns, stream=True, **asked))
+        deltas = [call for chunk in chunks for choice in chunk.choices for call in choice.delta.tool_calls or []]
+        pieces = [delta.function.arguments or "" for delta in deltas if delta.function is not None]
+        assert len(pieces) > 2 and json.loads("".join(pieces)) == json.loads(whole[0].function.arguments)
+        assert [bool(delta.id) for delta in deltas] == [True] + [False] * (len(deltas) - 1)
+        assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+def test_a_model_whose_template_opens_thoughts(tmp_path: Path) -> None:
+    source = Path(resources.model_path(MODEL))
+    folder = tmp_path / "thinker"
+    folder.mkdir()
+    for file in source.iterdir():
+        (folder / file.name).symlink_to(file.resolve())
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    found = folder / "chat_template.jinja"
+    template = found.read_text() if found.exists() else config["chat_template"]
+    found.unlink(missing_ok=True)
+    found.write_text(template + "{% if enable_thinking is not defined or enable_thinking %}<think>\n{% endif %}")
+    (tmp_path / "config.yaml").write_text(
+        f"models:\n  - {{name: thinker, path: {folder}}}\n  - {{name: open, path: {folder}, thoughts: in_text}}\n"
+    )
+    asked: dict[str, Any] = {"messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 24}
+    with running_server(tmp_path, "--config", str(tmp_path / "config.yaml")) as server:
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+            answer: Any = client.chat.completions.create(model="thinker", **asked)
+            message = answer.choices[0].message  # the embedded model knows no thoughts, so it never ends them
+            assert message.reasoning_content and message.content == ""
+            assert answer.usage.completion_tokens_details.reasoning_tokens > 0
+            inside: Any = client.chat.completions.create(model="open", **asked).choices[0].message
+            assert inside.content.strip() == message.reasoning_content and not hasattr(inside, "reasoning_content")
+            plain: Any = client.chat.completions.create(model="thinker", reasoning_effort="none", **asked)
+            assert "Paris" in plain.choices[0].message.content
 
 
 async def test_openai_streams_many_at_once(server: Server) -> None:

@@ -13,6 +13,8 @@
 "call"       calls the function weather, in the form of Hermes, after a word of text
 "grammar"    answers with the grammar that it was given, as JSON {"kind", "text"}
 "echo"       answers with everything that it was given, as JSON
+"think"      thinks in the form of Qwen3 and then answers; with a tool it calls it
+"think on"   the same, where the prompt has the mark that begins the thoughts
 The model path "broken" makes the load fail; "crashing" ends the process while loading; "stuck" never becomes ready;
 "stubborn" becomes ready and then ignores everything, also SIGTERM and the end of the socket.
 """
@@ -75,6 +77,7 @@ def ready(profile: str | None, setting: str) -> m.Ready:
     name = "" if profile is None else os.path.basename(profile).partition(".")[0]
     sizes = {"bytes_per_token": 100.0, "bytes_per_token_exact": 800.0, "weights_bytes": 1000, "parameters": 7_000_000}
     figures["tool_format"] = "hermes"
+    figures["thought_format"] = os.environ.get("FAKE_THOUGHTS", "")
     return m.Ready(context_length=128, profile_id=name, fingerprint=PRINT, ladder=ladder, **sizes, **figures)
 
 
@@ -165,7 +168,8 @@ class Worker:
             self.channel.send(m.Rejected(name, 400, "quality_unavailable", "no setting is that close", "max_kl"))
         else:
             close = message.max_kl is not None and message.max_kl < FIGURES["kl_mean"]
-            self.channel.send(m.Accepted(name, 5, message.setting or ("4x" if close else "")))
+            told = message.setting or ("4x" if close else "")
+            self.channel.send(m.Accepted(name, 5, told, text == "think on"))
             if text == "forever":
                 self.ticking.append(name)
                 self.report()
@@ -182,7 +186,7 @@ class Worker:
                 self.report()
             elif text == "fail":
                 self.channel.send(m.Delta(name, 0, "one ", [1]), m.Failed(name, "the cache is damaged", "cache_error"))
-            elif text in ("call", "grammar", "echo"):
+            elif text in ("call", "grammar", "echo", "think", "think on"):
                 self.special(message, text)
             else:
                 self.answer(message)
@@ -195,13 +199,19 @@ class Worker:
         elif text == "call":
             pieces = ["Sure.\n", "<tool", '_call>{"name": "weather", "argu', 'ments": {"city": "Oslo"}}</tool_call>']
             pieces += ['\n<tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call>']
+        elif text.startswith("think"):
+            pieces = [] if text == "think on" else ["<thi", "nk>\n"]
+            pieces += ["Is it ", "< 1?\n", "</think", ">\n\nYes", "."]
+            if message.tools:
+                pieces += ['<tool_call>{"name": "weather", "arguments": ', '{"city": "', 'Oslo"}', "}</tool_call>"]
         elif text == "grammar":
             pieces = [msgspec.json.encode(grammar).decode()]
         else:
             pieces = [msgspec.json.encode(message).decode()]
         for index in range(message.sampling.n):
             for token, piece in enumerate(pieces):
-                self.channel.send(m.Delta(message.request_id, index, piece, [token]))
+                told = None if message.sampling.logprobs is None else [m.TokenLogprob(piece, -0.5)]
+                self.channel.send(m.Delta(message.request_id, index, piece, [token], told))
             self.channel.send(m.Finished(message.request_id, index, "stop", m.Usage(5, len(pieces), 640)))
 
     def answer(self, message: m.Submit) -> None:

@@ -174,6 +174,21 @@ def test_what_a_model_writes_is_only_text(page: Any) -> None:
     assert page.evaluate("window.evil") is None
 
 
+def test_thoughts_are_shown_apart_from_the_answer(page: Any) -> None:
+    deltas: list[dict[str, str]] = [{"reasoning_content": "Is it "}, {"reasoning_content": EVIL}, {"content": "Yes."}]
+    body = "".join(f"data: {json.dumps({'choices': [{'index': 0, 'delta': delta}]})}\n\n" for delta in deltas)
+    page.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(content_type="text/event-stream", body=body + "data: [DONE]\n\n"),
+    )
+    ask(page, "think")
+    page.locator(".answer dd[data-term='first token']").wait_for()
+    assert page.locator(".answer > .text").inner_text() == "Yes."
+    assert page.locator(".thoughts p").inner_text() == "Is it " + EVIL
+    page.locator(".thoughts summary").press("Enter")
+    assert not page.locator(".thoughts p").is_visible() and page.evaluate("window.evil") is None
+
+
 def test_the_policy_stops_inline_code(page: Any) -> None:
     made = "const s = document.createElement('script'); s.textContent = 'window.evil = 1'; document.body.append(s);"
     page.evaluate(f"() => {{ {made} }}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from spectral.engine.chat import encode_chat, tool_format
+from spectral.engine.chat import encode_chat, opens_thoughts, thought_format, tool_format
 from spectral.engine.types import Message
 from spectral.errors import RequestError
 
@@ -114,3 +114,19 @@ def test_thoughts_are_left_out_where_the_template_has_a_switch(tokenizer: Any, m
     with pytest.raises(RequestError, match="makes it think") as refused:
         written(False)
     assert refused.value.param == "thinking"
+
+
+def test_a_prompt_that_ends_within_thoughts_is_known(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = [Message("user", "Rain?")]
+    assert thought_format(tokenizer) == "" and not opens_thoughts(tokenizer, "", encode_chat(tokenizer, turns))
+    for template, opens in (("{{ messages[0].content }}<think>\n", True), (QWEN, False)):
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+        assert thought_format(tokenizer) == "think"
+        assert opens_thoughts(tokenizer, "think", encode_chat(tokenizer, turns)) == opens
+    assert not opens_thoughts(tokenizer, "think", encode_chat(tokenizer, turns, thinking=False))
+
+
+def test_thoughts_of_earlier_answers_reach_the_template(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}[{{ m.reasoning_content }}]{% endfor %}")
+    turns = [Message("assistant", "x", {"reasoning_content": "Hm."}), Message("user", "y")]
+    assert tokenizer.decode(encode_chat(tokenizer, turns)) == "[Hm.][]"

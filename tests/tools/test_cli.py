@@ -189,7 +189,10 @@ def test_pieces() -> None:
     pieces: list[str] = []
     for chunk in CHUNKS:
         take_chunk(answer, chunk, 0.0, pieces.append)
-    assert "".join(pieces) == answer.text == "It is Paris."
+    assert "".join(pieces) == answer.text == "It is Paris." and answer.thoughts == ""
+    thoughts: list[str] = []
+    take_chunk(answer, {"choices": [{"delta": {"reasoning_content": "Hm."}}]}, 0.0, pieces.append, thoughts.append)
+    assert thoughts == [answer.thoughts] == ["Hm."] and answer.text == "It is Paris."
     answer.first_token_s, answer.total_s = 0.5, 2.0
     assert answer.tokens_per_second == pytest.approx(2.0)
     assert summary(Answer()) == ""
