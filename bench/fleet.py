@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from bench.fleet_simulator import GIB, Kind, Simulator, kinds  # noqa: E402
 from bench.report import run_facts  # noqa: E402
+from server import heap  # noqa: E402
 from server.cluster.fleet import Fleet  # noqa: E402
 from server.cluster.placement import PLAN_S  # noqa: E402
 from server.scheduler.demand import COLD, HOT, Demand, Device, Placement  # noqa: E402
@@ -76,6 +77,7 @@ def simulate(gpus: int, models: int, requests: int, seed: int) -> dict[str, Any]
     sim.at(seconds * 0.3, lambda: sim.lose("node0003"))
     sim.at(seconds * 0.35, lambda: sim.join("node9999", GPUS_PER_NODE))
     arrivals = trace(known, requests, seconds, seed)
+    heap.keep()  # as a conductor does; the made-up world's objects are none of its
     began, cpu = time.perf_counter(), time.process_time()
     sim.run(arrivals, TICK_S)
     wall, cpu = time.perf_counter() - began, time.process_time() - cpu

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.trace_simulator import Kind, Request, Rule, Simulator, SpectralRule, kind
 from bench.whole_model_rules import LeastCost, LeastKeepAlive
+from server import heap
 from server.scheduler.planner import plan
 from server.scheduler.steward import Wishes
 
@@ -117,6 +118,8 @@ def planner_figures() -> dict[str, Any]:
     from server.scheduler.options import PIN_S, UNMET_S
     from tests.server.scheduler.cases import least_cost, problem
 
+    plan(*problem(0, 50, 8, 5))  # imports SciPy
+    heap.keep()  # as the server does
     out: dict[str, Any] = {}
     for models, gpus in ((6, 3), (20, 4), (50, 8)):
         wall, cpu = [], []

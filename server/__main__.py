@@ -19,7 +19,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from server import logs
+from server import heap, logs
 from server.app import create_app
 from server.config import ConfigError, Settings, default_path, load_settings, schema_json
 from server.http_limits import uvicorn_config
@@ -194,6 +194,7 @@ async def _serve(app: FastAPI, settings: Settings, listener: socket.socket) -> i
     )
     server = GracefulServer(config, scheduler, app.state.admin.reload_on_signal)
     announcing = asyncio.create_task(_announce(scheduler, settings, listener))
+    heap.keep()
     try:
         await server.serve(sockets=[listener])
     finally:

@@ -128,7 +128,7 @@ class Conductor:
             for node in self.places.nodes.values()
         ]
         stages = {model.name: model.stage for model in self.places.models.values() if model.stage}
-        return wire.Table(self._version, nodes, stages, self.places.described())
+        return wire.Table(self._version, nodes, stages, _described(self.places))
 
     # ------------------------------------------------------------------------------------------ commands
 
@@ -224,6 +224,27 @@ class Conductor:
                     await asyncio.wait_for(self._changed.wait(), left)
                 except asyncio.TimeoutError:
                     return
+
+
+def _described(places: Placements) -> dict[str, Any]:
+    """The plan, JSON-ready."""
+    last = places.last
+    return {
+        "cost": last.cost if last is not None else 0.0,
+        "cells": len(places.fleet.cells),
+        "unmet": list(last.unmet) if last is not None else [],
+        "replicas": {
+            replica.name: {
+                "model": replica.model,
+                "node": replica.node,
+                "device": replica.device,
+                "state": replica.state.state if replica.state is not None else "placed",
+                "retiring": replica.retiring,
+                "reason": last.reasons.get(replica.name, "") if last is not None else "",
+            }
+            for replica in places.replicas.values()
+        },
+    }
 
 
 def _plain(value: Any) -> dict[str, Any]:

@@ -59,6 +59,7 @@ class Fleet:
         self.cells: dict[str, Cell] = {}
         self._size, self._limit = cell_devices, time_limit_s
         self._cell_of_node: dict[str, str] = {}
+        self._seen: dict[str, Demand] = {}
         self._made = 0
         self._planned = 0
 
@@ -132,13 +133,14 @@ class Fleet:
     def _keep_homes(self, demands: Sequence[Demand]) -> list[Demand]:
         """Bring the cells' members up to date; those that have no cell are returned."""
         homes = {name: cell for cell in self.cells.values() for name in cell.members}
-        seen: set[str] = set()
+        seen, self._seen = self._seen, {demand.name: demand for demand in demands}
         new = []
         for demand in demands:
-            seen.add(demand.name)
             there = demand.now.devices if demand.now.residency == HOT else ()
             before = homes.get(demand.name)
-            cell = self.cells.get(self._cell_of_node.get(node_of(there[0]), "")) if there else before
+            if there and seen.get(demand.name) is demand and before is self._cell_at(there[0]):
+                continue  # the same as in the last plan, as most are
+            cell = self._cell_at(there[0]) if there else before
             if before is not None and before is not cell:
                 del before.members[demand.name]
                 before.drifted += 1
@@ -149,15 +151,18 @@ class Fleet:
                 new.append(demand)
                 continue
             known = cell.members.get(demand.name)
-            if known is None or (_changed(known, demand) and not _as_planned(cell, known, demand)):
+            if known is None or (_changed(cell, known, demand) and not _as_planned(cell, known, demand)):
                 cell.dirty = True
             elif _drifted(known, demand):
                 cell.drifted += 1
             elif known.now == demand.now:
+                if known.devices is not demand.devices:
+                    cell.members[demand.name] = replace(known, devices=demand.devices)
                 continue
-            cell.members[demand.name] = replace(demand, bias=known.bias) if known is not None else demand
+            given = known.bias if known is not None and not there else ()
+            cell.members[demand.name] = replace(demand, bias=given) if given else demand
         for name, cell in homes.items():
-            if name not in seen and cell.members.pop(name, None) is not None:
+            if name not in self._seen and cell.members.pop(name, None) is not None:
                 cell.drifted += 1  # what it leaves makes room for somebody: that can wait
         return new
 
@@ -182,6 +187,9 @@ class Fleet:
         self._planned += 1
         biased = with_crowd(members.values(), cell.devices)
         return counted(plan(biased, list(cell.devices.values()), time_limit_s=self._limit), members, biased)
+
+    def _cell_at(self, device: str) -> Cell | None:
+        return self.cells.get(self._cell_of_node.get(node_of(device), ""))
 
     def cell_of(self, node: str) -> str:
         """The cell of a node, "" for one that is not planned."""
@@ -235,15 +243,19 @@ class Fleet:
         return FleetPlan(choices, reasons, cost, self._planned, unmet, sum(c.dirty for c in self.cells.values()))
 
 
-def _changed(before: Demand, now: Demand) -> bool:
-    """Whether a replica's place or wishes are others."""
+def _changed(cell: Cell, before: Demand, now: Demand) -> bool:
+    """Whether a replica's place or wishes are others. Devices that it may use elsewhere in the fleet come and go."""
+    if now.devices is not before.devices:
+        known, allowed = frozenset(before.devices), frozenset(now.devices)
+        if any((not known or name in known) != (not allowed or name in allowed) for name in cell.devices):
+            return True
     return _fixed(now) != _fixed(before)
 
 
 def _fixed(demand: Demand) -> tuple[object, ...]:
-    """What a plan depends on, beside traffic."""
+    """What a plan depends on, beside traffic and devices."""
     d = demand
-    needs = d.weights, d.rungs, d.overhead, d.floor_tokens, d.floor_sequences, d.max_kl, d.max_bytes, d.devices
+    needs = d.weights, d.rungs, d.overhead, d.floor_tokens, d.floor_sequences, d.max_kl, d.max_bytes
     # The setting is its node's business.
     return (*needs, d.now.residency, d.now.devices, d.needed, d.pinned, d.busy, d.priority, d.resting, d.load_s)
 
@@ -253,7 +265,7 @@ def _as_planned(cell: Cell, before: Demand, now: Demand) -> bool:
     choice = cell.plan.choices.get(now.name) if cell.plan is not None else None
     if choice is None or now.now.residency != HOT or choice.devices != now.now.devices:
         return False
-    return not _changed(replace(before, now=now.now, needed=now.needed), now)
+    return not _changed(cell, replace(before, now=now.now, needed=now.needed), now)
 
 
 def _drifted(before: Demand, now: Demand) -> bool:

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from server.cluster import wire
 from server.cluster.crowd import node_of
@@ -37,8 +37,19 @@ STAY_S = 120.0
 """A replica that was just placed is not moved again: its load shows only when it has been hot for a while."""
 SAME = 0.1
 """Traffic that differs by less than this part is the same."""
-PLAN_S = 0.3
+PLAN_S = 0.2
 """Wall seconds that a plan may spend on solving cells; those that are left are solved by the next one."""
+
+
+class Share(NamedTuple):
+    """What the replicas of one model have in common: `rate`: requests per second of each; `waiting`: of all."""
+
+    settings: ModelSettings
+    wishes: Wishes
+    setting: str
+    kind: str
+    rate: float
+    waiting: int
 
 
 class Placements:
@@ -130,9 +141,12 @@ class Placements:
                 model.came(count, now)
         for model in self.models.values():
             count = question.waiting.get(model.name, 0)
-            model.waiting[question.gateway] = count, now + 5.0 + question.wait
-            if count and not model.wanted:
-                model.wanted = self._dirty = new = True
+            model.waiting.pop(question.gateway, None)
+            if count:
+                model.waiting[question.gateway] = count, now + 5.0 + question.wait
+                new = new or not model.wanted
+                model.wanted = True
+        self._dirty = self._dirty or new
         return new
 
     def release(self, name: str) -> None:
@@ -174,11 +188,14 @@ class Placements:
         now, calm = self._clock(), not self._dirty
         self._planned_at, self._dirty = now, False
         usable = {node.name for node in self.nodes.values() if not node.draining}
+        names = []
         for node in self.nodes.values():
             if node.draining:
                 self.fleet.remove_node(node.name)
             else:
-                self.fleet.set_node(node.name, node.fleet_devices())
+                devices = node.fleet_devices()
+                self.fleet.set_node(node.name, devices)
+                names += [device.name for device in devices]
         for name in set(self.fleet.nodes) - usable:
             self.fleet.remove_node(name)
         for replica in self.replicas.values():
@@ -186,10 +203,9 @@ class Placements:
         for model in self.models.values():
             self._count_replicas(model, now)
         planned = [r for r in self.replicas.values() if not r.retiring and (not r.node or r.node in usable)]
-        self._know_devices([device.name for name in usable for device in self.nodes[name].fleet_devices()])
-        wishes = {name: self._wishes_for(self.settings[name]) for name in {r.model for r in planned}}
-        copies = Counter(r.model for r in self.replicas.values() if r.live)
-        wanted = [self._demand(r, self._adopt(r, wishes[r.model], copies[r.model], now), now) for r in planned]
+        self._know_devices(names)
+        shares = {name: self._share(self.models[name], now) for name in {r.model for r in planned}}
+        wanted = [self._demand(r, self._adopt(r, shares[r.model], now), now) for r in planned]
         until = time.perf_counter() + PLAN_S
         self.last = self.fleet.plan(wanted, IMPROVE if calm else 0, lambda: time.perf_counter() > until)
         self._dirty = self._dirty or self.last.left > 0
@@ -203,16 +219,19 @@ class Placements:
     def _demand(self, replica: Replica, ward: Ward, now: float) -> Demand:
         """The replica as the planner sees it: what it saw before, where nothing changed by which it would plan anew."""
         facts = ward.facts, ward.wishes, ward.now, ward.waiting > 0, ward.pinned, replica.leaving
-        traffic = ward.rate, ward.peak_tokens, ward.peak_sequences
-        known, before, demand = self._demands.get(replica.name, (None, traffic, None))
-        if demand is None or facts != known or any(abs(a - b) > SAME * a for a, b in zip(before, traffic, strict=True)):
-            # One that runs requests may move all the same: its successor is hot before it goes. What its cache holds is
-            # its node's business.
-            allowed = self._allowed(replica.model)[1]
-            found = self._steward.demand(replica.name, now)
-            demand = replace(found, busy=replica.leaving, live=False, held=0, devices=allowed)
-            self._demands[replica.name] = facts, traffic, demand
-        return demand
+        rate, tokens, sequences = ward.rate, ward.peak_tokens, ward.peak_sequences
+        found = self._demands.get(replica.name)
+        if found is not None and found[0] == facts:
+            before = found[1]
+            same = abs(before[0] - rate) <= SAME * before[0] and abs(before[1] - tokens) <= SAME * before[1]
+            if same and abs(before[2] - sequences) <= SAME * before[2]:
+                return found[2]
+        # One that runs requests may move all the same: its successor is hot before it goes. What its cache holds is
+        # its node's business.
+        made = self._steward.demand(replica.name, now)
+        made = replace(made, busy=replica.leaving, live=False, held=0, devices=self._allowed(replica.model)[1])
+        self._demands[replica.name] = facts, (rate, tokens, sequences), made
+        return made
 
     def _know_devices(self, names: list[str]) -> None:
         if names != self._names:
@@ -236,9 +255,11 @@ class Placements:
             count = min(count, len(live))
         for _ in range(count - len(live)):
             self._new(model.name)
+        if count >= len(live):
+            return
         alike = Counter(replica.node for replica in live)  # two on one node: the first to go
         order = sorted(live, key=lambda r: (bool(r.node), r.hot, -alike[r.node], r.busy, r.name))
-        for replica in order[: max(0, len(live) - count)]:
+        for replica in order[: len(live) - count]:
             replica.retiring = True
 
     def _new(self, model: str) -> Replica:
@@ -266,28 +287,32 @@ class Placements:
         self._asked_for[settings.name] = pinned, found
         return found
 
-    def _adopt(self, replica: Replica, wishes: Wishes, copies: int, now: float) -> Ward:
-        """The replica as the steward sees it; one of so many `copies` that share the model's traffic."""
-        settings = self.settings[replica.model]
-        choice = self.choices.get(replica.model)
-        chosen = settings.setting if choice is None or choice.setting is None else choice.setting
-        state, ready = replica.state, replica.state.ready if replica.state is not None else None
+    def _share(self, model: Model, now: float) -> Share:
+        """What each of a model's replicas has of its wishes and traffic."""
+        settings, choice = self.settings[model.name], self.choices.get(model.name)
+        wishes = self._wishes_for(settings)
+        copies = max(1, sum(replica.live for replica in self.replicas.of(model.name)))
+        setting = settings.setting if choice is None or choice.setting is None else choice.setting
         kind = HOST if wishes.devices[0].endswith(f"/{HOST}") else "cuda:0"
+        return Share(settings, wishes, setting, kind, model.rate_at(now) / copies, max(1, model.waits(now)))
+
+    def _adopt(self, replica: Replica, share: Share, now: float) -> Ward:
+        """The replica as the steward sees it."""
+        state, ready = replica.state, replica.state.ready if replica.state is not None else None
         ward = self._steward.wards.get(replica.name)
         if ward is None or (ready is not None and ward.facts.weights != ready.weights_bytes):
-            facts = self.facts(settings, kind, chosen, replica)
-            ward = ward or self._steward.add(replica.name, facts, wishes, now)
+            facts = self.facts(share.settings, share.kind, share.setting, replica)
+            ward = ward or self._steward.add(replica.name, facts, share.wishes, now)
             ward.facts = facts
-        model = self.models[replica.model]
-        ward.wishes, ward.pinned = wishes, wishes.pinned
-        ward.rate, ward.rated_at = model.rate_at(now) / max(1, copies), now
-        running = len_running(state)
-        waiting = 0 if replica.node else max(1, model.waits(now))
+        ward.wishes, ward.pinned = share.wishes, share.wishes.pinned
+        ward.rate, ward.rated_at = share.rate, now
+        waiting = 0 if replica.node else share.waiting
         tokens = state.stats.kv_tokens if state is not None else 0
-        self._steward.report(replica.name, now, running=running, waiting=waiting, kv_tokens=tokens)
+        self._steward.report(replica.name, now, running=len_running(state), waiting=waiting, kv_tokens=tokens)
         if replica.node:
-            setting = ready.setting if ready is not None else ward.now.setting
-            ward.now = Placement(HOT, replica.devices, setting)
+            setting, devices = ready.setting if ready is not None else ward.now.setting, replica.devices
+            if ward.now.devices != devices or ward.now.setting != setting or ward.now.residency != HOT:
+                ward.now = Placement(HOT, devices, setting)
         return ward
 
     def _may_move(self, replica: Replica, node: str, now: float, moved: set[str]) -> bool:
@@ -361,26 +386,6 @@ class Placements:
             device = replica.device if "," not in replica.device else "cuda"
             found.append(wire.Assignment(replica.name, replica.model, device, self._plain[replica.model], *chosen))
         return found
-
-    def described(self) -> dict[str, Any]:
-        """The plan, JSON-ready."""
-        last = self.last
-        return {
-            "cost": last.cost if last is not None else 0.0,
-            "cells": len(self.fleet.cells),
-            "unmet": list(last.unmet) if last is not None else [],
-            "replicas": {
-                replica.name: {
-                    "model": replica.model,
-                    "node": replica.node,
-                    "device": replica.device,
-                    "state": replica.state.state if replica.state is not None else "placed",
-                    "retiring": replica.retiring,
-                    "reason": last.reasons.get(replica.name, "") if last is not None else "",
-                }
-                for replica in self.replicas.values()
-            },
-        }
 
 
 def len_running(state: wire.ReplicaState | None) -> int:

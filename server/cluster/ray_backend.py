@@ -21,6 +21,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from server import heap
 from server.aio import within
 from server.cluster import wire
 from server.cluster.agent import ConductorAway, NodeAgent
@@ -84,6 +85,7 @@ class ConductorActor:
     def _begin(self) -> None:
         """On the first call: Ray makes the loop after the constructor."""
         if self._watch is None:
+            heap.keep()
             self._conductor.start()
             self._watch = asyncio.create_task(self._watching())
 

@@ -29,33 +29,40 @@ def options(model: Demand, devices: Sequence[Device]) -> list[Choice]:
     A model that runs requests has only hot ones where it is; one that must run and cannot still has "cold", at a
     penalty, so that a plan always exists.
     """
-    found = [] if model.resting and not (model.busy or model.needed or model.pinned) else _hot(model, devices)
+    away = _away_choices(model, devices)
+    found = _hot(model, devices, math.inf, every=True) if _may_be_hot(model) else []
+    return found + (away[:-1] if model.busy and found else away)
+
+
+def worth_having(model: Demand, devices: Sequence[Device]) -> list[Choice]:
+    """Those of :func:`options` that no other one beats in cost without taking more bytes, and those that are what is
+    now. Of choices of one place the later ones take fewer bytes; what takes none at all beats whatever costs more."""
+    away = _away_choices(model, devices)
+    free = math.inf if model.busy else away[-1].cost
+    found = _hot(model, devices, free, every=False) if _may_be_hot(model) else []
+    if model.busy and found:
+        return found
+    return found + [c for c in away if c.cost < away[-1].cost or not c.shares or is_now(c, model.now)]
+
+
+def _may_be_hot(model: Demand) -> bool:
+    return not model.resting or model.busy or model.needed or model.pinned
+
+
+def _away_choices(model: Demand, devices: Sequence[Device]) -> list[Choice]:
+    """Asleep, where that is possible, and cold."""
+    found = []
     # Requests of a model that is away have it loaded first and then pay for quality like all others.
-    finest = min((rung.kl for rung in _rungs(model)), default=0.0) * KL_SECONDS
-    host = {device.name: device for device in devices}.get(HOST)
+    finest = min([rung.kl for rung in _rungs(model)], default=0.0) * KL_SECONDS
+    host = next((device for device in devices if device.name == HOST), None)
     if model.can_sleep and not model.busy and host is not None and model.weights <= host.budget:
         cost = _traffic(model) * (model.wake_s + finest) + _away(model)
         cost += switch_cost(model, ASLEEP, (), model.now.setting)
         shares = ((HOST, model.weights), *((name, model.residue) for name in model.now.devices if model.residue))
         found.append(Choice(model.name, ASLEEP, shares, model.now.setting, cost=cost))
-    if not (model.busy and found):
-        cost = _traffic(model) * (model.load_s + finest) + _away(model) + switch_cost(model, COLD, (), "")
-        found.append(Choice(model.name, COLD, cost=cost))
+    cost = _traffic(model) * (model.load_s + finest) + _away(model) + switch_cost(model, COLD, (), "")
+    found.append(Choice(model.name, COLD, cost=cost))
     return found
-
-
-def worth_having(found: Sequence[Choice], now: Placement) -> list[Choice]:
-    """Those that no other one beats in cost without taking more bytes, and those that are what is now. Of choices of
-    one place the later ones take fewer bytes; what takes none at all beats whatever costs more."""
-    free = min((choice.cost for choice in found if not choice.shares), default=math.inf)
-    best: dict[tuple[str, ...], float] = {}
-    kept = []
-    for choice in reversed(found):
-        place = tuple([name for name, _ in choice.shares])
-        if choice.cost < min(best.get(place, math.inf), free) or not place or is_now(choice, now):
-            kept.append(choice)
-            best[place] = min(choice.cost, best.get(place, math.inf))
-    return kept[::-1]
 
 
 def is_now(choice: Choice, now: Placement) -> bool:
@@ -107,44 +114,74 @@ class _Way(NamedTuple):
     quality: float
 
 
-def _hot(model: Demand, devices: Sequence[Device]) -> list[Choice]:
-    rungs, traffic, ways = _rungs(model), _traffic(model), []
+def _hot(model: Demand, devices: Sequence[Device], most: float, every: bool) -> list[Choice]:
+    """Hot ones that cost less than `most`; of each place those that no later one beats, or with `every` all of them."""
+    rungs, ways = _rungs(model), []
     for rung in rungs:
         held, wanted = rung.nbytes(max(model.floor_tokens, model.held), model.floor_sequences), model.lease(rung)
         ways.append(_Way(rung, held, max(held, wanted), max(1, wanted), rung.kl * KL_SECONDS))
     if rungs and model.floor(rungs[-1]) < model.lease(rungs[-1]):
         floor = model.floor(rungs[-1])
         ways.append(ways[-1]._replace(least=floor, lease=floor))
+    now = model.now.devices if model.now.residency == HOT else ()
+    extra = dict(model.bias)
+    moves = switch_cost(model, HOT, ("",), "")  # elsewhere it is the same for every place and setting
+    sizes: dict[tuple[int, int], list[_Sized]] = {}
     found = []
     for place in _places(model, devices, rungs):
-        found += _at(model, place, ways, traffic)
+        names = tuple([device.name for device, _ in place])
+        size = len(place), sum([device.budget for device, _ in place])
+        here, moved = now == names, sum([extra.get(name, 0.0) for name in names])
+        rows = sizes[size] if size in sizes else sizes.setdefault(size, _sized(model, *size, ways))
+        if here:
+            rows = [row._replace(cost=row.cost + switch_cost(model, HOT, names, row.rung.name)) for row in rows]
+        else:
+            moved += moves
+        for rung, nbytes, lease, cost in rows if every else _undominated(rows, model.now.setting if here else None):
+            if cost + moved >= most and not (here and rung.name == model.now.setting):
+                continue
+            shares = ((names[0], nbytes),) if len(place) == 1 else _shares(model, place, lease)
+            if shares:
+                found.append(Choice(model.name, HOT, shares, rung.name, rung.kl, lease, cost + moved))
     return found
 
 
-def _at(model: Demand, place: Sequence[tuple[Device, float]], ways: Sequence[_Way], traffic: float) -> list[Choice]:
-    """The choices of one place: leases are cut to the model's cap and the devices."""
-    names = tuple([device.name for device, _ in place])
-    most = sum([device.budget for device, _ in place])
+class _Sized(NamedTuple):
+    """A way on a place of a certain size: all its bytes there, the lease that fits, and what quality and waits cost."""
+
+    rung: Rung
+    nbytes: int
+    lease: int
+    cost: float
+
+
+def _sized(model: Demand, count: int, most: int, ways: Sequence[_Way]) -> list[_Sized]:
+    """What fits on `count` devices of so many bytes together: leases are cut to the model's cap and the devices."""
+    traffic, fixed = _traffic(model), model.weights + model.overhead * count
     most = most if model.max_bytes is None else min(most, model.max_bytes)
-    fixed = model.weights + model.overhead * len(place)
-    bias = sum([extra for name, extra in model.bias if name in names])
-    here = model.now.residency == HOT and model.now.devices == names
-    switch = 0.0 if here else switch_cost(model, HOT, names, "")  # elsewhere it is the same for every setting
     found = []
     for rung, least, lease, wanted, quality in ways:
         lease = max(least, min(lease, most - fixed))
-        if fixed + lease > most:
-            continue
-        if len(place) == 1:
-            shares: tuple[tuple[str, int], ...] = ((names[0], fixed + lease),)
-        else:
-            shares = tuple((d.name, round((model.weights + lease) * part) + model.overhead) for d, part in place)
-            if any(size > device.budget for (device, _), (_, size) in zip(place, shares, strict=True)):
-                continue
-        moved = switch_cost(model, HOT, names, rung.name) if here else switch
-        cost = traffic * (quality + QUEUE_S * (1 - lease / wanted)) + moved + bias
-        found.append(Choice(model.name, HOT, shares, rung.name, rung.kl, lease, cost))
+        if fixed + lease <= most:
+            found.append(_Sized(rung, fixed + lease, lease, traffic * (quality + QUEUE_S * (1 - lease / wanted))))
     return found
+
+
+def _undominated(rows: Sequence[_Sized], now: str | None) -> list[_Sized]:
+    """Rows of one place that cost less than all later ones, and those with the present setting."""
+    best, kept = math.inf, []
+    for row in reversed(rows):
+        if row.cost < best or row.rung.name == now:
+            kept.append(row)
+            best = min(best, row.cost)
+    return kept[::-1]
+
+
+def _shares(model: Demand, place: Sequence[tuple[Device, float]], lease: int) -> tuple[tuple[str, int], ...]:
+    """Bytes on each device of a model that is spread; () where one of them has not as many."""
+    shares = tuple([(d.name, round((model.weights + lease) * part) + model.overhead) for d, part in place])
+    fits = all(size <= device.budget for (device, _), (_, size) in zip(place, shares, strict=True))
+    return shares if fits else ()
 
 
 def _rungs(model: Demand) -> list[Rung]:

@@ -48,16 +48,21 @@ class Search:
     def least(self) -> np.ndarray:
         """Every model at the option that takes the fewest bytes."""
         sums = self.size.sum(1)
-        return np.array([self.first[m] + int(np.argmin(sums[self._row(m)])) for m in range(self.models)], dtype=int)
+        return np.array([self.first[m] + int(np.argmin(sums[self.row(m)])) for m in range(self.models)], dtype=int)
 
-    def _row(self, m: int) -> slice:
+    def cheapest(self) -> np.ndarray:
+        """Every model at what is best for it, whether all fit or not."""
+        return np.array([self.first[m] + int(np.argmin(self.cost[self.row(m)])) for m in range(self.models)], dtype=int)
+
+    def row(self, m: int) -> slice:
+        """A model's options."""
         return slice(int(self.first[m]), int(self.first[m + 1]))
 
     def starts(self) -> list[np.ndarray]:
         """Greedy starts: by worth per byte, by worth, largest first; each model settles where there is room."""
         every = range(self.models)
         sums, hot = self.size.sum(1), np.array([option.residency == HOT for option in self.options], dtype=bool)
-        rows = [self._row(m) for m in every]
+        rows = [self.row(m) for m in every]
         least = [max(1, int(min(sums[row][hot[row]], default=1))) for row in rows]
         worth = [float(self.cost[row].max() - self.cost[row].min()) for row in rows]
         orders = [
@@ -72,7 +77,7 @@ class Search:
         chosen = chosen.copy()
         used = self.size[chosen].sum(0)
         for m in order:
-            row = self._row(m)
+            row = self.row(m)
             rest = used - self.size[chosen[m]]
             fits = (self.size[row] + rest <= self.budgets).all(1)
             cost = np.where(fits, self.cost[row], np.inf)

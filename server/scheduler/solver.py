@@ -68,5 +68,5 @@ class Program:
 
     def _largest(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         search = self._search
-        chosen = [int(search.first[m] + np.argmax(x[search._row(m)])) for m in range(search.models)]
+        chosen = [int(search.first[m] + np.argmax(x[search.row(m)])) for m in range(search.models)]
         return np.array(chosen, dtype=int), x[chosen]

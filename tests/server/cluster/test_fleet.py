@@ -129,6 +129,18 @@ def test_what_came_as_planned_is_not_planned_again() -> None:
     assert made.plan(moved).planned >= 1
 
 
+def test_a_node_that_joins_or_goes_changes_nothing_for_the_others() -> None:
+    made = fleet(6)
+    allowed = lambda: frozenset(name for cell in made.cells.values() for name in cell.devices)  # noqa: E731
+    demands = [demand(f"m{i}#{i}", devices=allowed()) for i in range(12)]
+    placed = carried_out(demands, made.plan(demands))
+    made.set_node("new", [Device(f"new/cuda:{i}", 16 * GIB) for i in range(2)])
+    placed = [replace(d, devices=allowed()) for d in placed]
+    assert made.plan(placed).planned == 1, "the new node's cell"
+    found = made.plan([replace(placed[0], devices=frozenset({"new/cuda:0"})), *placed[1:]])
+    assert found.planned >= 1 and not found.choices["m0#0"].devices, "its old place is no longer allowed"
+
+
 def test_a_model_too_large_for_a_gpu_is_split_over_those_of_one_node() -> None:
     made = fleet(4, gpus=2, gib=16.0, cell=8)
     assert len(made.cells) == 1
