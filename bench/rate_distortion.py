@@ -4,7 +4,8 @@
         [--windows 5] [--baselines all] [--profile FILE] [--no-recall] [--json FILE]
 
 Without --profile the model is profiled first: on --calibration files, or on text that it writes itself. Comparisons are
-calibrated on the same kind of text. The verdict puts each of our settings beside the best rivals at its bytes.
+calibrated on the same kind of text. The verdict puts each of our settings beside the best rivals at its bytes. The JSON
+is written after every window that all have read.
 """
 
 from __future__ import annotations
@@ -12,10 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spectral.evaluate import EvalReport
 
 BAND = 1.5
 """A rival is near a budget if it spends between one and BAND times our bytes."""
@@ -76,7 +81,7 @@ def verdict(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
-def main() -> None:
+def options_of() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--text", type=Path, nargs="+", required=True)
@@ -90,7 +95,11 @@ def main() -> None:
     parser.add_argument("--baselines", default="all")
     parser.add_argument("--no-recall", dest="recall", action="store_false")
     parser.add_argument("--json", type=Path, default=None)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = options_of()
     from spectral import SpectralProfile, SpectralProfiler
     from spectral.evaluate import evaluate
     from spectral.hf import load_model
@@ -115,6 +124,23 @@ def main() -> None:
         if options.save_profile is not None:
             profile.save(options.save_profile)
     texts = [path.read_text(encoding="utf-8") for path in options.text]
+
+    def deliver(report: EvalReport) -> dict[str, Any]:
+        rows = report.to_dict()["rows"]
+        result = {
+            **report.to_dict(),
+            "text_files": [path.name for path in options.text],
+            "calibration_files": [path.name for path in options.calibration or []],
+            "profile_seconds": seconds,
+            "verdict": verdict(rows),
+            "seconds": time.monotonic() - began,
+            "load_average": os.getloadavg()[0],
+        }
+        if options.json is not None:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        return result
+
     report = evaluate(
         loaded,
         profile,
@@ -126,15 +152,9 @@ def main() -> None:
         calibration_texts=calibration,
         recall=options.recall,
         progress=progress,
+        after_window=deliver,
     )
-    result = {
-        **report.to_dict(),
-        "text_files": [path.name for path in options.text],
-        "calibration_files": [path.name for path in options.calibration or []],
-        "profile_seconds": seconds,
-        "verdict": verdict(report.to_dict()["rows"]),
-        "seconds": time.monotonic() - began,
-    }
+    result = deliver(report)
     print(report.table())
     for entry in result["verdict"]:
         line = f"{entry['setting']:>8} {entry['ratio']:6.2f} KL {entry['kl_mean']:.5f}"
@@ -143,9 +163,6 @@ def main() -> None:
                 best = entry[kind]
                 line += f" | {kind} {best['name']} {best['ratio']:.2f}x {best['kl_mean']:.5f}: {best['share']:.2f}"
         print(line)
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from spectral.errors import ModelError
@@ -62,7 +62,8 @@ class Contest:
             kind = f"text written by the model itself (seed {seed + 1})"
             texts = self_generated(self.loaded, tokens=tokens + context, seed=seed + 1, progress=self.progress)
         windows = token_windows(self.loaded, texts, context, tokens, seed)
-        stats = collect_stats(self.loaded, windows, context=context, seed=seed, progress=self.progress)
+        fisher = any("key_fisher" in method.needs for method in self.methods)
+        stats = collect_stats(self.loaded, windows, context=context, seed=seed, fisher=fisher, progress=self.progress)
         shape = comparison_shape(self.loaded)
         for number, method in enumerate(self.methods):
             try:
@@ -75,17 +76,27 @@ class Contest:
 
     # -- measuring ----------------------------------------------------------------------------------------------------
 
-    def score(self, windows: Sequence[Sequence[int]], sequences: Sequence[RecallSequence]) -> None:
-        """Every contender on every window, and its answers to every recall sequence."""
+    def score(
+        self,
+        windows: Sequence[Sequence[int]],
+        sequences: Sequence[RecallSequence],
+        after_window: Callable[[int], None] | None = None,
+    ) -> None:
+        """Every contender on every window, and its answers to every recall sequence.
+
+        after_window: called with the number of windows that all contenders have read by then.
+        """
         keep = any(method.across_layers for method in self.methods)
         steps = len(self.figures) * (len(windows) + len(sequences))
         done = 0
-        for window in windows:
+        for number, window in enumerate(windows):
             exact = ExactPass.run(self.loaded, window, keep_cache=keep)
             for name in self.figures:
                 self._score_one(name, exact)
                 done += 1
                 self._report("measuring", done / steps)
+            if after_window is not None:
+                after_window(number + 1)
         for sequence in sequences:
             exact = ExactPass.run(self.loaded, sequence.ids, keep_cache=keep)
             for name in self.figures:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +115,7 @@ def evaluate(
     seed: int = 1,
     chunk: int = 0,
     progress: Progress | None = None,
+    after_window: Callable[[EvalReport], None] | None = None,
 ) -> EvalReport:
     """Measure settings of a profile, and published methods, on a model.
 
@@ -129,13 +130,14 @@ def evaluate(
         recall: ask hidden facts as well, one sequence a window.
         chunk: 0: every query sees what the page store would show it in decoding, in one forward a window; else tokens
             fed through the store at once, which see each other exactly and so flatter coarse settings.
+        after_window: called with the report of the windows read so far (no recall yet), so that a long run can be
+            saved as it goes.
 
     Raises ModelError, ProfileError, SettingError or SpectralError (unknown comparison) before anything is measured.
     """
     from spectral.baselines import get
     from spectral.contest import Contest
     from spectral.hf import load_model
-    from spectral.provenance import provenance
 
     methods = get(baselines if isinstance(baselines, str) else list(baselines)) if baselines is not None else []
     loaded = load_model(model) if isinstance(model, str) else model
@@ -150,26 +152,47 @@ def evaluate(
     sequences = _recall_sequences(loaded, windows, seed) if recall else []
     contest = Contest(loaded, codebooks_of(loaded, profile, names), methods, chunk=chunk, progress=progress)
     calibration = contest.calibrate(context, calibration_texts, calibration_tokens, seed) if methods else None
-    contest.score(windows, sequences)
 
-    return EvalReport(
-        model=profile.model,
-        context=context,
-        windows=len(windows),
-        scored_tokens=len(windows) * (context - skipped(context)),
-        seed=seed,
-        chunk=chunk,
-        texts=f"{len(windows)} windows of {origin}",
-        tokens_sha256=hashlib.sha256(str(windows).encode()).hexdigest(),
-        token_nbytes=loaded.shape.token_nbytes(),
-        basis_nbytes=profile.basis_nbytes,
-        profile={"content_hash": profile.content_hash, "provenance": profile.provenance},
-        rows=contest.rows(context, profile.basis_nbytes),
-        calibration=calibration,
-        recall=_recall_facts(sequences),
-        provenance=provenance(str(loaded.device)),
-        spectrum=profile.to_dict()["spectrum"],
-    )
+    subject = _subject(loaded, profile)
+
+    def report(read: int, asked: list[RecallSequence]) -> EvalReport:
+        return EvalReport(
+            **subject,
+            **_extent(windows[:read], context, origin),
+            seed=seed,
+            chunk=chunk,
+            calibration=calibration,
+            rows=contest.rows(context, profile.basis_nbytes),
+            recall=_recall_facts(asked),
+        )
+
+    contest.score(windows, sequences, after_window and (lambda read: after_window(report(read, []))))
+    return report(len(windows), sequences)
+
+
+def _subject(loaded: LoadedModel, profile: SpectralProfile) -> dict[str, Any]:
+    """What a report says of model, profile and run."""
+    from spectral.provenance import provenance
+
+    return {
+        "model": profile.model,
+        "token_nbytes": loaded.shape.token_nbytes(),
+        "basis_nbytes": profile.basis_nbytes,
+        "profile": {"content_hash": profile.content_hash, "provenance": profile.provenance},
+        "provenance": provenance(str(loaded.device)),
+        "spectrum": profile.to_dict()["spectrum"],
+    }
+
+
+def _extent(windows: list[list[int]], context: int, origin: str) -> dict[str, Any]:
+    """What a report says of the windows of `context` token ids that have been read."""
+    return {
+        "context": context,
+        "windows": len(windows),
+        "scored_tokens": len(windows) * (context - skipped(context)),
+        "texts": f"{len(windows)} windows of {origin}",
+        "tokens_sha256": hashlib.sha256(str(windows).encode()).hexdigest(),
+    }
 
 
 def _profile_of(loaded: LoadedModel, profile: SpectralProfile | None) -> SpectralProfile:

@@ -122,6 +122,43 @@ def watching_inputs(loaded: LoadedModel, watch: Callable[[int, torch.Tensor], No
             handle.remove()
 
 
+def projection_gradients(loaded: LoadedModel, ids: Sequence[int]) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """Per layer the gradients of the mean next-token loss by W_K [H, d, hidden] and W_V [H, dv, hidden], float32.
+
+    They are those of the projections' outputs times their inputs, so weights may be quantized and need no gradient.
+    """
+    inputs: dict[tuple[int, str], torch.Tensor] = {}
+    outputs: dict[tuple[int, str], torch.Tensor] = {}
+    handles = [loaded.model.get_input_embeddings().register_forward_hook(lambda _, __, x: x.requires_grad_())]
+    for layer, module in attention_modules(loaded.model).items():
+        for name in ("qkv_proj",) if hasattr(module, "qkv_proj") else ("k_proj", "v_proj"):
+
+            def take(_: Any, args: tuple[Any, ...], output: torch.Tensor, at: tuple[int, str] = (layer, name)) -> None:
+                inputs[at], outputs[at] = args[0][0].detach().float(), output
+
+            handles.append(getattr(module, name).register_forward_hook(take))
+    try:
+        with torch.enable_grad():
+            tokens = torch.tensor([list(ids)], device=loaded.device)
+            logits = loaded.model(input_ids=tokens, use_cache=False).logits[0, :-1].float()
+            loss = torch.nn.functional.cross_entropy(logits, tokens[0, 1:].to(logits.device))
+            places = list(outputs)
+            found = torch.autograd.grad(loss, [outputs[at] for at in places])
+    finally:
+        for handle in handles:
+            handle.remove()
+    whole = {at: grad[0].float().T @ inputs[at] for at, grad in zip(places, found, strict=True)}
+    out = {}
+    for layer, shape in enumerate(loaded.shape.layers):
+        sizes = [shape.kv_heads * shape.key_dim, shape.kv_heads * shape.value_dim]
+        if (layer, "qkv_proj") in whole:
+            _, key, value = whole[layer, "qkv_proj"].split([loaded.shape.query_heads * shape.key_dim, *sizes])
+        else:
+            key, value = whole[layer, "k_proj"], whole[layer, "v_proj"]
+        out[layer] = key.unflatten(0, (shape.kv_heads, -1)), value.unflatten(0, (shape.kv_heads, -1))
+    return out
+
+
 def last_hidden(loaded: LoadedModel, ids: Sequence[int]) -> torch.Tensor:
     """The final hidden states [N, hidden] of a sequence in one forward: a fraction of its logits' memory. Raises
     ModelError when `logits_of` does not give this model's own logits."""

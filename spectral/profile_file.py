@@ -3,7 +3,7 @@
 The header's metadata holds one JSON document and its checksum ("spectral"). Tensors, for compressed layer l and unit u:
 `l.u.mean` float32 [D], `l.u.decode` float16 [D, D] (columns of unit length), `l.u.scale` float32 [D] (their lengths),
 `l.u.variance` float32 [D], `l.u.deviation` float32 [classes, D]; `l.frequencies` float32 [r / 2] if keys are turned;
-`table.w.levels` float32 [2^w] and `table.w.cuts` float32 [2^w - 1]; and for setting i `setting.i.l.u` uint8
+`table.w.step` float32 [1], the distance of the uniform levels of width w; and for setting i `setting.i.l.u` uint8
 [classes, D]. The dual basis is not stored: it is the inverse of the decoder as stored, so that rounding the decoder
 costs no bias.
 """

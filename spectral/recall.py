@@ -136,3 +136,26 @@ def recall_figures(results: Sequence[tuple[RecallSequence, list[bool]]]) -> dict
         "recall": sum(hit for _, hit in pairs) / len(pairs) if pairs else None,
         "recall_by_distance": buckets,
     }
+
+
+def paired_figures(exact: Sequence[Sequence[bool]], other: Sequence[Sequence[bool]]) -> dict[str, Any]:
+    """What a contender recalls less or more than the exact cache of the same facts.
+
+    Args:
+        exact, other: per sequence, which of its facts were recalled.
+
+    Returns:
+        `lost`, `won`: facts; `difference`: of the shares, other - exact; `interval`: its 95 % confidence interval, by
+        the normal approximation with sequences as the independent draws (facts of one sequence share its text and each
+        other), None with fewer than two sequences.
+    """
+    gains = [[int(b) - int(a) for a, b in zip(*pair, strict=True)] for pair in zip(exact, other, strict=True)]
+    facts = sum(len(gain) for gain in gains)
+    difference = sum(map(sum, gains)) / facts if facts else 0.0
+    interval = None
+    if len(gains) > 1 and facts:
+        spread = sum((sum(gain) - len(gain) * difference) ** 2 for gain in gains) * len(gains) / (len(gains) - 1)
+        half = 1.96 * spread**0.5 / facts
+        interval = [difference - half, difference + half]
+    flat = [gain for part in gains for gain in part]
+    return {"lost": flat.count(-1), "won": flat.count(1), "difference": difference, "interval": interval}

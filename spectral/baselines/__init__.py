@@ -14,6 +14,7 @@ import difflib
 from collections.abc import Callable
 from functools import partial
 
+from spectral.baselines.aatc import Aatc
 from spectral.baselines.base import Baseline, CalibrationStats, ExactWindow, LayerStats, Shape
 from spectral.baselines.blockmax import BlockMax
 from spectral.baselines.eigen_attention import EigenAttention
@@ -23,7 +24,7 @@ from spectral.baselines.kivi import Kivi
 from spectral.baselines.kvquant import KvQuant
 from spectral.baselines.kvtc import Kvtc
 from spectral.baselines.oscar import Oscar
-from spectral.baselines.palu import Palu
+from spectral.baselines.palu import Palu, PaluFisher
 from spectral.baselines.pertoken import HadamardInt, PerToken
 from spectral.baselines.spectra import Spectra
 from spectral.baselines.svdq import Svdq
@@ -57,6 +58,7 @@ _FACTORIES: tuple[Factory, ...] = (
     partial(Oscar, bits=2, tuned=True),
     *(partial(Spectra, bits=bits) for bits in (4.0, 3.0, 2.0, 1.5, 1.0)),
     *(partial(Spectra, bits=bits, per_head=True) for bits in (4.0, 2.0, 1.0)),
+    *(partial(Aatc, bits=bits) for bits in (4.0, 2.75, 2.0, 1.5, 1.0)),
     partial(Svdq, schedule=(8, 4, 4, 2, 0, 0, 0, 0), value_bits=16),
     partial(Svdq, schedule=(8, 4, 4, 2, 0, 0, 0, 0), value_bits=4),
     partial(Svdq, schedule=(4, 4, 2, 0, 0, 0, 0, 0), value_bits=2),
@@ -67,6 +69,7 @@ _FACTORIES: tuple[Factory, ...] = (
     *(partial(Think, prune=prune) for prune in (0.4, 0.5)),
     partial(Palu, share=0.7, bits=4),
     *(partial(Palu, share=0.5, bits=bits) for bits in (4, 3, 2)),
+    *(partial(PaluFisher, share=0.5, bits=bits) for bits in (4, 3, 2)),
     WindowOnly,
     partial(WindowOnly, ratio=8.0),
 )

@@ -12,13 +12,34 @@ from spectral.baselines.quantizers import affine_decode, affine_encode, fitting_
 from spectral.baselines.store import Stored, packed_nbytes
 from spectral.baselines.transforms import eigenbasis, hadamard, projection_bias, projection_moment, rope, unrope
 
+RANK_BLOCK = 32
+"""Searched ranks are multiples of it (of the largest divisor of a group's width that is at most it)."""
+
+
+def searched_ranks(fisher: list[float], share: float, width: int) -> list[int]:
+    """Ranks of groups that are `width` wide: `share` of all, in proportion to their Fisher information.
+
+    No rank is above `width`; what that leaves over is dealt out evenly among the others. Then each is rounded to
+    blocks, one at least, so that the sum only comes close to what was asked for.
+    """
+    target = round(share * width * len(fisher))
+    ideal = [target * f / max(sum(fisher), 1e-30) for f in fisher]
+    ranks = [min(width, int(rank)) for rank in ideal]
+    order = sorted(range(len(ranks)), key=lambda i: ideal[i] - ranks[i])
+    while sum(ranks) < target:
+        for i in order:
+            if ranks[i] < width and sum(ranks) < target:
+                ranks[i] += 1
+    block = fitting_group(width, RANK_BLOCK)
+    return [max(1, round(rank / block)) * block for rank in ranks]
+
 
 @dataclass
 class Palu(Baseline):
     """Rank `share` of each group of `group_heads` KV heads, `bits`-bit latents, keys before RoPE.
 
     Latents are those of the projection without its bias, which is added when keys and values are rebuilt. Every layer
-    gets the same rank; the published search by Fisher information, which divides ranks among layers, is left out.
+    gets the same rank.
     """
 
     source: ClassVar[str] = "arXiv:2407.21118 (ICLR 2025)"
@@ -26,7 +47,7 @@ class Palu(Baseline):
     share: float = 0.5
     bits: int = 3
     group_heads: int = 4
-    _basis: dict[tuple[int, Side], torch.Tensor] = field(init=False, repr=False, default_factory=dict)
+    _bases: dict[tuple[int, Side], list[torch.Tensor]] = field(init=False, repr=False, default_factory=dict)
     _bias: dict[tuple[int, Side], torch.Tensor] = field(init=False, repr=False, default_factory=dict)
 
     @property
@@ -39,35 +60,76 @@ class Palu(Baseline):
     def _rank(self, shape: Shape) -> int:
         return max(1, round(self.share * self._heads(shape) * shape.head_dim))
 
+    def _ranks(self, stats: CalibrationStats, shape: Shape) -> dict[tuple[int, Side], list[int]]:
+        """Of every group of heads."""
+        groups = shape.kv_heads // self._heads(shape)
+        return {(layer, side): [self._rank(shape)] * groups for layer in range(shape.layers) for side in SIDES}
+
     def prepare(self, stats: CalibrationStats, shape: Shape) -> None:
-        width, rank = self._heads(shape) * shape.head_dim, self._rank(shape)
-        for layer in range(shape.layers):
-            for side in SIDES:
-                moment = projection_moment(stats, layer, side)
-                self._bias[layer, side] = projection_bias(stats, layer, side)
-                blocks = torch.stack([moment[i : i + width, i : i + width] for i in range(0, shape.width, width)])
-                axes = eigenbasis(blocks)[0][..., :rank]
-                self._basis[layer, side] = axes @ hadamard(rank).to(axes.device)  # [groups, width, rank]
+        width = self._heads(shape) * shape.head_dim
+        for (layer, side), ranks in self._ranks(stats, shape).items():
+            moment = projection_moment(stats, layer, side)
+            self._bias[layer, side] = projection_bias(stats, layer, side)
+            self._bases[layer, side] = []
+            for group, rank in enumerate(ranks):
+                part = slice(group * width, (group + 1) * width)
+                axes = eigenbasis(moment[part, part])[0][:, :rank]
+                self._bases[layer, side].append(axes @ hadamard(rank).to(axes.device))  # [width, rank]
 
     def encode(self, layer: int, side: Side, x: torch.Tensor, positions: torch.Tensor) -> Stored:
         if side == "key":
             x = unrope(x, positions, *self._rope())
-        x = x - self._bias[layer, side].to(x.device)
-        basis = self._basis[layer, side].to(x.device)
-        latent = torch.einsum("tgw,gwr->tgr", x.reshape(len(x), basis.shape[0], -1), basis)
-        codes, scale, zero = affine_encode(latent, self.bits)
-        return Stored({"codes": (codes, self.bits)}, {"scale": scale, "zero": zero})
+        bases = self._bases[layer, side]
+        parts = (x - self._bias[layer, side].to(x.device)).reshape(len(x), len(bases), -1)
+        out = Stored()
+        for group, basis in enumerate(bases):
+            codes, scale, zero = affine_encode(parts[:, group] @ basis.to(x.device), self.bits)
+            out.codes[f"codes {group}"] = (codes, self.bits)
+            out.floats |= {f"scale {group}": scale, f"zero {group}": zero}
+        return out
 
     def decode(self, layer: int, side: Side, stored: Stored, positions: torch.Tensor) -> torch.Tensor:
-        shape = self._fitted()
-        latent = affine_decode(stored.codes["codes"][0], stored.floats["scale"], stored.floats["zero"])
-        x = torch.einsum("tgr,gwr->tgw", latent, self._basis[layer, side].to(latent.device))
-        x = x.reshape(-1, shape.kv_heads, shape.head_dim) + self._bias[layer, side].to(x.device)
+        shape, parts = self._fitted(), []
+        for group, basis in enumerate(self._bases[layer, side]):
+            scale, zero = stored.floats[f"scale {group}"], stored.floats[f"zero {group}"]
+            latent = affine_decode(stored.codes[f"codes {group}"][0], scale, zero)
+            parts.append(latent @ basis.T.to(latent.device))
+        x = torch.cat(parts, 1).reshape(-1, shape.kv_heads, shape.head_dim)
+        x = x + self._bias[layer, side].to(x.device)
         return rope(x, positions, *self._rope()) if side == "key" else x
 
+    def _all_ranks(self, shape: Shape) -> list[int]:
+        """Of every layer, side and group; before calibration what each would have if all were alike."""
+        found = [basis.shape[1] for bases in self._bases.values() for basis in bases]
+        return found or [self._rank(shape)] * (2 * shape.layers * (shape.kv_heads // self._heads(shape)))
+
     def payload_nbytes(self, tokens: int, shape: Shape) -> int:
-        groups = shape.kv_heads // self._heads(shape)
-        return 2 * shape.layers * (packed_nbytes(tokens * groups * self._rank(shape), self.bits) + 4 * tokens * groups)
+        return sum(packed_nbytes(tokens * rank, self.bits) + 4 * tokens for rank in self._all_ranks(shape))
 
     def basis_nbytes(self, shape: Shape) -> int:
-        return 2 * shape.layers * shape.width * self._rank(shape) * 2
+        return 2 * self._heads(shape) * shape.head_dim * sum(self._all_ranks(shape))
+
+
+@dataclass
+class PaluFisher(Palu):
+    """The same with the published rank search: ranks in proportion to the Fisher information of each group's weights.
+
+    The published search reads 2,048 calibration texts, this one what the other comparisons are calibrated on.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"key_fisher", "value_fisher"})
+
+    @property
+    def name(self) -> str:
+        return f"palu-fisher-r{self.share:g}-{self.bits}bit"
+
+    def _ranks(self, stats: CalibrationStats, shape: Shape) -> dict[tuple[int, Side], list[int]]:
+        places = [(layer, side) for layer in range(shape.layers) for side in SIDES]
+        heads, fisher = self._heads(shape), []
+        for layer, side in places:
+            found = stats.layers[layer].key_fisher if side == "key" else stats.layers[layer].value_fisher
+            assert found is not None  # in `needs`
+            fisher += found.view(-1, heads).mean(1).tolist()
+        ranks = searched_ranks(fisher, self.share, heads * shape.head_dim)
+        groups = shape.kv_heads // heads
+        return {place: ranks[at * groups : (at + 1) * groups] for at, place in enumerate(places)}

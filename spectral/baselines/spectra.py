@@ -15,10 +15,12 @@ from spectral.baselines.transforms import eigenbasis, frame, projection_moment, 
 
 @dataclass
 class _Plan:
-    """One layer and side: mean [W], basis [W, W], bits [W], step [W] of its latent channels, W = H * d."""
+    """One layer and side: mean [W], bits [W], step [W] of its latent channels (W = H * d), and the matrices [W, W] that
+    take a row to its latents and back."""
 
     mean: torch.Tensor
-    basis: torch.Tensor
+    down: torch.Tensor
+    up: torch.Tensor
     bits: torch.Tensor
     step: torch.Tensor
 
@@ -46,17 +48,17 @@ class Spectra(Baseline):
     def prepare(self, stats: CalibrationStats, shape: Shape) -> None:
         for side in SIDES:
             found = [self._basis(stats, layer, side, shape) for layer in range(shape.layers)]
-            deviations = torch.stack([deviation for _, _, deviation in found])
+            deviations = torch.stack([deviation for *_, deviation in found])
             bits = water_fill(deviations**2, shape.layers * self._budget(shape)).to(deviations.device)
-            for layer, (mean, basis, deviation) in enumerate(found):
+            for layer, (mean, down, up, deviation) in enumerate(found):
                 steps = [gaussian_step(b) if b else 1.0 for b in bits[layer].tolist()]
                 step = (torch.tensor(steps, device=deviation.device) * deviation).clamp_min(1e-12)
-                self._plans[layer, side] = _Plan(mean, basis, bits[layer], step)
+                self._plans[layer, side] = _Plan(mean, down, up, bits[layer], step)
 
     def _basis(
         self, stats: CalibrationStats, layer: int, side: Side, shape: Shape
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """mean [W], basis [W, W] and the deviations [W] of the latent channels."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """mean [W], the matrices [W, W] to the latents and back, and the deviations [W] of the latent channels."""
         moment = projection_moment(stats, layer, side)
         if self.per_head:
             dim = shape.head_dim
@@ -66,7 +68,7 @@ class Spectra(Baseline):
             basis = eigenbasis(moment)[0]
         sample = frame(stats, layer, side).flatten(1)
         mean = sample.mean(0)
-        return mean, basis, ((sample - mean) @ basis).pow(2).mean(0).sqrt()
+        return mean, basis, basis.T, ((sample - mean) @ basis).pow(2).mean(0).sqrt()
 
     def _budget(self, shape: Shape) -> int:
         """Bits of one token, side and layer on average."""
@@ -76,7 +78,7 @@ class Spectra(Baseline):
         plan = self._plans[layer, side]
         if side == "key":
             x = unrope(x, positions, *self._rope())
-        latent = (x.flatten(1) - plan.mean.to(x.device)) @ plan.basis.to(x.device)
+        latent = (x.flatten(1) - plan.mean.to(x.device)) @ plan.down.to(x.device)
         stored = Stored()
         for width in sorted(set(plan.bits.tolist()) - {0}):
             chosen = (plan.bits == width).to(x.device)
@@ -90,7 +92,7 @@ class Spectra(Baseline):
         for codes, width in stored.codes.values():
             chosen = (plan.bits == width).to(codes.device)
             latent[:, chosen] = midrise_decode(codes.float(), plan.step.to(codes.device)[chosen], 2 ** (width - 1))
-        x = latent @ plan.basis.T.to(latent.device) + plan.mean.to(latent.device)
+        x = latent @ plan.up.to(latent.device) + plan.mean.to(latent.device)
         x = x.view(-1, shape.kv_heads, shape.head_dim)
         return rope(x, positions, *self._rope()) if side == "key" else x
 

@@ -27,8 +27,8 @@ from spectral.comparison import (
     score_method,
 )
 from spectral.errors import ModelError
-from spectral.hf import LoadedModel, wrap_model
-from spectral.hf_reading import logits_of, projections, watching_inputs
+from spectral.hf import LoadedModel, attention_modules, wrap_model
+from spectral.hf_reading import logits_of, projection_gradients, projections, watching_inputs
 from spectral.pages import LayerShape, ModelShape
 from spectral.prefill import causal_attention, softcapped
 from spectral.scoring import ExactPass, Tally, summarised
@@ -126,6 +126,32 @@ def test_the_sample_is_what_the_projections_and_the_rotation_make(family: str) -
             bare = unrope(layer.keys, stats.positions, stats.cos, stats.sin)
             torch.testing.assert_close(bare, keys, rtol=1e-3, atol=1e-3)
         assert (layer.key_bias.abs().max() > 0) == (family == "qwen2")
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_projection_gradients_are_those_of_the_weights(family: str) -> None:
+    """Against autograd on W_K and W_V themselves, and what the sample keeps of them."""
+    loaded, ids = model_of(family), tokens(LENGTH)
+    got = projection_gradients(loaded, ids)
+    weights = {
+        layer: [module.qkv_proj.weight] if hasattr(module, "qkv_proj") else [module.k_proj.weight, module.v_proj.weight]
+        for layer, module in attention_modules(loaded.model).items()
+    }
+    flat = [weight.requires_grad_() for pair in weights.values() for weight in pair]
+    logits = loaded.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1]
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]))
+    found = iter(torch.autograd.grad(loss, flat))
+    for layer, pair in weights.items():
+        want = torch.cat([next(found) for _ in pair])
+        have = torch.cat([gradient.flatten(0, 1) for gradient in got[layer]])
+        torch.testing.assert_close(have, want[-len(have) :], rtol=1e-3, atol=1e-6)
+        assert float(have.abs().max()) > 0
+    if full_layers(loaded):
+        stats = collect_stats(loaded, [ids], context=LENGTH, sample=8, fisher=True)
+        fisher = stats.layers[0].key_fisher
+        assert fisher is not None
+        torch.testing.assert_close(fisher, got[full_layers(loaded)[0]][0].abs().mean((1, 2)), rtol=1e-3, atol=1e-8)
+        assert collect_stats(loaded, [ids], context=LENGTH, sample=8).layers[0].key_fisher is None
 
 
 def test_output_weights_belong_to_query_heads() -> None:

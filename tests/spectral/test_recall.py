@@ -13,7 +13,15 @@ from spectral.baselines import get
 from spectral.comparison import collect_stats, comparison_shape, method_blocks
 from spectral.errors import ModelError
 from spectral.hf import load_model
-from spectral.recall import KEYS, RecallSequence, recall_figures, recall_sequence, recalled, split_number
+from spectral.recall import (
+    KEYS,
+    RecallSequence,
+    paired_figures,
+    recall_figures,
+    recall_sequence,
+    recalled,
+    split_number,
+)
 from spectral.scoring import ExactPass
 
 
@@ -115,3 +123,17 @@ def test_a_window_alone_fails_where_the_exact_cache_passes(shared_dir: Path, tmp
         method.fit(stats, comparison_shape(loaded))
         shares[method.name] = recalled(sequence, method_blocks(exact, method, sequence.first))
     assert all(shares["exact"]) and all(shares["llamacpp-q8_0"]) and not any(shares["window-only"])
+
+
+def test_paired_figures_know_what_chance_moves() -> None:
+    exact = [[True, True, False, True], [True, False, True, True]]
+    one_lost = [[True, False, False, True], [True, False, True, True]]
+    got = paired_figures(exact, one_lost)
+    assert (got["lost"], got["won"], got["difference"]) == (1, 0, -0.125)
+    # Sequences' gains are -1 and 0 of 4 facts: their mean's standard error is 1/8, in either way of counting.
+    assert got["interval"] == pytest.approx([-0.125 - 1.96 * 0.125, -0.125 + 1.96 * 0.125])
+    swapped = paired_figures([[True, False]] * 9, [[False, True]] * 9)
+    assert swapped["lost"] == swapped["won"] == 9 and swapped["interval"] == [0.0, 0.0], "sequences are the draws"
+    assert paired_figures([[True]], [[False]])["interval"] is None and paired_figures([], [])["difference"] == 0.0
+    with pytest.raises(ValueError):
+        paired_figures([[True]], [[True, False]])

@@ -44,7 +44,13 @@ def model() -> LoadedModel:
 @pytest.fixture(scope="module")
 def profile(model: LoadedModel) -> SpectralProfile:
     profiler = SpectralProfiler(
-        tokens=1024, window=128, measure_tokens=128, measure_window=128, recent=16, page_tokens=8, block_tokens=64,
+        tokens=1024,
+        window=128,
+        measure_tokens=128,
+        measure_window=128,
+        recent=16,
+        page_tokens=8,
+        block_tokens=64,
         ratios=(3.0, 8.0),
     )
     return profiler.profile_from_loaded(model, texts=[TEXT])
@@ -110,14 +116,20 @@ def test_a_report_says_everything(report: EvalReport, model: LoadedModel, profil
 
 
 def test_the_same_seed_gives_the_same_rows(report: EvalReport, model: LoadedModel, profile: SpectralProfile) -> None:
+    partial: list[EvalReport] = []
     again = evaluate(
         model, profile, texts=[TEXT], context=400, max_windows=2, settings=["exact"], baselines="kvtc-8x, window-only",
-        recall=True, calibration_texts=[TEXT], calibration_tokens=800,
+        recall=True, calibration_texts=[TEXT], calibration_tokens=800, after_window=partial.append,
     )  # fmt: skip
     old = {row["name"]: row for row in report.rows}
     assert [row["name"] for row in again.rows] == ["exact", "kvtc-8x", "window-only"]
     for row in again.rows:
         assert row == old[row["name"]]
+    first, whole = partial
+    assert [part.windows for part in partial] == [1, 2] and first.tokens_sha256 != whole.tokens_sha256
+    assert whole.tokens_sha256 == again.tokens_sha256 and first.scored_tokens * 2 == again.scored_tokens
+    assert [row["kl_mean"] for row in whole.rows] == [row["kl_mean"] for row in again.rows]
+    assert whole.recall is None and again.recall is not None, "recall is asked after the windows"
 
 
 def test_what_is_not_finite_is_null() -> None:

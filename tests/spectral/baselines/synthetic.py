@@ -24,6 +24,9 @@ class World:
         self.shape, self.generator = shape, torch.Generator().manual_seed(seed)
         self.cos, self.sin = rope_tables(1024, shape.head_dim)
         self.spectrum = torch.logspace(0.5, -1.5, HIDDEN)
+        other = torch.Generator().manual_seed(seed + 1)
+        self.output = torch.randn(shape.query_heads, shape.head_dim, HIDDEN, generator=other)
+        self.output *= torch.logspace(0.3, -1.2, shape.head_dim)[:, None]
         self.weights = [self.normal(2, shape.kv_heads, shape.head_dim, HIDDEN) for _ in range(shape.layers)]
         self.stats = self._stats()
 
@@ -55,6 +58,9 @@ class World:
                     key_weight=self.weights[index][0],
                     value_weight=self.weights[index][1],
                     hidden_moment=moment,
+                    output_weight=self.output,
+                    key_fisher=torch.linspace(1, 2, shape.kv_heads) / (index + 1),
+                    value_fisher=torch.linspace(2, 3, shape.kv_heads) / (index + 1),
                 )
             )
         return CalibrationStats(layers, positions, self.cos, self.sin)
