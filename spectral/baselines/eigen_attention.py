@@ -16,7 +16,9 @@ from spectral.baselines.transforms import eigenbasis, rope, unrope
 class EigenAttention(Baseline):
     """Rank `share` * head_dim: keys in the principal axes of keys and queries stacked, values in their own.
 
-    Models with RoPE keep the latent of the key before RoPE, rebuild the key from it and rotate it then.
+    Models with RoPE keep the latent of the key before RoPE, rebuild the key from it and rotate it then. Every layer
+    gets the same rank. The published search lowers a layer's share of singular values until the output of its decoder
+    layer is off by a budget; it needs the layer itself, where a comparison sees keys, values and weights: left out.
     """
 
     source: ClassVar[str] = "arXiv:2408.05646 (EMNLP 2024)"
