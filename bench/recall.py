@@ -53,7 +53,9 @@ def fitted(loaded: LoadedModel, names: str, texts: list[str], context: int, seed
         return []
     # Sinks and a window need no calibration: one window is what the interface asks for.
     tokens = context if names == "window-only" else CALIBRATION_TOKENS
-    stats = collect_stats(loaded, token_windows(loaded, texts, context, tokens, seed), context=context, seed=seed)
+    windows = token_windows(loaded, texts, context, tokens, seed)
+    fisher = any("key_fisher" in method.needs for method in methods)
+    stats = collect_stats(loaded, windows, context=context, seed=seed, fisher=fisher)
     for method in methods:
         method.fit(stats, comparison_shape(loaded))
     return methods

@@ -239,7 +239,7 @@ NARROW = {"turboquant-2.25bit", "turboquant-3.25bit"}
 @pytest.mark.parametrize("family", ["qwen2", "gemma2", "phi3-long"])
 def test_every_method_runs_on_a_model(family: str) -> None:
     loaded = model_of(family)
-    stats = collect_stats(loaded, [tokens(LENGTH, seed) for seed in range(3)], context=LENGTH)
+    stats = collect_stats(loaded, [tokens(LENGTH, seed) for seed in range(3)], context=LENGTH, fisher=True)
     exact = ExactPass.run(loaded, tokens(LENGTH, 9), keep_cache=True)
     for method in baselines.get("all"):
         if method.name in NARROW and comparison_shape(loaded).head_dim < 16:
