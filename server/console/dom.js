@@ -28,7 +28,7 @@ export function bytes(count) {
 export const nats = (value) => (value === null || value === undefined ? "" : value === 0 ? "0" : Number(value).toPrecision(2));
 
 /** How a cache compares with one in bf16. A float32 model's exact cache is larger. */
-export const compared = (ratio) => (ratio >= 1 ? `${ratio.toFixed(1)} times smaller than bf16` : `${(1 / ratio).toFixed(1)} times larger than bf16`);
+export const compared = (ratio) => (Math.abs(ratio - 1) < 0.05 ? "as large as bf16" : ratio >= 1 ? `${ratio.toFixed(1)} times smaller than bf16` : `${(1 / ratio).toFixed(1)} times larger than bf16`);
 
 export const moment = (seconds) => new Date(seconds * 1000).toLocaleString();
 

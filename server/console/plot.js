@@ -9,7 +9,7 @@ function node(name, attributes, text) {
   return made;
 }
 
-const said = (value) => (value !== 0 && (Math.abs(value) < 0.01 || Math.abs(value) >= 10000) ? value.toExponential(0) : String(Number(value.toPrecision(3))));
+const said = (value) => (value !== 0 && (Math.abs(value) < 0.01 || Math.abs(value) >= 10000) ? value.toExponential(0) : String(Number(value.toPrecision(Math.abs(value) < 1 ? 2 : 3))));
 
 function scale(values, log, from, to) {
   const turned = log ? values.filter((value) => value > 0).map(Math.log10) : values;
@@ -44,8 +44,8 @@ export function plot({ series, marks = [], x, y, title }) {
   }
   for (const mark of marks) {
     svg.append(node("circle", { cx: across.at(mark.x), cy: up.at(mark.y), r: mark.now ? 6 : 4, class: mark.now ? "now" : "" }));
-    const left = across.at(mark.x) > WIDTH - 70;
-    svg.append(node("text", { x: across.at(mark.x) + (left ? -8 : 8), y: up.at(mark.y) - 6, "text-anchor": left ? "end" : "start" }, mark.text));
+    const left = across.at(mark.x) > WIDTH - 40; // no room on its right
+    svg.append(node("text", { x: across.at(mark.x) + (left ? -8 : 8), y: Math.max(16, up.at(mark.y) - 6), "text-anchor": left ? "end" : "start" }, mark.text));
   }
   return svg;
 }
