@@ -203,9 +203,13 @@ class ExactCodec(torch.nn.Module):
         self.page_nbytes = self._key_bytes + kv_heads * page_tokens * value_dim * dtype.itemsize
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor, page: torch.Tensor) -> torch.Tensor:
-        """keys [n, H, P, d], values [n, H, P, dv] -> pages uint8 [n, page_nbytes]; `page` is not needed."""
+        """keys [n, H, P, d], values [n, H, P, dv] -> pages uint8 [n, page_nbytes]; `page` is not needed.
+
+        What is not finite becomes a finite number: tables of other rows may name a page with a weight of 0, which would
+        not hide a NaN. Its own row knows: later tokens have it in the window.
+        """
         n = keys.shape[0]
-        parts = [x.to(self.dtype).reshape(n, -1).view(torch.uint8) for x in (keys, values)]
+        parts = [x.to(self.dtype).nan_to_num().reshape(n, -1).view(torch.uint8) for x in (keys, values)]
         return torch.cat(parts, -1)
 
     def decode(self, pages: torch.Tensor, page: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

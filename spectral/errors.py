@@ -10,7 +10,8 @@
     └── RequestError            one request is refused; nothing else is affected
         ├── ContextLengthExceeded
         ├── QueueFull
-        └── DeadlineExceeded
+        ├── DeadlineExceeded
+        └── BrokenNumbers
 
 This module imports nothing heavy: the gateway uses it too.
 """
@@ -93,3 +94,15 @@ class DeadlineExceeded(RequestError):
 
     def __init__(self, seconds: float) -> None:
         super().__init__(f"the request did not finish within {seconds:g} s", code="deadline_exceeded")
+
+
+class BrokenNumbers(RequestError):
+    """The model's logits for this request are NaN or infinite: no token can be chosen."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the model computed numbers that are not finite (NaN or infinite) for this request, so no token can be "
+            "chosen; where other requests fail so too, its weights are damaged or its dtype is too narrow for them: "
+            "check its files, or set dtype: float32",
+            code="numbers_not_finite",
+        )

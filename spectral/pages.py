@@ -119,6 +119,8 @@ class PageStore:
         if not self._free_slots:
             self._grow_slots(max(1, min(8, self.slot_capacity)))
         row = Row(self._free_slots.pop())
+        for group in self.groups:
+            group.clear(row.slot)
         self._rows[row.slot] = row
         return row
 

@@ -222,6 +222,13 @@ class WindowGroup:
             self._stacks[at] = new
         self._share()
 
+    def clear(self, slot: int) -> None:
+        """Forget numbers and scales of a slot's last owner: places that nobody has filled are read with a weight of 0,
+        which would not hide a NaN. Integers are finite whatever they are."""
+        for stack in self._stacks:
+            if stack.is_floating_point():
+                stack[:, slot].zero_()
+
     def keep(self, slots: torch.Tensor) -> None:
         """Keep these slots only, in this order."""
         self._stacks = [stack.index_select(1, slots) for stack in self._stacks]

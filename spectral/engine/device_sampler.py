@@ -103,14 +103,15 @@ class Memory:
 
 
 def choose(numbers: Numbers, kind: Kind, memory: Memory | None, out: torch.Tensor) -> None:
-    """Tokens of a step's logits into out int64 [2, rows]: the token, and 1 where it is the right one (else the
-    shortlist was too short). Launches only."""
+    """Tokens of a step's logits into out int64 [2, rows]: the token, or BROKEN, and 1 where it is the right one (else
+    the shortlist was too short). Launches only."""
     logits = numbers.logits
     assert logits is not None
     field, size = numbers.field, logits.shape[1]
     if kind.penalised and memory is not None:
         logits = memory.adjusted(logits, numbers)
     token = logits.argmax(-1)
+    good = sampler.sound(logits, token)
     right = torch.ones_like(token)
     if kind.free or kind.filtered:
         uniform, choice = field["uniform"][:, None], field["choice"]
@@ -128,5 +129,5 @@ def choose(numbers: Numbers, kind: Kind, memory: Memory | None, out: torch.Tenso
             right = torch.where(choice == 2, enough.squeeze(-1).long(), right)
     if kind.penalised and memory is not None:
         memory.add(token)
-    out[0].copy_(token)
-    out[1].copy_(right)
+    out[0].copy_(torch.where(good, token, sampler.BROKEN))
+    out[1].copy_(torch.where(good, right, 1))

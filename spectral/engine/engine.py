@@ -17,7 +17,7 @@ from spectral.engine.grammar import GrammarCompiler
 from spectral.engine.graphs import DecodeGraphs, decode_choice
 from spectral.engine.lanes import Lanes
 from spectral.engine.runner import Runner
-from spectral.engine.sampler import SamplerState
+from spectral.engine.sampler import BROKEN, SamplerState
 from spectral.engine.scheduler import Part, Scheduler, chunk_length
 from spectral.engine.sequence import Sequence
 from spectral.engine.sessions import Sessions
@@ -36,7 +36,7 @@ from spectral.engine.types import (
     Usage,
 )
 from spectral.engine.upkeep import check, effective_context, figures, warm_up
-from spectral.errors import CacheError, ContextLengthExceeded, DeadlineExceeded, QueueFull, RequestError
+from spectral.errors import BrokenNumbers, CacheError, ContextLengthExceeded, DeadlineExceeded, QueueFull, RequestError
 
 if TYPE_CHECKING:
     from spectral.codec import Codebook
@@ -275,8 +275,9 @@ class Engine:
         if sequence not in self._live.get(sequence.request_id, ()):
             return  # another choice of the request failed in this step
         grammar = sequence.sampler.grammar
-        if grammar is not None and grammar.error is not None:
-            self._fail(sequence.request_id, grammar.error)
+        error = BrokenNumbers() if token == BROKEN else None if grammar is None else grammar.error
+        if error is not None:
+            self._fail(sequence.request_id, error)
             return
         if sequence.scores is not None:
             found, sequence.scores = sequence.scores, None

@@ -153,7 +153,11 @@ class DecodeGraphs:
         """Whether a part is a decode step that can run here."""
         sinks = part.work[0][0].lane.store.codebook.sinks
         return all(
-            count == 1 and sequence.row.length >= sinks and sequence.scores is None and sequence.pending == 1
+            count == 1
+            and sequence.row.length >= sinks
+            and sequence.pending == 1
+            and sequence.scores is None
+            and sequence.sound is None
             for sequence, count in part.work
         )
 

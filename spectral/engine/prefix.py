@@ -145,6 +145,8 @@ class PrefixCache:
         parent = self._entries.get(keys[at - 1]) if at else None
         if key in self._entries or (at and parent is None):
             return
+        if sequence.sound is not None and not bool(sequence.sound):
+            return  # its request fails at the prompt's end, and nobody else begins from here
         first = self.store.pages_at(length - self.block)
         pages = sequence.row.pages[first : self.store.pages_at(length)]
         windows = take_windows(self.store, sequence.row)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from spectral.engine.graphs import Chosen, DecodeGraphs
-from spectral.engine.sampler import sample, score_prompt
+from spectral.engine.sampler import sample, score_prompt, sound
 from spectral.engine.scheduler import Part
 from spectral.engine.sequence import Sequence
 from spectral.hf import LoadedModel, attending
@@ -52,7 +52,8 @@ class Runner:
         """One forward. Returns the sequences that get a token now, in order, and their logits [sequences, V].
 
         A sequence gets one when this step reaches its last token; chunks before that only fill the cache, and score the
-        prompt where that is wanted.
+        prompt where that is wanted. Their last tokens' logits say whether all of the chunk was finite, for NaN goes on
+        to later tokens; where it was not, the sequence's logits are NaN at the end.
         """
         ids: list[int] = []
         positions: list[int] = []
@@ -60,11 +61,14 @@ class Runner:
         sampling: list[Sequence] = []
         scored: list[tuple[Sequence, int, int]] = []  # sequence, first position, positions
         extra: list[int] = []
+        passed: list[tuple[Sequence, int]] = []  # sequence, last token of its chunk
         for sequence, count in part.work:
             tokens, start = sequence.tokens, sequence.row.length
             if start + count == len(tokens):
                 keep.append(len(ids) + count - 1)
                 sampling.append(sequence)
+            else:
+                passed.append((sequence, len(ids) + count - 1))
             if sequence.scores is not None and start < sequence.prompt_length - 1:
                 positions_scored = min(count, sequence.prompt_length - 1 - start)
                 scored.append((sequence, start, positions_scored))
@@ -78,7 +82,8 @@ class Runner:
         flat = torch.tensor((ids, positions), device=self._device)[:, None]  # [2, 1, N]
         # 0 is transformers' word for "all"; an index would copy the hidden states.
         all_kept = len(keep) == len(ids) and not extra
-        kept: Any = 0 if all_kept else torch.tensor(keep + extra, dtype=torch.long, device=self._index_device)
+        wanted = keep + extra + [last for _, last in passed]
+        kept: Any = 0 if all_kept else torch.tensor(wanted, dtype=torch.long, device=self._index_device)
         with attending(self._model, part.batch):
             out = self._model(
                 input_ids=flat[0],
@@ -93,4 +98,13 @@ class Runner:
             for sequence, start, count in scored:
                 score_prompt(sequence, start, logits[at : at + count])
                 at += count
-        return sampling, logits[: len(keep)]
+        if passed:
+            ends = logits[len(keep) + len(extra) :]
+            for (sequence, _), good in zip(passed, sound(ends, ends.argmax(-1)), strict=True):
+                sequence.sound = good if sequence.sound is None else sequence.sound & good
+        logits = logits[: len(keep)]
+        for at, sequence in enumerate(sampling):
+            if sequence.sound is not None:
+                logits[at] = logits[at].where(sequence.sound, float("nan"))
+                sequence.sound = None
+        return sampling, logits

@@ -18,6 +18,8 @@ from spectral.engine.types import Logprob, SamplingParams
 if TYPE_CHECKING:
     from spectral.engine.sequence import Sequence as EngineSequence
 
+BROKEN = -1
+"""In place of a token: the row's logits are not finite."""
 SHORTLIST = 1024
 """Candidates that nucleus sampling sorts first; the whole vocabulary is sorted only where they do not suffice."""
 
@@ -77,9 +79,9 @@ class SamplerState:
         self._noted = len(self.answer)
 
     def record(self, token: int) -> None:
-        """Remember a chosen token."""
+        """Remember a chosen token; BROKEN is none."""
         self._held = None
-        if self.plain:
+        if self.plain or token == BROKEN:
             return
         if self.grammar is not None:
             self.grammar.accept(token)
@@ -102,6 +104,12 @@ def counted(count: torch.Tensor, frequency: torch.Tensor | float, presence: torc
     return count * frequency + (count > 0).float() * presence
 
 
+def sound(logits: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+    """Whether rows of logits [rows, V] can be chosen from, bool [rows]; `best` [rows]: their argmax, which is where a
+    NaN or +inf is. -inf is no fault: it forbids a token."""
+    return logits.gather(-1, best[:, None]).squeeze(-1).isfinite()
+
+
 def sample(logits: torch.Tensor, states: Sequence[SamplerState]) -> tuple[list[int], list[Logprob | None]]:
     """Choose one token for each row.
 
@@ -109,11 +117,13 @@ def sample(logits: torch.Tensor, states: Sequence[SamplerState]) -> tuple[list[i
         logits: [rows, V], any float dtype; not changed. states: one for each row.
 
     Returns:
-        token ids, and a Logprob for each row that asked for one.
+        token ids, BROKEN where a row's logits are not finite, and a Logprob for each row that asked for one.
     """
     if all(s.greedy and s.plain and s.params.logprobs is None for s in states):
-        return logits.argmax(-1).tolist(), [None] * len(states)
+        best = logits.argmax(-1)
+        return torch.where(sound(logits, best), best, BROKEN).tolist(), [None] * len(states)
     raw = logits.float()
+    good = sound(raw, raw.argmax(-1)).tolist()
     work = raw
     if not all(s.plain for s in states):
         work = raw.clone()
@@ -131,6 +141,7 @@ def sample(logits: torch.Tensor, states: Sequence[SamplerState]) -> tuple[list[i
         _fill(tokens, free, _draw(probabilities, [states[i] for i in free]))
     if filtered:
         _fill(tokens, filtered, _nucleus(_tempered(work, filtered, states), [states[i] for i in filtered]))
+    tokens = [token if fine else BROKEN for token, fine in zip(tokens, good, strict=True)]
     for state, token in zip(states, tokens, strict=True):
         state.record(token)
     return tokens, [_logprob(raw[i], t, s.params.logprobs) for i, (t, s) in enumerate(zip(tokens, states, strict=True))]
@@ -239,7 +250,7 @@ def score_prompt(sequence: EngineSequence, start: int, logits: torch.Tensor) -> 
 
 
 def _logprob(logits: torch.Tensor, token: int, wanted: int | None) -> Logprob | None:
-    if wanted is None:
+    if wanted is None or token == BROKEN:
         return None
     values = logits.log_softmax(-1)
     top: tuple[tuple[int, float], ...] = ()

@@ -22,6 +22,7 @@ class Sequence:
         cached: tokens of the prompt that were not computed for it.
         started: it has left the queue once; resumed: its row did not begin as a prompt, so it makes no prefix entries.
         scores: log probabilities of the prompt's tokens by position, as far as they are computed; None: not wanted.
+        sound: bool on the device: the numbers of its chunks so far are finite; None: it has no chunk behind it.
         keys: what spectral.engine.prefix knows it by; sampler: its SamplerState; answer: its Answer.
     """
 
@@ -45,6 +46,7 @@ class Sequence:
     started: bool = False
     resumed: bool = False
     scores: dict[int, Any] | None = None
+    sound: Any = None
     keys: tuple[bytes, list[bytes]] | None = None
 
     @property

@@ -126,7 +126,7 @@ def window_kernel(
         if BITS == 16:  # age: of a ring place's token after the first that counts
             held = held | ((at >= sinks) & (at < stored) & ((at + behind) % ring < length - first))
         row = sink_ptr + (own * stored + at)[:, None] * W
-        kept = (at < stored)[:, None]
+        kept = (held & (at < stored))[:, None]  # what is not held may be an earlier row's NaN: 0 times it is no 0
         k = tl.load(row + d[None, :], mask=kept & kd, other=0.0).to(tl.float32)
         v = tl.load(row + DIM + e[None, :], mask=kept & ve, other=0.0).to(tl.float32)
         this = (at == stored)[:, None]

@@ -115,6 +115,35 @@ def test_pages_may_lie_anywhere_in_a_pool(monkeypatch: pytest.MonkeyPatch) -> No
     assert (got - expected).norm() / expected.norm() < 4e-3
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")  # numpy's, of the row that is broken
+@pytest.mark.parametrize(("choice", "bits"), [("reference", 8), ("reference", 16), ("triton", 10), ("triton", 16)])
+def test_what_is_not_finite_stays_with_its_row(monkeypatch: pytest.MonkeyPatch, choice: str, bits: int) -> None:
+    """Weights of 0 do not hide a NaN: neither a neighbour in the batch nor the next owner of a slot and of pages may
+    meet one. The heir's first tokens are fewer than the sinks."""
+
+    def outcome(broken: float) -> list[torch.Tensor]:
+        monkeypatch.setenv("SPECTRAL_ATTENTION", "reference")
+        store = store_of(1, 16, 2, [4], bits)
+        bad, good = store.open(), store.open()
+        sides = random_sides(store, 53, 2, 0)
+        for side in sides[1:]:
+            side[:, :, 2:] *= broken
+        batch = store.begin([(bad, 53)])
+        attend(batch, 0, *sides, scaling=0.25)
+        batch.commit()
+        run_chunk(store, good, 52, 2, 1)
+        monkeypatch.setenv("SPECTRAL_ATTENTION", choice)
+        found = [step(store, [bad, good], 2, 5, None, commit=True)[1]]
+        store.close(bad)
+        heir = store.open()
+        found.append(run_chunk(store, heir, 2, 2, 7))
+        found.append(step(store, [heir, good], 2, 6, None, commit=False))
+        return found
+
+    for sound, got in zip(outcome(1.0), outcome(float("nan")), strict=True):
+        assert got.isfinite().all() and (got - sound).norm() / sound.norm() < 1e-6
+
+
 def test_the_switch_says_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
     store = store_of(1, 16, 2, [4], 8, block=128)
     row = store.open()
