@@ -93,12 +93,10 @@ class PageStore:
         alike: dict[tuple[LayerShape, bool, torch.device], list[int]] = {}
         for index, (layer, codec, home) in enumerate(zip(shape.layers, book.layers, self.devices, strict=True)):
             alike.setdefault((layer, codec is None, home), []).append(index)
-            if codec is None:
-                self.windows.append(make_window(layer, 0, layer.sliding or 1, window_dtype, home))
-                self.pools.append(None)
-            else:
-                self.windows.append(make_window(layer, book.sinks, self.ring, window_dtype, home, book.window_bits))
-                self.pools.append(torch.zeros((0, codec.page_nbytes), dtype=torch.uint8, device=home))
+            sizes = (0, layer.sliding or 1, 16) if codec is None else (book.sinks, self.ring, book.window_bits)
+            self.windows.append(make_window(layer, *sizes[:2], window_dtype, home, sizes[2]))
+            pool = None if codec is None else torch.zeros((0, codec.page_nbytes), dtype=torch.uint8, device=home)
+            self.pools.append(pool)
         self.groups = [WindowGroup([self.windows[i] for i in layers]) for layers in alike.values()]
         self.group_of = {i: (g, at) for g, layers in enumerate(alike.values()) for at, i in enumerate(layers)}
         """Layer -> its window's group, and its place there."""

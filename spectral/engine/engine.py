@@ -275,7 +275,7 @@ class Engine:
         if sequence not in self._live.get(sequence.request_id, ()):
             return  # another choice of the request failed in this step
         grammar = sequence.sampler.grammar
-        error = BrokenNumbers() if token == BROKEN else None if grammar is None else grammar.error
+        error = BrokenNumbers() if token == BROKEN else grammar.error if grammar is not None else None
         if error is not None:
             self._fail(sequence.request_id, error)
             return
@@ -289,8 +289,7 @@ class Engine:
         if reason is None and grammar is not None and grammar.finished:
             reason = answer.end()  # nothing can follow: the end token need not be waited for
         delta = answer.take(sequence.request_id, sequence.index, last=reason is not None)
-        if delta is not None:
-            self._events.append(delta)
+        self._events += [] if delta is None else [delta]
         if reason is not None:
             self._finish(sequence, reason)
 
