@@ -21,8 +21,17 @@ venv-dev:  ## the same with the tools for tests
 serve: venv  ## start the server on 127.0.0.1:8000
 	@$(VENV)/bin/python -m server $(ARGS)
 
-test: venv-dev  ## run all tests
+# Tests that only compute run beside each other; those that start servers and wait for them have the machine to themselves.
+JOBS ?= 2
+COMPUTING := tests/docs tests/spectral
+ifeq ($(strip $(ARGS)),)
+test: venv-dev  ## run all tests, or some: make test ARGS="tests/server -k keys"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(COMPUTING)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(COMPUTING:%=--ignore=%)
+else
+test: venv-dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(ARGS)
+endif
 
 lint: venv-dev  ## ruff and the import rules
 	$(VENV)/bin/ruff check spectral server tools tests bench
