@@ -135,13 +135,18 @@ class Admin:
         memory, before = self.scheduler.memory, self.events.recent()[-1:]
         if slot.name not in memory.steward.wards:  # a cluster's nodes see to that themselves
             raise errors.ApiError(409, "in a cluster nodes put models to sleep; set models.keep_alive", code="not_here")
-        now = memory.steward.wards[slot.name].now
+        if slot.pinned:
+            raise errors.ApiError(409, f"{slot.name!r} is pinned; unpin it first", code="pinned")
+        ward = memory.steward.wards[slot.name]
+        now = ward.now
         target = Placement(ASLEEP, now.devices, slot.ready.setting)
         action = Action("sleep", slot.name, target, 0, "by hand")
         async with self._lock(slot):
+            ward.laid_down = True  # or the next plan would find room for it and wake it
             memory.steward.begin(action)
             await memory.moves.carry_out(slot, action)
-        if memory.steward.wards[slot.name].now.residency == HOT:
+        if ward.now.residency == HOT:
+            ward.laid_down = False
             since = before[0]["id"] if before else 0
             later = [event for event in self.events.recent(since) if event["model"] == slot.name]
             said = [event["reason"] for event in later if event["kind"] == "refused"]

@@ -81,8 +81,8 @@ def _readings(gpus: Sequence[str], host: str) -> list[Reading]:
     readings = [Reading(HOST, "host memory", int(parse_bytes(host)), 0)]
     for index, size in enumerate(sizes):
         total = parse_bytes(size)
-        if not isinstance(total, int) or total <= 0:
-            raise ValueError(f"--gpu {size}: write a size such as 12GiB")
+        if not isinstance(total, int) or total < 2**20:
+            raise ValueError(f"--gpu {size}: write a size with its unit, such as 12GiB")
         readings.append(Reading(f"cuda:{index}", f"GPU of {size}", total, 0))
     return readings
 

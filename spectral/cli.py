@@ -7,12 +7,13 @@ import sys
 import typer
 
 from spectral.commands import bench, chat, evaluate, keys, operate, plan, profile, serve, status, top, version
+from spectral.commands.plain import App
 
 EXIT_STATUS = (
     "Exit status: 0 done; 1 the server could not start, or the configuration is not valid; 2 a wrong command line, or "
     "an error that the last line on standard error names; 130 stopped with Ctrl-C."
 )
-app = typer.Typer(
+app = App(
     name="spectral",
     help="Serve language models with a KV cache that stays compressed in a spectral basis.",
     epilog=EXIT_STATUS,

@@ -81,6 +81,7 @@ class Ward:
     residue: int = 0
     refused_at: float = -math.inf
     pinned: bool = False
+    laid_down: bool = False  # put to sleep by hand: until somebody asks for it
 
     def rate_at(self, now: float) -> float:
         """Requests per second, averaged over the last RATE_S."""
@@ -92,8 +93,8 @@ class Ward:
         return next((rung for rung in self.facts.rungs if rung.name == self.now.setting), None)
 
     def resting(self, now: float) -> bool:
-        """Whether its keep-alive is over."""
-        alive = self.keep_alive_s
+        """Whether its keep-alive is over, or it was put to sleep by hand."""
+        alive = 0.0 if self.laid_down else self.keep_alive_s
         return alive is not None and not self.running and not self.waiting and now - self.used_at >= alive
 
 
@@ -149,6 +150,7 @@ class Steward:
         ward = self.wards[name]
         ward.rate, ward.rated_at, ward.used_at = ward.rate_at(now) + 1 / RATE_S, now, now
         ward.keep_alive_s = keep_alive_s if given else ward.wishes.keep_alive_s
+        ward.laid_down = False
         if ward.now.residency != HOT:
             self._dirty = True
 
@@ -273,6 +275,8 @@ class Steward:
             return self._resize(ward, choice)
         if ward.running or ward.waiting or here.residency == COLD or here.residency == there.residency:
             return None
+        if ward.laid_down and not any(one.waiting and one.now.residency != HOT for one in self.wards.values()):
+            return None  # asleep by hand: it gives way to those that somebody waits for, and to no calculation
         if there.residency == ASLEEP:
             asleep = Placement(ASLEEP, here.devices, here.setting)
             return Action("sleep", ward.name, asleep, 0, reason, {HOST: ward.facts.weights})

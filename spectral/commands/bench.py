@@ -9,8 +9,9 @@ from pathlib import Path
 import typer
 
 from spectral.commands import client as http
+from spectral.commands.plain import App
 
-app = typer.Typer(help="Measure a running server.", no_args_is_help=True)
+app = App(help="Measure a running server.", no_args_is_help=True)
 
 
 @app.callback()

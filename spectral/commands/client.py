@@ -28,13 +28,17 @@ def resolve_url(url: str | None) -> str:
 
 
 def open_client(url: str | None, timeout: float = 10.0) -> httpx.Client:
-    """A client for one server. Proxies of the environment are not used: the server is usually on this machine."""
+    """A client for one server. Proxies of the environment are not used: the server is usually on this machine. Raises
+    ServerError for an address that is none."""
     import httpx
 
+    address = resolve_url(url)
+    if not address.startswith(("http://", "https://")):
+        raise ServerError(f"{address!r} is no address of a server; write it as {DEFAULT_URL}")
     headers = {}
     if key := os.environ.get("SPECTRAL_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
-    return httpx.Client(base_url=resolve_url(url), timeout=timeout, headers=headers, trust_env=False)
+    return httpx.Client(base_url=address, timeout=timeout, headers=headers, trust_env=False)
 
 
 def unreachable(client: httpx.Client, error: Exception) -> ServerError:

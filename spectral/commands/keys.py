@@ -10,9 +10,10 @@ from typing import Any
 
 import typer
 
+from spectral.commands.plain import App
 from spectral.keyfile import KeyFileError, KeyRecord, hash_secret, load_keys, new_secret, save_keys, utc_now
 
-app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
+app = App(help="Make, list and revoke API keys.", no_args_is_help=True)
 FILE = typer.Option(
     Path("keys.json"), "--file", "-f", envvar="SPECTRAL_AUTH__KEYS_FILE", help="The file of keys (auth.keys_file)."
 )

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import typer
 
+from spectral.commands.plain import App
 from spectral.commands.texts import read_texts
 
-app = typer.Typer(help="Make and inspect spectral profiles.", no_args_is_help=True)
+app = App(help="Make and inspect spectral profiles.", no_args_is_help=True)
 
 
 class Progress:

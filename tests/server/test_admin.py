@@ -121,8 +121,16 @@ def test_sleep_and_wake(admin: Running) -> None:
     assert admin.client.post("/admin/models/demo/sleep").json() == {"model": "demo", "slept": True}
     events = admin.client.get("/admin/events?model=demo&limit=20").json()["events"]
     assert ("sleep", "by hand") in [(event["kind"], event["reason"]) for event in events]
+    admin.app.state.scheduler.memory.steward.changed()  # nor does the next plan wake it, or end it
+    seen = admin.app.state.scheduler.memory.steward._planned_at
+    admin.until(lambda: admin.app.state.scheduler.memory.steward._planned_at > seen)
+    assert admin.ready()["demo"]["state"] == "asleep"
     assert admin.client.post("/admin/models/demo/wake").status_code == 202
     admin.until_state("demo", "hot")
+    admin.client.post("/admin/models/demo/pin")
+    pinned = admin.client.post("/admin/models/demo/sleep")
+    assert (pinned.status_code, pinned.json()["error"]["code"]) == (409, "pinned")
+    admin.client.post("/admin/models/demo/unpin")
     with admin.client.stream("POST", "/v1/completions", json=FOREVER) as on:
         lines = on.iter_lines()
         assert any("tick" in line for line in lines)

@@ -46,6 +46,18 @@ def test_every_command_and_option_says_what_it_does(path: tuple[str, ...], comma
     assert wrong.exit_code == 2 and "--no-such-option" in wrong.output
 
 
+def test_a_flag_has_no_value_and_lists_are_named_by_what_they_hold() -> None:
+    for words in (["keys", "create"], ["eval"], ["top"], []):
+        text = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "200"}).output
+        assert "<bool>" not in text and "list[" not in text, text
+    assert "<path>..." in CliRunner().invoke(app, ["eval", "--help"], env={"COLUMNS": "200"}).output
+
+
+def test_an_address_that_is_none_is_not_taken_for_a_silent_server() -> None:
+    wrong = spectral("ps", "--url", "localhost:8000")
+    assert wrong.returncode == 2 and "is no address of a server" in wrong.stderr
+
+
 def spectral(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     command = [sys.executable, "-c", "from spectral.cli import main; main()", *words]

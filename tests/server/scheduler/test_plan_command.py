@@ -61,6 +61,7 @@ def test_more_models_and_longer_contexts_are_asked_for(config: str, capsys: pyte
 
 def test_wrong_questions_are_refused_with_the_field(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--config", config, "--gpu", "big"]) == 2
+    assert main(["--config", config, "--gpu", "12"]) == 2, "twelve bytes are no GPU"
     assert "size" in capsys.readouterr().err
     assert main(["--config", config + ".nowhere"]) == 2
     assert "nowhere" in capsys.readouterr().err

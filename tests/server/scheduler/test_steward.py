@@ -81,6 +81,18 @@ def test_an_idle_model_sleeps_for_a_new_one_and_wakes_again() -> None:
     assert carry_out(steward, steward.decide(2.0, devices()), 2.0) == ["sleep b", "wake a"]
 
 
+def test_a_model_that_was_put_to_sleep_by_hand_stays_so_until_somebody_asks_for_it() -> None:
+    steward = Steward()
+    hot(steward, "a", 2)
+    steward.wards["a"].laid_down = True
+    steward.moved("a", Placement(ASLEEP, ("cuda:0",), "4x"), 0, 1.0)
+    for at in (1.0, 40.0, 4000.0):
+        assert steward.decide(at, devices()) == []
+    steward.requested("a", 4001.0)
+    steward.report("a", 4001.0, running=0, waiting=1, kv_tokens=0)
+    assert carry_out(steward, steward.decide(4001.0, devices()), 4001.0) == ["wake a"]
+
+
 def test_a_model_that_answers_is_never_put_away_for_another() -> None:
     steward = Steward()
     hot(steward, "a", 8)
