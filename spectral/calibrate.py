@@ -53,7 +53,9 @@ class SpectralProfiler:
         tokens: calibration tokens at most; window: tokens of one forward.
         fisher_tokens: of these, tokens with a backward pass.
         block_tokens: keys are coded relative to blocks of this many tokens (spectral.frames); 0: as RoPE made them.
-        sinks, recent, page_tokens: the exact window of every setting, in tokens.
+        sinks: first tokens that stay exact at every setting.
+        recent: latest tokens that stay exact.
+        page_tokens: tokens that are packed together.
         ratios: the ladder's all-in ratios, finest first.
         measure_tokens: tokens of held-back text on which the ladder is measured (a quarter of `tokens` at most), in
             windows of `measure_window` or the model's context; recall is measured on `recall_windows` of them

@@ -46,7 +46,8 @@ def profile_from_tensors(
             sees all; needed where `kv_tensors` has None and the profile is to be used in a cache.
         target_energy: the default setting is the coarsest that keeps this share of the weighted variance.
         ratios: all-in ratios of the settings, finest first. sinks, recent, page_tokens: the exact window.
-        model, fingerprint: of the model that the tensors come from (`spectral.hf.fingerprint`), if known.
+        model: the name of the model that the tensors come from, if known.
+        fingerprint: that model's (`spectral.hf.fingerprint`), if known.
 
     Raises ProfileError for tensors that do not fit together.
     """

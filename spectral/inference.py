@@ -37,7 +37,9 @@ class InferenceEngine:
         bits: bits per element that the cache should take; the ladder's closest setting is used (16: exact).
         profile: a SpectralProfile or its file; None: the one shipped or saved for the model, else a new one is made.
         setting: a ladder row's name, "exact" or "auto"; anything but "auto" is used instead of `bits`.
-        device, dtype: as for spectral.hf.load_model. context_length: shorter than the model's own, if given.
+        device: as for spectral.hf.load_model.
+        dtype: as for spectral.hf.load_model.
+        context_length: shorter than the model's own, if given.
     """
 
     def __init__(
