@@ -36,7 +36,7 @@ ENV PATH=/opt/spectral/bin:$PATH OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1 SPEC
 WORKDIR /data
 EXPOSE 8000
 HEALTHCHECK --interval=15s --timeout=5s --start-period=60s --retries=3 \
-    CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
+    CMD ["python", "-c", "import urllib.request as u; u.build_opener(u.ProxyHandler({})).open('http://127.0.0.1:8000/health', timeout=4)"]
 STOPSIGNAL SIGTERM
 # Inside a container the loopback address cannot be published; docker-compose.yml publishes the port on the host's loopback only.
 # The server starts only with keys (SPECTRAL_AUTH__KEYS_FILE) or with SPECTRAL_AUTH__ALLOW_WITHOUT_KEYS=true.
