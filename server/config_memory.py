@@ -64,12 +64,13 @@ class MemorySettings(Section):
     devices: dict[Annotated[str, Field(pattern=r"^(cpu|cuda:\d+)$")], DeviceBudget] = Field(
         {}, description='Single devices, by name: "cuda:0".'
     )
-    spare_workers: int = Field(
-        0,
+    spare_workers: int | None = Field(
+        None,
         ge=0,
         le=16,
         description="Workers that wait with all libraries imported, about 0.5 GiB of host memory each: a model then "
-        "loads, or is back after its worker died, without the seconds that imports take.",
+        "loads, or is back after its worker or its node was lost, without the seconds that imports take; null: one on "
+        "every node of a cluster, none on a machine alone.",
     )
     tick_seconds: float = Field(0.25, ge=0.05, le=10, description="How often the devices are read.")
 

@@ -25,8 +25,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from server.cluster.crowd import NEIGHBOUR_S, counted, node_of, with_crowd
-from server.cluster.exchange import Cell, exchange, roomiest
+from server.cluster.crowd import NEIGHBOUR_S, counted, node_of, places_of, with_crowd
+from server.cluster.exchange import LEAST_REGRET, Cell, exchange, roomiest
 from server.cluster.rooms import Rooms, nbytes
 from server.scheduler.demand import COLD, HOT, Choice, Demand, Device, Plan, Rung
 from server.scheduler.options import UNMET_S
@@ -34,7 +34,8 @@ from server.scheduler.planner import TIME_LIMIT_S, plan
 
 CELL_DEVICES = 8
 """Devices of one cell; a node that has more is a cell of its own."""
-TRIES = 3
+TRIES, LOOKS = 3, 2
+"""Cells that are tried for a replica; how often a cell's new replicas are planned anew for what they found."""
 DRIFTED_CELLS = 4
 """Cells with other traffic than before that one plan looks at, the longest waiting first."""
 
@@ -169,7 +170,7 @@ class Fleet:
     def _join(self, demand: Demand, device: str, fits: bool) -> None:
         cell = self.cells[self._cell_of_node[node_of(device)]]
         tried = cell.plan is not None and demand.name in cell.plan.unmet
-        cell.members[demand.name] = replace(demand, bias=((device, -NEIGHBOUR_S / 2),))
+        cell.members[demand.name] = _given(demand, device)
         cell.dirty, cell.urgent = True, cell.urgent or not (tried or fits)
         if fits:  # it need not wait until its cell is planned
             size, rung = round(nbytes(demand, finest=True)), next(iter(demand.rungs), Rung("", 0.0, 0.0))
@@ -184,7 +185,26 @@ class Fleet:
         return cell.plan
 
     def _plan_of(self, cell: Cell, members: Mapping[str, Demand]) -> Plan:
+        """New ones see each other where they were given places, and may find better ones: then they see each other
+        there, as long as that makes the plan better."""
         self._planned += 1
+        found = self._once(cell, members)
+        for _ in range(LOOKS):
+            moved = {}
+            for name, choice in found.choices.items():
+                demand = members[name]
+                if choice.devices and demand.now.residency != HOT and places_of(demand) != choice.devices[:1]:
+                    moved[name] = _given(demand, choice.devices[0])
+            if not moved:
+                break
+            members = {**members, **moved}
+            again = self._once(cell, members)
+            if again.cost >= found.cost - LEAST_REGRET:
+                break
+            found = again
+        return found
+
+    def _once(self, cell: Cell, members: Mapping[str, Demand]) -> Plan:
         biased = with_crowd(members.values(), cell.devices)
         return counted(plan(biased, list(cell.devices.values()), time_limit_s=self._limit), members, biased)
 
@@ -241,6 +261,11 @@ class Fleet:
         must = [d.name for d in demands if d.needed or d.pinned or d.busy]
         unmet = tuple(name for name in must if choices[name].residency != HOT)
         return FleetPlan(choices, reasons, cost, self._planned, unmet, sum(c.dirty for c in self.cells.values()))
+
+
+def _given(demand: Demand, device: str) -> Demand:
+    """A new replica that has a place."""
+    return replace(demand, bias=((device, -NEIGHBOUR_S / 2),))
 
 
 def _changed(cell: Cell, before: Demand, now: Demand) -> bool:

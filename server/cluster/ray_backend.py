@@ -212,9 +212,12 @@ async def start_on_free_port(agent: NodeAgent, host: tuple[str, str], ports: tup
 
 def node_settings(config: dict[str, Any]) -> Settings:
     """An agent's settings, from what gateways told the conductor; the node's environment has no part in it."""
+    memory = MemorySettings.model_validate(config.get("memory", {}))
+    if memory.spare_workers is None:  # what a lost node served is then hot elsewhere without the seconds of imports
+        memory = memory.model_copy(update={"spare_workers": 1})
     return Settings.model_construct(
         server=ServerSettings(state_dir=None, **config.get("server", {})),
-        memory=MemorySettings.model_validate(config.get("memory", {})),
+        memory=memory,
         cluster=ClusterSettings.model_validate(config.get("cluster", {})),
         models=(),
     )

@@ -47,7 +47,7 @@ class Scheduler:
         self.settings = settings
         self.metrics = metrics
         self.events = events
-        self._spares = Spares(settings.memory.spare_workers, command, metrics)
+        self._spares = Spares(settings.memory.spare_workers or 0, command, metrics)
         self._closing = False
         self.slots: dict[str, Slot] = {model.name: Slot(model) for model in settings.models}
         for name in self.slots:

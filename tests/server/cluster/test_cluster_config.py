@@ -43,3 +43,13 @@ def test_only_two_files_import_ray() -> None:
     files = [*ROOT.glob("server/**/*.py"), *ROOT.glob("spectral/**/*.py")]
     found = {p.name for p in files if re.search(r"^\s*(import ray\b|from ray\b)", p.read_text(), re.MULTILINE)}
     assert found == {"ray_backend.py", "join.py"}
+
+
+def test_every_node_of_a_cluster_has_one_spare_worker_unless_something_else_is_said() -> None:
+    pytest.importorskip("ray")
+    from server.cluster.ray_backend import node_settings
+
+    told = Settings(models=[{"name": "demo"}]).memory.model_dump(mode="json")
+    assert told["spare_workers"] is None
+    assert node_settings({"memory": told}).memory.spare_workers == 1
+    assert node_settings({"memory": told | {"spare_workers": 0}}).memory.spare_workers == 0
