@@ -128,7 +128,11 @@ def test_ctrl_c_ends_a_command_without_a_word() -> None:
         silent.settimeout(60)
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         words = [sys.executable, "-m", "spectral", "ps", "--url", url]
-        with subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits SIG_IGN
+        process = subprocess.Popen(words, env=env, **pipes)
+        signal.signal(signal.SIGINT, before)
+        with process:
             connection, _ = silent.accept()
             with connection:
                 assert connection.recv(10)
