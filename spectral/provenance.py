@@ -13,7 +13,8 @@ from spectral import __version__
 
 
 def provenance(device: str = "cpu") -> dict[str, Any]:
-    """JSON-ready facts about this process: `versions`, `commit` (None outside a checkout), `hardware`, `command`."""
+    """JSON-ready facts about this process: `versions`, `commit` (None outside a checkout), `hardware`, `command`
+    (absolute paths by their last name: folders of one machine tell nobody else anything)."""
     import torch
     import transformers
 
@@ -29,7 +30,7 @@ def provenance(device: str = "cpu") -> dict[str, Any]:
         },
         "commit": git_commit(),
         "hardware": hardware,
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([Path(sys.argv[0]).name, *(x if x[:1] != "/" else Path(x).name for x in sys.argv[1:])]),
     }
 
 

@@ -165,3 +165,7 @@ def test_provenance(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert facts["versions"]["torch"] and facts["hardware"]["threads"] >= 1 and facts["hardware"]["gpu"] is None
     monkeypatch.setattr(provenance, "__file__", str(tmp_path / "spectral" / "provenance.py"))
     assert provenance.git_commit() is None
+    monkeypatch.setattr(
+        "sys.argv", ["/somewhere/bench/recall.py", "lab", "--text", "/data/a text.txt", "--json", "out/x.json"]
+    )
+    assert provenance.provenance()["command"] == "recall.py lab --text a text.txt --json out/x.json"
