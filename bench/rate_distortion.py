@@ -1,11 +1,12 @@
 """Our ladder against every published method on one model: all-in bytes, KL, agreement, perplexity, recall, a verdict.
 
     python bench/rate_distortion.py MODEL --text FILE ... [--calibration FILE ...] [--tokens 131072] [--context 4096]
-        [--windows 5] [--baselines all] [--profile FILE] [--no-recall] [--json FILE]
+        [--windows 5] [--baselines all] [--profile FILE] [--against RESULTS] [--no-recall] [--json FILE]
 
 Without --profile the model is profiled first: on --calibration files, or on text that it writes itself. Comparisons are
 calibrated on the same kind of text. The verdict puts each of our settings beside the best rivals at its bytes. The JSON
-is written after every window that all have read.
+is written after every window that all have read. With --against, comparisons of an earlier run on the same tokens stand
+in the verdict beside those of this one, which then measures ours alone with --baselines "".
 """
 
 from __future__ import annotations
@@ -81,6 +82,19 @@ def verdict(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
+def earlier_rows(path: Path | None, tokens_sha256: str) -> list[dict[str, Any]]:
+    """The comparisons' rows of an earlier results file; none while this run has read fewer windows.
+
+    A comparison's figures depend on the text and the model alone, whatever our codec was when they were measured.
+    """
+    if path is None:
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found["tokens_sha256"] != tokens_sha256:
+        return []
+    return [row for row in found["rows"] if not row["ours"] and row["name"] != "exact"]
+
+
 def options_of() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
@@ -93,6 +107,7 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=5)
     parser.add_argument("--settings", default=None)
     parser.add_argument("--baselines", default="all")
+    parser.add_argument("--against", type=Path, default=None)
     parser.add_argument("--no-recall", dest="recall", action="store_false")
     parser.add_argument("--json", type=Path, default=None)
     return parser.parse_args()
@@ -126,13 +141,14 @@ def main() -> None:
     texts = [path.read_text(encoding="utf-8") for path in options.text]
 
     def deliver(report: EvalReport) -> dict[str, Any]:
-        rows = report.to_dict()["rows"]
+        rows, earlier = report.to_dict()["rows"], earlier_rows(options.against, report.tokens_sha256)
         result = {
             **report.to_dict(),
             "text_files": [path.name for path in options.text],
             "calibration_files": [path.name for path in options.calibration or []],
             "profile_seconds": seconds,
-            "verdict": verdict(rows),
+            "verdict": verdict(rows + earlier),
+            "verdict_against": options.against.name if options.against and earlier else None,
             "seconds": time.monotonic() - began,
             "load_average": os.getloadavg()[0],
         }
@@ -155,6 +171,8 @@ def main() -> None:
         after_window=deliver,
     )
     result = deliver(report)
+    if options.against is not None and result["verdict_against"] is None:
+        print(f"--against: {options.against} was measured on other tokens, or has no comparisons", file=sys.stderr)
     print(report.table())
     for entry in result["verdict"]:
         line = f"{entry['setting']:>8} {entry['ratio']:6.2f} KL {entry['kl_mean']:.5f}"
