@@ -46,6 +46,7 @@ def join(settings: Settings, command: Sequence[str] | None = None) -> Client:
         "max_restarts": -1,
         "num_cpus": 0,
         "max_concurrency": ray_backend.CONCURRENT_CALLS,
+        **ray_backend.on_head(),
     }
     made: Any = ray.remote(ray_backend.ConductorActor).options(**options)
     handle = made.remote(str(Path(folder).resolve()), namespace, list(command) if command else None)

@@ -32,12 +32,20 @@ from server.config_cluster import ClusterSettings
 from server.config_memory import MemorySettings
 
 log = logging.getLogger("spectral.cluster")
-CONDUCTOR = "spectral-conductor"
+CONDUCTOR, HEAD = "spectral-conductor", "node:__internal_head__"
 CALL_S, FIND_S = 15.0, 5.0
 WATCH_S = 0.5
 ANY_ADDRESS = ("0.0.0.0", "::")
 CONCURRENT_CALLS = 10_000
 """Every agent and every gateway has one call open all the time."""
+
+
+def on_head() -> dict[str, Any]:
+    """Options of an actor that is to be on the head. Without the head there is no Ray cluster; on any other node the
+    conductor would be lost with it, and until Ray notices that, after some 17 s, nobody plans anew what the node
+    served. (Ray took a soft affinity to the head for a hint only.)"""
+    there = any(node["Alive"] and HEAD in node["Resources"] for node in ray.nodes())
+    return {"resources": {HEAD: 0.001}} if there else {}
 
 
 class RayConductor:

@@ -53,3 +53,14 @@ def test_every_node_of_a_cluster_has_one_spare_worker_unless_something_else_is_s
     assert told["spare_workers"] is None
     assert node_settings({"memory": told}).memory.spare_workers == 1
     assert node_settings({"memory": told | {"spare_workers": 0}}).memory.spare_workers == 0
+
+
+def test_the_conductor_is_on_the_head_so_that_no_other_node_takes_it_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    from server.cluster import ray_backend
+
+    nodes = [{"NodeID": "aa" * 28, "Alive": True, "Resources": {"CPU": 1.0}}]
+    monkeypatch.setattr(ray_backend.ray, "nodes", lambda: nodes)
+    assert ray_backend.on_head() == {}, "a Ray that does not say which node is the head"
+    nodes.append({"NodeID": "bb" * 28, "Alive": True, "Resources": {ray_backend.HEAD: 1.0}})
+    assert ray_backend.on_head() == {"resources": {ray_backend.HEAD: 0.001}}
