@@ -45,7 +45,7 @@ def plan(
     """The plan for these models on these devices.
 
     Deterministic, except that HiGHS may or may not finish within `time_limit_s`; without `solve` entirely so. 50 models
-    on 8 devices take 15 ms of a core in the median, 18 at most (bench/results/scheduler.json); with `time_limit_s` of a
+    on 8 devices take 15 ms of a core in the median, 17 at most (bench/results/scheduler.json); with `time_limit_s` of a
     second or more such a plan is also searched exactly. A model that is needed or pinned and cannot be hot is named in
     `unmet`: its requests wait, or get an answer that says so.
     """
