@@ -104,14 +104,16 @@ class LayerCodec(torch.nn.Module):
         ]
         return OpenPages(self, opened, count)
 
-    def decode(self, pages: torch.Tensor, page: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode(
+        self, pages: torch.Tensor, page: torch.Tensor, *, plain: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """pages uint8 [n, page_nbytes], page [n] index in the sequence -> post-RoPE keys [n, H, P, d] and values
-        [n, H, P, dv], float32."""
+        [n, H, P, dv], float32. `plain`: without the gains (spectral.gains), for what is to be encoded again."""
         n, tokens = pages.shape[0], self.page_tokens
         sides: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         for unit, bounds in zip(self.units, self._bounds, strict=True):
             count = unit.heads[1] - unit.heads[0]
-            x = unit.decode(pages[:, bounds]).split([count * self.key_dim, count * self.value_dim], -1)
+            x = unit.decode(pages[:, bounds], plain=plain).split([count * self.key_dim, count * self.value_dim], -1)
             for side, part in zip(sides, x, strict=True):
                 side.append(part.reshape(n, tokens, count, -1).transpose(1, 2))
         return self.frame.keys(torch.cat(sides[0], 1), page, back=True), torch.cat(sides[1], 1)
@@ -212,7 +214,9 @@ class ExactCodec(torch.nn.Module):
         parts = [x.to(self.dtype).nan_to_num().reshape(n, -1).view(torch.uint8) for x in (keys, values)]
         return torch.cat(parts, -1)
 
-    def decode(self, pages: torch.Tensor, page: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode(
+        self, pages: torch.Tensor, page: torch.Tensor, *, plain: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """pages uint8 [n, page_nbytes] -> keys [n, H, P, d], values [n, H, P, dv], in the stored dtype."""
         n = pages.shape[0]
         shape = (n, self.kv_heads, self.page_tokens)

@@ -15,10 +15,11 @@ from spectral.pages import PageStore, Row
 from spectral.prefill import append, past_window
 
 
-def read_row(store: PageStore, layer: int, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
+def read_row(store: PageStore, layer: int, row: Row, *, plain: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys [H, length, d] and values [H, length, dv] of a row in a full-attention layer, decoded from its codes.
 
-    float32; the result is new memory.
+    float32; the result is new memory. They are what attention reads; `plain`: without the gains of decoding
+    (spectral.gains), which is what can be appended again and gets the same codes.
     """
     window, codec, pool = store.windows[layer], store.codebook.layers[layer], store.pools[layer]
     if codec is None or pool is None:
@@ -31,7 +32,8 @@ def read_row(store: PageStore, layer: int, row: Row) -> tuple[torch.Tensor, torc
         keys, values = exact.split(sizes, -1)
         return keys, values
     number = torch.arange(len(row.pages), device=pool.device)
-    paged = codec.decode(pool[torch.tensor(row.pages, device=pool.device)], number)  # [m, H, P, d] each
+    held = pool[torch.tensor(row.pages, device=pool.device)]
+    paged = codec.decode(held, number, plain=plain)  # [m, H, P, d] each
     out = []
     for window_side, page_side in zip(exact.split(sizes, -1), paged, strict=True):
         tokens = page_side.float().transpose(0, 1).flatten(1, 2)  # [H, m * P, d]
@@ -66,7 +68,8 @@ def cut_row(store: PageStore, row: Row, length: int) -> None:
         page = row.pages[whole]
         for window, codec, pool in zip(store.windows, book.layers, store.pools, strict=True):
             assert codec is not None and pool is not None
-            tokens = torch.cat(codec.decode(pool[page : page + 1], torch.tensor([whole], device=pool.device)), -1)[0]
+            number = torch.tensor([whole], device=pool.device)
+            tokens = torch.cat(codec.decode(pool[page : page + 1], number, plain=True), -1)[0]
             places = [window.index(p) for p in range(first, length)]
             where = torch.tensor(places, dtype=torch.long, device=pool.device)
             window.write(row.slot, where, tokens[:, : length - first].transpose(0, 1))

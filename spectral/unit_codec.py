@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from spectral.bits import dct_matrix, frequency_classes
+from spectral.gains import decode_gains, side_energy
 from spectral.layout import PLANES, page_layout
 
 if TYPE_CHECKING:
@@ -84,10 +85,15 @@ class UnitCodec(torch.nn.Module):
             place = torch.from_numpy(np.searchsorted(finer.latents, used)).to(device)
             project = finer.project.index_select(1, place)
             key, value = (x.index_select(2, place) for x in (finer.key_decode, finer.value_decode))
+            before = finer.gains
         else:
             project = _columns(unit.encode, self.used)
             decode = _columns(unit.decode, self.used)
             key, value = decode[:split].view(count, key_dim, -1), decode[split:].view(count, value_dim, -1)
+            before = 1.0, 1.0
+        self.energy: np.ndarray = side_energy(unit, split) if finer is None else finer.energy
+        self.gains: tuple[float, float] = decode_gains(self.energy, unit, np.asarray(widths), page_tokens)
+        key, value = key * (self.gains[0] / before[0]), value * (self.gains[1] / before[1])
         self.project: torch.Tensor = project  # [D, R]
         self.mean = tensor(unit.mean)
         self.key_mean = self.mean[:split].view(count, key_dim, 1)
@@ -220,8 +226,12 @@ class UnitCodec(torch.nn.Module):
         """Packed uint8 [n, bytes] -> DCT coefficients of the latents [n, P, R] float32."""
         return self.opened(packed)[..., :-1]
 
-    def decode(self, packed: torch.Tensor) -> torch.Tensor:
-        """Packed uint8 [n, bytes] -> x [n, P, D] float32, keys still in their frame."""
+    def decode(self, packed: torch.Tensor, *, plain: bool = False) -> torch.Tensor:
+        """Packed uint8 [n, bytes] -> x [n, P, D] float32, keys still in their frame. `plain`: without the gains, which
+        `encode` turns into the same codes again."""
         latents = torch.matmul(self.dct.T, self.coefficients(packed))
-        basis = torch.cat([self.key_decode.flatten(0, 1), self.value_decode.flatten(0, 1)])
+        sides = [self.key_decode, self.value_decode]
+        if plain:
+            sides = [side / gain for side, gain in zip(sides, self.gains, strict=True)]
+        basis = torch.cat([side.flatten(0, 1) for side in sides])
         return latents @ basis.T + self.mean

@@ -77,7 +77,7 @@ def test_error_falls_by_the_quantizers_law() -> None:
         widths = np.full(unit.deviation.shape, bits)
         codec = LayerCodec([(unit, widths)], gaussian_tables(), frame, key_dim=dim, value_dim=dim, page_tokens=page)
         index = torch.zeros(512, dtype=torch.long)
-        back = codec.decode(codec.encode(sides[0], sides[1], index), index)
+        back = codec.decode(codec.encode(sides[0], sides[1], index), index, plain=True)
         joined = torch.cat([s.transpose(1, 2).flatten(2) for s in back], 2).flatten(0, 1).double().numpy()
         error = ((joined - unit.mean) @ unit.encode - latents) ** 2
         assert error.mean(0) == pytest.approx(np.full(latents.shape[1], gaussian_step(bits)[1]), rel=0.15)
