@@ -23,6 +23,7 @@ from spectral.errors import ModelError
 from spectral.fit import default_by_energy, fit, ladder
 from spectral.profile import LadderRow, SpectralProfile
 from spectral.profile_file import as_stored
+from spectral.provenance import config_sha256
 from spectral.statistics import Collector, Statistics, sample_tokens
 
 if TYPE_CHECKING:
@@ -303,7 +304,7 @@ class SpectralProfiler:
             "torch": torch.__version__,
             "dtype": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
             "quantization": loaded.quantization,
-            "config_sha256": hashlib.sha256(config.to_json_string(use_diff=False).encode()).hexdigest(),
+            "config_sha256": config_sha256(config),
             "revision": getattr(config, "_commit_hash", None),
         }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
 import subprocess
@@ -32,6 +34,14 @@ def provenance(device: str = "cpu") -> dict[str, Any]:
         "hardware": hardware,
         "command": " ".join([Path(sys.argv[0]).name, *(x if x[:1] != "/" else Path(x).name for x in sys.argv[1:])]),
     }
+
+
+def config_sha256(config: Any) -> str:
+    """Hash of a transformers configuration, the same wherever the model lies and whichever version read it."""
+    facts = json.loads(config.to_json_string(use_diff=False))
+    for name in ("_name_or_path", "transformers_version"):
+        facts.pop(name, None)
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def cpu_name() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import re
 from html.parser import HTMLParser
@@ -18,6 +19,7 @@ from spectral.errors import SpectralError
 from spectral.plots import bit_map, figures_of, method_family, rate_distortion, save_figures, svg_of
 from spectral.report import html_report
 from spectral.sparkline import channels_for, sparkline, spectrum_lines
+from tests.spectral.helpers import FAMILIES
 
 
 def row(name: str, ratio: float, kl: float, **changes: Any) -> dict[str, Any]:
@@ -169,3 +171,12 @@ def test_provenance(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "sys.argv", ["/somewhere/bench/recall.py", "lab", "--text", "/data/a text.txt", "--json", "out/x.json"]
     )
     assert provenance.provenance()["command"] == "recall.py lab --text a text.txt --json out/x.json"
+
+
+def test_a_configurations_hash_is_the_models_and_not_its_folders() -> None:
+    config = copy.deepcopy(FAMILIES["qwen3"])
+    known = provenance.config_sha256(config)
+    config._name_or_path, config.transformers_version = "/somewhere/else", "9.0"
+    assert provenance.config_sha256(config) == known
+    config.rms_norm_eps = 0.5
+    assert provenance.config_sha256(config) != known
