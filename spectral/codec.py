@@ -208,7 +208,7 @@ class ExactCodec(torch.nn.Module):
         """keys [n, H, P, d], values [n, H, P, dv] -> pages uint8 [n, page_nbytes]; `page` is not needed.
 
         What is not finite becomes a finite number: tables of other rows may name a page with a weight of 0, which would
-        not hide a NaN. Its own row knows: later tokens have it in the window.
+        not hide a NaN. Its own request is told all the same, by the logits of the step that made it.
         """
         n = keys.shape[0]
         parts = [x.to(self.dtype).nan_to_num().reshape(n, -1).view(torch.uint8) for x in (keys, values)]
