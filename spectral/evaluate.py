@@ -31,7 +31,7 @@ class EvalReport:
     Attributes:
         context, windows, scored_tokens, seed, texts: what was scored; tokens_sha256: of the windows' token ids (equal
             ones were scored on the same text); chunk: as for `evaluate`.
-        token_nbytes: bf16 bytes of one token; basis_nbytes: the profile's bases.
+        dtype: of the model's numbers; token_nbytes: bf16 bytes of one token; basis_nbytes: the profile's bases.
         rows: per contender name, source, ours, in_attention, bytes_per_token (at the scored context),
             bytes_per_token_at, ratio, ratio_without_window, basis_nbytes, kl_mean, kl_p99, top1, top5_overlap,
             perplexity, exact_perplexity, kl_by_position, recall, recall_by_distance.
@@ -47,6 +47,7 @@ class EvalReport:
     chunk: int
     texts: str
     tokens_sha256: str
+    dtype: str
     token_nbytes: int
     basis_nbytes: int
     profile: dict[str, Any]
@@ -114,6 +115,7 @@ def evaluate(
     recall: bool = False,
     seed: int = 1,
     chunk: int = 0,
+    dtype: str = "auto",
     progress: Progress | None = None,
     after_window: Callable[[EvalReport], None] | None = None,
 ) -> EvalReport:
@@ -130,6 +132,7 @@ def evaluate(
         recall: ask hidden facts as well, one sequence a window.
         chunk: 0: every query sees what the page store would show it in decoding, in one forward a window; else tokens
             fed through the store at once, which see each other exactly and so flatter coarse settings.
+        dtype: of the weights, as for `spectral.hf.load_model`; for a model in memory only "auto".
         after_window: called with the report of the windows read so far (no recall yet), so that a long run can be
             saved as it goes.
 
@@ -137,10 +140,9 @@ def evaluate(
     """
     from spectral.baselines import get
     from spectral.contest import Contest
-    from spectral.hf import load_model
 
     methods = get(baselines if isinstance(baselines, str) else list(baselines)) if baselines is not None else []
-    loaded = load_model(model) if isinstance(model, str) else model
+    loaded = _loaded(model, dtype)
     if context < 64 or context > loaded.context_length:
         raise ModelError(f"context must be between 64 and the model's {loaded.context_length} tokens, got {context}")
     if chunk < 0 or max_windows < 1:
@@ -170,12 +172,23 @@ def evaluate(
     return report(len(windows), sequences)
 
 
+def _loaded(model: str | LoadedModel, dtype: str) -> LoadedModel:
+    from spectral.hf import load_model
+
+    if isinstance(model, str):
+        return load_model(model, dtype=dtype)
+    if dtype != "auto":
+        raise ModelError(f"{model.name} is in memory already: dtype {dtype!r} is for a model loaded by name")
+    return model
+
+
 def _subject(loaded: LoadedModel, profile: SpectralProfile) -> dict[str, Any]:
     """What a report says of model, profile and run."""
     from spectral.provenance import provenance
 
     return {
         "model": profile.model,
+        "dtype": str(loaded.model.get_input_embeddings().weight.dtype).removeprefix("torch."),
         "token_nbytes": loaded.shape.token_nbytes(),
         "basis_nbytes": profile.basis_nbytes,
         "profile": {"content_hash": profile.content_hash, "provenance": profile.provenance},

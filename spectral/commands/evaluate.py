@@ -47,6 +47,9 @@ def evaluate_command(
         min=0,
         help="Tokens fed through the page store at once; 0: every query sees what it would see in decoding.",
     ),
+    dtype: str = typer.Option(
+        "auto", "--dtype", help="auto (float32 on CPUs, else the model's own), float32, bfloat16 or float16."
+    ),
     seed: int = typer.Option(1, "--seed", min=0, help="Of windows, hidden facts and text by the model itself."),
     plots: Path | None = typer.Option(None, "--plots", help="Folder for PNG and SVG plots (extra `plots`)."),
     html: Path | None = typer.Option(None, "--html", help="Self-contained report to write (extra `plots`)."),
@@ -84,6 +87,7 @@ def evaluate_command(
         recall=context >= RECALL_FROM if recall is None else recall,
         seed=seed,
         chunk=chunk,
+        dtype=dtype,
         progress=Progress(),
     )
     _write(report, opened, plots, html)

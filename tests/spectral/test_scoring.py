@@ -110,6 +110,7 @@ def test_a_report_says_everything(report: EvalReport, model: LoadedModel, profil
     assert found["calibration"] == {"text": "given text", "tokens": 800, "sample_tokens": 800}
     assert found["recall"]["sequences"] == 2 and found["windows"] == 2 and found["chunk"] == 0
     assert re.fullmatch("[0-9a-f]{64}", found["tokens_sha256"])
+    assert found["dtype"] == "float32"
     assert {"versions", "commit", "hardware", "command", "seed", "texts", "scored_tokens"} <= set(found)
     assert found["hardware"]["threads"] >= 1 and found["hardware"]["cpu"]
     assert "kvtc-8x" in report.table() and "recalls nothing" in report.table()
@@ -143,6 +144,8 @@ def test_bad_requests_are_refused_before_anything_runs(model: LoadedModel, profi
         evaluate(model, profile, texts=[TEXT], context=200, settings=["9x"])
     with pytest.raises(ModelError, match="chunk"):
         evaluate(model, profile, texts=[TEXT], context=200, chunk=-1)
+    with pytest.raises(ModelError, match="in memory already: dtype 'bfloat16'"):
+        evaluate(model, profile, texts=[TEXT], context=200, dtype="bfloat16")
     with pytest.raises(ModelError, match="shorter than one window"):
         evaluate(model, profile, texts=[TEXT], context=200, baselines="kvtc-8x", calibration_texts=["short"])
     with pytest.raises(ModelError, match="turboquant-2.25bit cannot be fitted to llama"):

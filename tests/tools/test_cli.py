@@ -168,6 +168,25 @@ def test_eval_without_a_profile_says_what_to_do(
     assert "spectral profile build nobody/nothing" in capsys.readouterr().err
 
 
+def test_eval_runs_the_model_in_the_dtype_that_was_asked_for(tmp_path: Path) -> None:
+    """bf16 weights are the checkpoint's own, so only what is computed differs from float32's."""
+    text = tmp_path / "text.txt"
+    text.write_text("The country lies between two seas, and its rivers flow from the north to the south. " * 20)
+    command = ["eval", "demo", "--text", str(text), "--context", "96", "--windows", "1", "--settings", "exact,8x"]
+    command.append("--json")
+    found = {}
+    for dtype in ("auto", "float32", "bfloat16"):
+        result = runner.invoke(app, [*command, "--dtype", dtype])
+        assert result.exit_code == 0, result.output
+        found[dtype] = json.loads(result.stdout)
+    assert [found[d]["dtype"] for d in ("auto", "float32", "bfloat16")] == ["float32", "float32", "bfloat16"]
+    assert found["auto"]["rows"] == found["float32"]["rows"]
+    perplexity = [found[d]["rows"][0]["exact_perplexity"] for d in ("float32", "bfloat16")]
+    assert perplexity[0] != perplexity[1] == pytest.approx(perplexity[0], rel=0.02)
+    refused = runner.invoke(app, [*command, "--dtype", "float64"])
+    assert refused.exit_code and "dtype must be auto, float32, bfloat16 or float16" in str(refused.exception)
+
+
 def test_text_files_that_cannot_be_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
