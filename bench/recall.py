@@ -54,8 +54,8 @@ def fitted(loaded: LoadedModel, names: str, texts: list[str], context: int, seed
     # Sinks and a window need no calibration: one window is what the interface asks for.
     tokens = context if names == "window-only" else CALIBRATION_TOKENS
     windows = token_windows(loaded, texts, context, tokens, seed)
-    fisher = any("key_fisher" in method.needs for method in methods)
-    stats = collect_stats(loaded, windows, context=context, seed=seed, fisher=fisher)
+    needs = frozenset[str]().union(*(method.needs for method in methods))
+    stats = collect_stats(loaded, windows, context=context, seed=seed, needs=needs)
     for method in methods:
         method.fit(stats, comparison_shape(loaded))
     return methods

@@ -11,8 +11,9 @@ window, later tokens included; one that codes all layers together is given the k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 
 from spectral.baselines import Baseline, CalibrationStats, LayerStats, Shape
 from spectral.errors import ModelError
+from spectral.layer_outputs import LayerOutputs
 from spectral.prefill import softcapped
 from spectral.scoring import BLOCK_ELEMENTS, Blocks, ExactPass, Progress, Tally
 
@@ -68,13 +70,14 @@ def collect_stats(
     context: int,
     sample: int = SAMPLE_TOKENS,
     seed: int = 0,
-    fisher: bool = False,
+    needs: Collection[str] = (),
     progress: Progress | None = None,
 ) -> CalibrationStats:
     """The comparisons' calibration sample: `sample` tokens at most, spread evenly over windows of token ids.
 
     Args:
-        fisher: gather the projections' Fisher information as well, which takes backward passes.
+        needs: fields of `LayerStats` that are only gathered for methods that need them: "key_fisher" and "value_fisher"
+            take backward passes, "output_error" keeps what decoder layers are given on some windows.
         context: the longest context that will be scored; windows should be as long, so that post-RoPE keys are
             calibrated at the positions at which they are used.
 
@@ -112,12 +115,15 @@ def collect_stats(
             last_hidden(loaded, window)
         if progress is not None:
             progress("calibrating comparisons", (number + 1) / len(windows))
-    gathered = _fisher(loaded, windows) if fisher else {}
+    gathered = _fisher(loaded, windows) if {"key_fisher", "value_fisher"} & set(needs) else {}
+    outputs = LayerOutputs(loaded, windows) if "output_error" in needs else None
     cos, sin = rotary_tables(loaded, layers[0], max(context, *(len(window) for window in windows)))
     out = [
         _layer_stats(loaded, layer, kept.pop(layer), moments.pop(layer) / total, gathered.get(layer, (None, None)))
         for layer in layers
     ]
+    for layer, stats in zip(layers, out, strict=True):
+        stats.output_error = None if outputs is None else partial(outputs.error, layer)
     return CalibrationStats(out, torch.cat(positions), cos.to(loaded.device), sin.to(loaded.device))
 
 

@@ -62,8 +62,8 @@ class Contest:
             kind = f"text written by the model itself (seed {seed + 1})"
             texts = self_generated(self.loaded, tokens=tokens + context, seed=seed + 1, progress=self.progress)
         windows = token_windows(self.loaded, texts, context, tokens, seed)
-        fisher = any("key_fisher" in method.needs for method in self.methods)
-        stats = collect_stats(self.loaded, windows, context=context, seed=seed, fisher=fisher, progress=self.progress)
+        needs = frozenset[str]().union(*(method.needs for method in self.methods))
+        stats = collect_stats(self.loaded, windows, context=context, seed=seed, needs=needs, progress=self.progress)
         shape = comparison_shape(self.loaded)
         for number, method in enumerate(self.methods):
             try:

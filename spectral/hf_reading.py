@@ -159,6 +159,32 @@ def projection_gradients(loaded: LoadedModel, ids: Sequence[int]) -> dict[int, t
     return out
 
 
+def decoder_layers(loaded: LoadedModel) -> dict[int, Any]:
+    """Layer index -> the module that holds its attention, its MLP and the additions to the stream."""
+    names = {id(module): name for name, module in loaded.model.named_modules()}
+    modules = attention_modules(loaded.model)
+    return {i: loaded.model.get_submodule(names[id(m)].rpartition(".")[0]) for i, m in modules.items()}
+
+
+@torch.no_grad()
+def decoder_inputs(loaded: LoadedModel, ids: Sequence[int]) -> dict[int, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Per layer what its decoder layer is called with when the model reads a sequence in one forward."""
+    found: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    handles = []
+    for layer, module in decoder_layers(loaded).items():
+
+        def take(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], at: int = layer) -> None:
+            found[at] = args, kwargs
+
+        handles.append(module.register_forward_pre_hook(take, with_kwargs=True))
+    try:
+        loaded.model(input_ids=torch.tensor([list(ids)], device=loaded.device), use_cache=False, logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
 def last_hidden(loaded: LoadedModel, ids: Sequence[int]) -> torch.Tensor:
     """The final hidden states [N, hidden] of a sequence in one forward: a fraction of its logits' memory. Raises
     ModelError when `logits_of` does not give this model's own logits."""

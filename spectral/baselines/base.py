@@ -16,6 +16,7 @@ A method sees only full-attention layers; an evaluator keeps layers with sliding
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -25,6 +26,8 @@ from spectral.baselines.store import Stored
 
 Side = Literal["key", "value"]
 SIDES: tuple[Side, Side] = ("key", "value")
+Restore = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""(keys, values [T, H, d] float32, positions [T]) of one layer as a cache would give them back."""
 
 HOUSE_SINKS = 4
 HOUSE_RECENT = 32
@@ -80,6 +83,8 @@ class LayerStats:
         key_bias, value_bias: [H, d] float32 biases of the projections (Qwen2), or None where there are none.
         key_fisher, value_fisher: [H] float32, the mean over the weights of a KV head's W_K (W_V) of the root of the
             mean squared gradient of the next-token loss, or None: only gathered for methods that need it.
+        output_error: how far off the decoder layer's output is (norm of the difference by norm) on calibration text
+            when its keys and values are restored ones, or None: only there for methods that need it.
     """
 
     keys: torch.Tensor
@@ -94,6 +99,7 @@ class LayerStats:
     value_bias: torch.Tensor | None = None
     key_fisher: torch.Tensor | None = None
     value_fisher: torch.Tensor | None = None
+    output_error: Callable[[Restore], float] | None = None
     _query_moment: torch.Tensor | None = field(init=False, default=None, repr=False)
 
     def query_moment(self) -> torch.Tensor:

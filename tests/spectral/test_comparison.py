@@ -27,8 +27,16 @@ from spectral.comparison import (
     score_method,
 )
 from spectral.errors import ModelError
-from spectral.hf import LoadedModel, attention_modules, wrap_model
-from spectral.hf_reading import logits_of, projection_gradients, projections, watching_inputs
+from spectral.hf import LoadedModel, attention_modules, observing, wrap_model
+from spectral.hf_reading import (
+    decoder_layers,
+    last_hidden,
+    logits_of,
+    projection_gradients,
+    projections,
+    watching_inputs,
+)
+from spectral.layer_outputs import LayerOutputs
 from spectral.pages import LayerShape, ModelShape
 from spectral.prefill import causal_attention, softcapped
 from spectral.scoring import ExactPass, Tally, summarised
@@ -147,11 +155,45 @@ def test_projection_gradients_are_those_of_the_weights(family: str) -> None:
         torch.testing.assert_close(have, want[-len(have) :], rtol=1e-3, atol=1e-6)
         assert float(have.abs().max()) > 0
     if full_layers(loaded):
-        stats = collect_stats(loaded, [ids], context=LENGTH, sample=8, fisher=True)
+        stats = collect_stats(loaded, [ids], context=LENGTH, sample=8, needs={"key_fisher"})
         fisher = stats.layers[0].key_fisher
         assert fisher is not None
         torch.testing.assert_close(fisher, got[full_layers(loaded)[0]][0].abs().mean((1, 2)), rtol=1e-3, atol=1e-8)
         assert collect_stats(loaded, [ids], context=LENGTH, sample=8).layers[0].key_fisher is None
+
+
+@pytest.mark.parametrize("family", [family for family in EVERY if family not in {"mistral-sliding", "gemma3"}])
+def test_output_errors_are_those_of_the_decoder_layers(family: str) -> None:
+    """Nothing without a change; with one, what the model itself makes of it, by its own hooks."""
+    loaded, windows = model_of(family), [tokens(LENGTH, seed) for seed in range(2)]
+    outputs, layers = LayerOutputs(loaded, windows), full_layers(loaded)
+
+    def halved(keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert positions.tolist() == list(range(len(keys)))
+        return keys * 0.5, values * torch.linspace(0, 1, values.shape[-1])
+
+    def answering(layer: int, query: torch.Tensor, *rest: Any) -> torch.Tensor | None:
+        if layer != layers[-1]:
+            return None
+        back = halved(rest[0][0].transpose(0, 1), rest[1][0].transpose(0, 1), torch.arange(LENGTH))
+        keys, values = (x.transpose(0, 1)[None] for x in back)
+        return causal_attention(query, keys, values, scaling=rest[2], softcap=rest[3])
+
+    wrong = total = 0.0
+    found: list[torch.Tensor] = []
+    handle = decoder_layers(loaded)[layers[-1]].register_forward_hook(
+        lambda _, __, out: found.append(out[0] if isinstance(out, tuple) else out)
+    )
+    for window in windows:
+        last_hidden(loaded, window)
+        with observing(answering):
+            last_hidden(loaded, window)
+        wrong += float((found[-1] - found[-2]).pow(2).sum())
+        total += float(found[-2].pow(2).sum())
+    handle.remove()
+    assert outputs.error(layers[-1], halved) == pytest.approx((wrong / total) ** 0.5, rel=1e-4)
+    assert outputs.error(layers[-1], lambda keys, values, _: (keys, values)) < 1e-5
+    assert outputs.error(layers[0], halved) > 1e-3
 
 
 def test_output_weights_belong_to_query_heads() -> None:
@@ -239,7 +281,8 @@ NARROW = {"turboquant-2.25bit", "turboquant-3.25bit"}
 @pytest.mark.parametrize("family", ["qwen2", "gemma2", "phi3-long"])
 def test_every_method_runs_on_a_model(family: str) -> None:
     loaded = model_of(family)
-    stats = collect_stats(loaded, [tokens(LENGTH, seed) for seed in range(3)], context=LENGTH, fisher=True)
+    needs = {"key_fisher", "output_error"}
+    stats = collect_stats(loaded, [tokens(LENGTH, seed) for seed in range(3)], context=LENGTH, needs=needs)
     exact = ExactPass.run(loaded, tokens(LENGTH, 9), keep_cache=True)
     for method in baselines.get("all"):
         if method.name in NARROW and comparison_shape(loaded).head_dim < 16:

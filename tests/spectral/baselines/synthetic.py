@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from spectral.baselines import Baseline, CalibrationStats, LayerStats, Shape
+from spectral.baselines.base import Restore
 from spectral.baselines.transforms import rope
+from spectral.prefill import causal_attention
 
 SHAPE = Shape(layers=5, kv_heads=2, head_dim=32, query_heads=4)
 SAMPLE, TOKENS, HIDDEN = 320, 96, 48
@@ -61,9 +65,24 @@ class World:
                     output_weight=self.output,
                     key_fisher=torch.linspace(1, 2, shape.kv_heads) / (index + 1),
                     value_fisher=torch.linspace(2, 3, shape.kv_heads) / (index + 1),
+                    output_error=partial(self.output_error, index, keys[index], values[index], queries),
                 )
             )
         return CalibrationStats(layers, positions, self.cos, self.sin)
+
+    def output_error(
+        self, index: int, keys: torch.Tensor, values: torch.Tensor, queries: torch.Tensor, restore: Restore
+    ) -> float:
+        """As of a layer whose stream is 2 + 4 * index times as large as what its attention adds to it."""
+        places = torch.arange(len(keys))
+        add, other = (self.attention(queries, *pair) for pair in ((keys, values), restore(keys, values, places)))
+        return float((add - other).norm() / (add.norm() * (2 + 4 * index)))
+
+    def attention(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """[N, hidden] of causal attention and W_O; queries [N, Hq, d], keys, values [N, H, d]."""
+        heads = (x.transpose(0, 1)[None] for x in (queries, keys, values))
+        out = causal_attention(*heads, scaling=self.shape.head_dim**-0.5)[0]
+        return torch.einsum("hnd,hdi->ni", out, self.output)
 
 
 def fitted(method: Baseline, world: World) -> Baseline:

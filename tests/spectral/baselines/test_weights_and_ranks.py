@@ -1,13 +1,15 @@
-"""What attention reads decides: AATC's metric, and ranks by the Fisher information of the weights."""
+"""What attention reads decides: AATC's metric, ranks by the weights' Fisher information or by an error budget."""
 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
 
 from spectral.baselines.aatc import Aatc
+from spectral.baselines.eigen_attention import EigenBudget
 from spectral.baselines.palu import Palu, PaluFisher, searched_ranks
 from spectral.baselines.spectra import Spectra
 from spectral.baselines.transforms import rope, unrope
@@ -52,6 +54,53 @@ def test_the_rank_search_spends_where_the_weights_matter(world: World, prompt: P
         [relative_error(values[layer], m.roundtrip_all(*prompt)[1][layer]) for layer in (0, 4)] for m in (method, plain)
     ]
     assert errors[0][0] < errors[1][0] and errors[0][1] > errors[1][1]
+
+
+def test_eigen_attention_searches_the_lowest_ranks_within_the_budget(world: World, prompt: Prompt) -> None:
+    """Against a search written out: every layer's own, one more step would be too much."""
+    method = EigenBudget(budget=0.02)
+    method.fit(world.stats, SHAPE)
+    assert len(set(method.ranks)) > 2, "layers differ"
+    for layer, ranks in enumerate(method.ranks):
+        sample = world.stats.layers[layer]
+        bare = unrope(sample.keys, world.stats.positions, world.cos, world.sin)
+        key_axes, key_sizes, _ = torch.linalg.svd(bare.flatten(0, 1).T.double(), full_matrices=False)
+        parts = [torch.linalg.svd(sample.values[:, head].T.double(), full_matrices=False)[:2] for head in (0, 1)]
+
+        def restore(
+            keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, cut: tuple[int, int]
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            axes = key_axes[:, : cut[0]].float()  # noqa: B023 (used at once)
+            back = rope(unrope(keys, positions, world.cos, world.sin) @ axes @ axes.T, positions, world.cos, world.sin)
+            axes = torch.stack([u[:, : cut[1]] @ u[:, : cut[1]].T for u, _ in parts]).float()  # noqa: B023
+            return back, torch.einsum("thd,hde->the", values, axes)
+
+        steps = []
+        for step in range(1, 50):
+            share = 1 - 0.02 * step
+            key = int((key_sizes.cumsum(0) / key_sizes.sum() < share).sum()) + 1
+            value = max(int((s.cumsum(0) / s.sum() < share).sum()) + 1 for _, s in parts)
+            assert sample.output_error is not None
+            error = sample.output_error(partial(restore, cut=(key, value)))
+            steps.append(((key, value), error, min(key, value) > 0.45 * SHAPE.head_dim))
+        good = [cut for cut, error, wide in steps if error < 0.02 and wide]
+        first_bad = next(i for i, (_, error, wide) in enumerate(steps) if error >= 0.02 or not wide)
+        assert ranks == (steps[first_bad - 1][0] if first_bad else (SHAPE.head_dim, SHAPE.head_dim)), layer
+        assert not first_bad or ranks in good
+    back = method.roundtrip_all(*prompt)
+    kept = sum(key + value for key, value in method.ranks)
+    assert method.measured_nbytes == method.payload_nbytes(len(prompt[2]), SHAPE) == 2 * 2 * len(prompt[2]) * kept
+    assert relative_error(prompt[1], back[1]) < 0.05
+
+
+def test_eigen_attention_without_a_budget_saves_nothing(world: World) -> None:
+    method, loose = EigenBudget(budget=0.0), EigenBudget(budget=1.0)
+    for one in (method, loose):
+        one.fit(world.stats, SHAPE)
+    assert method.ranks == [(32, 32)] * SHAPE.layers
+    # As low as the floor lets them: ranks are 15 of 32 at least, and one more step would go below that on some side.
+    assert all(min(ranks) > 0.45 * 32 for ranks in loose.ranks) and min(map(min, loose.ranks)) < 18
+    assert loose.basis_nbytes(SHAPE) == 2 * 32 * sum(key + 2 * value for key, value in loose.ranks)
 
 
 def read_errors(world: World, prompt: Prompt, method: Spectra | Aatc) -> tuple[float, float]:
