@@ -38,7 +38,7 @@ def codes_for(codec: PageCodec | None) -> CodeLayer | None:
         return None
     found: CodeLayer | None = codec.__dict__.get("_code_layer")
     if found is None:
-        found = codec.__dict__["_code_layer"] = CodeLayer(codec)
+        found = codec.__dict__["_code_layer"] = CodeLayer(codec.twin())
     return found if trusted(found.device, CODES, partial(code_error, found)) else None
 
 

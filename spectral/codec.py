@@ -12,6 +12,7 @@ DCT is a P x P product on scores and weights.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
@@ -78,6 +79,11 @@ class LayerCodec(torch.nn.Module):
         """Where the units' bytes begin in a page, and the end."""
         self._bounds = [slice(a, b) for a, b in zip(self.starts, self.starts[1:], strict=False)]
         self.page_nbytes = self.starts[-1]
+
+    def twin(self) -> LayerCodec:
+        """The same codec as another object, for what a codec keeps in itself: with a reference back, tables on a GPU
+        would stay until the garbage collector looks, hundreds of megabytes for every setting that was left."""
+        return copy.copy(self)
 
     @torch.no_grad()
     def encode(self, keys: torch.Tensor, values: torch.Tensor, page: torch.Tensor) -> torch.Tensor:

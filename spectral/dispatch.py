@@ -58,7 +58,7 @@ def kernels_for(codec: PageCodec | None, window: int, group: int, dtype: torch.d
         return None
     found: LayerKernels | None = codec.__dict__.get("_kernels")
     if found is None:
-        found = codec.__dict__["_kernels"] = LayerKernels(codec)
+        found = codec.__dict__["_kernels"] = LayerKernels(codec.twin())
     return found if trusted(codec.units[0].mean.device, READ, partial(_fault, found, group, dtype)) else None
 
 

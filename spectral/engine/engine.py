@@ -340,8 +340,8 @@ class Engine:
         prefixes are dropped; the longest context is what the cache's bytes hold at the setting. Raises SettingError,
         ProfileError or, where no sequence would fit, CacheError, and then nothing has changed.
         """
-        before = self.setting
-        freed = self.lanes.set_setting(setting, self.live_sequences)
+        before, freed = self.setting, self.lanes.set_setting(setting, self.live_sequences)
+        self.runner.trim()
         try:
             self.context_length = effective_context(self)
         except CacheError:  # a setting so fine that no sequence fits; nothing was re-encoded for it

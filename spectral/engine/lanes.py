@@ -8,6 +8,7 @@ on, and the old lane ends with its last sequence. The same happens where a live 
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -115,16 +116,21 @@ class Lanes:
         # The exact setting keeps what the model computes: its answers are those of an uncompressed cache.
         dtype = next(self._loaded.model.parameters()).dtype if codebook is None else torch.bfloat16
         limits = self._limits
+
+        def elsewhere() -> int:
+            mine = known()
+            return self.nbytes - (mine.store.nbytes if mine is not None and mine in self.all else 0)
+
         store = PageStore(
             self._loaded.shape, codebook, device=self._loaded.device, max_bytes=limits.max_kv_bytes, window_dtype=dtype,
-            devices=self._loaded.layer_devices,
-            elsewhere=lambda: self.nbytes - store.nbytes if lane in self.all else self.nbytes,
+            devices=self._loaded.layer_devices, elsewhere=elsewhere,
         )  # fmt: skip
         most = limits.prefix_bytes
         if most is None:
             most = FREE_PREFIX_BYTES if limits.max_kv_bytes is None else limits.max_kv_bytes // 2
         prefix = PrefixCache(store, self._identity(setting, store.codebook), block_length(self._chunk), most)
         lane = Lane(setting, self._kl(setting), store, prefix)
+        known = weakref.ref(lane)  # a lane that has ended goes at once, and its setting's tables with it
         self.all.append(lane)
         return lane
 
@@ -340,6 +346,7 @@ class Lanes:
             self.retire(lane)
         if old in self.all and old is not self.current:
             old.prefix.clear()
+        self._books.pop(setting, None)  # the lanes have it; where another one comes, its tables are to go
         self.trim()
         return before - self.nbytes
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -48,6 +50,25 @@ def test_a_squeeze_frees_bytes_and_streams_go_on(loaded: LoadedModel) -> None:
     assert engine.setting == "16x" and engine.stats().squeezes == 2
     # A request that begins now is answered as by an engine that never had another setting.
     assert ask(engine, request("x", PROMPT, 30)) == ask(demo(loaded, "16x"), request("x", PROMPT, 30))
+
+
+def test_a_setting_that_was_left_keeps_no_tables(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU they are hundreds of megabytes a setting, and nothing there calls the garbage collector."""
+    monkeypatch.setenv("SPECTRAL_ATTENTION", "triton")
+    engine, left = demo(loaded, "4x"), []
+    gc.collect()
+    gc.disable()
+    try:
+        for setting in ("8x", "16x", "4x", "10x"):  # squeezed, squeezed, another lane, squeezed
+            engine.lanes.prepare(setting)
+            left += [weakref.ref(codec) for codec in engine.store.codebook.layers]
+            engine.set_setting(setting)
+            held = engine.store.codebook.layers
+            assert all({"_kernels", "_code_layer"} <= vars(codec).keys() for codec in held)
+            del held
+            assert not [1 for codec in left if codec() is not None], f"tables are kept after {setting}"
+    finally:
+        gc.enable()
 
 
 def test_relaxing_is_for_those_who_begin_then(loaded: LoadedModel) -> None:
