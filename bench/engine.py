@@ -1,8 +1,10 @@
 """The engine's figures, beside what each has to reach.
 
     python bench/engine.py [--json FILE] [--rows cpu|gpu|all|leak,streams,...] [--requests 10000] [--rounds 3] [--check]
+        [--limit SECONDS]
 
 Every row has the figure, what it was compared with in the same run, and the ratio; the file is written after each row.
+When --limit has passed, the row that runs is cut off and none is begun; "cut" in the file names them.
 Rows of an earlier file that are not measured again stay in it, each with where it comes from.
 Rows of a GPU (bench/engine_gpu.py says which) need one, or run small on the CPU with --check. Those of a CPU run with
 the embedded demo model:
@@ -34,6 +36,7 @@ sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path or ".").resol
 import torch  # noqa: E402
 
 from bench import engine_gpu  # noqa: E402
+from bench.keeping import Cut, Limit, write_json  # noqa: E402
 from spectral.engine.build import build_engine, find_profile  # noqa: E402
 from spectral.engine.engine import Engine  # noqa: E402
 from spectral.engine.types import Delta, EngineLimits, Failed, GenerateRequest, SamplingParams  # noqa: E402
@@ -234,14 +237,40 @@ def choose(options: argparse.Namespace, parser: argparse.ArgumentParser) -> tupl
     return [name for name in names if name in ROWS], of_gpu
 
 
-def kept_rows(path: Path | None, measured: list[str]) -> list[Row]:
-    """The rows of an earlier file but for those measured now, each with its own provenance; none where there is no
-    file."""
+class Report:
+    """The document, written after every row. `path`: None for nowhere."""
+
+    def __init__(self, path: Path | None, facts: Row) -> None:
+        self._path, self._facts, self._earlier = path, facts, earlier_rows(path)
+        self._rows: list[Row] = []
+
+    def keep(self, result: Row) -> None:
+        """One more row."""
+        self._rows.append(result)
+        show(result)
+        self.write()
+
+    def write(self) -> None:
+        """What was measured, and rows of an earlier file that were not."""
+        done = {row["row"] for row in self._rows}
+        earlier = [row for row in self._earlier if row["row"] not in done]
+        write_json(self._path, self._facts | {"rows": [*self._rows, *earlier]}, indent=2)
+
+    def cut(self, wanted: list[str], seconds: float) -> None:
+        """The limit has passed: say which rows there are not."""
+        done = {row["row"] for row in self._rows}
+        self._facts["cut"] = {"after_s": round(seconds, 1), "rows": [name for name in wanted if name not in done]}
+        print(f"cut off after {seconds:.0f} s, without {', '.join(self._facts['cut']['rows'])}", flush=True)
+        self.write()
+
+
+def earlier_rows(path: Path | None) -> list[Row]:
+    """The rows of an earlier file, each with its own provenance; none where there is no file."""
     if path is None or not path.is_file():
         return []
     before = json.loads(path.read_text(encoding="utf-8"))
     origin = {name: value for name, value in before.items() if name != "rows"}
-    return [{"from": origin, **found} for found in before["rows"] if found["row"] not in measured]
+    return [{"from": origin, **found} for found in before["rows"]]
 
 
 def main() -> None:
@@ -252,26 +281,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--budget-mib", type=int, default=256, help="of the row held")
     parser.add_argument("--check", action="store_true", help="rows of a GPU, tiny, on the CPU: do they run?")
+    parser.add_argument("--limit", type=float, default=None, help="seconds after which no row is begun and one is cut")
     options = parser.parse_args()
+    limit = Limit(options.limit)
     of_cpu, of_gpu = choose(options, parser)
     torch.set_num_threads(1)
-    document: Row = {"rows": [], "seed": SEED, "rounds": options.rounds}
-    document |= provenance("cuda:0" if of_gpu and not options.check else "cpu")
-    earlier = kept_rows(options.json, [*of_cpu, *of_gpu])
-
-    def keep(result: Row) -> None:
-        document["rows"].append(result)
-        show(result)
-        if options.json:
-            whole = document | {"rows": [*document["rows"], *earlier]}
-            options.json.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-
-    if of_gpu:
-        engine_gpu.run(options, of_gpu, keep, SEED)
-    if of_cpu:
-        loaded = load_model("demo-7m", device="cpu")
-        for name in of_cpu:
-            keep(ROWS[name](loaded, options))
+    facts: Row = {"seed": SEED, "rounds": options.rounds}
+    report = Report(options.json, facts | provenance("cuda:0" if of_gpu and not options.check else "cpu"))
+    try:
+        with limit.enforced():
+            if of_gpu:
+                engine_gpu.run(options, of_gpu, report.keep, SEED)
+            if of_cpu:
+                loaded = load_model("demo-7m", device="cpu")
+                for name in of_cpu:
+                    report.keep(ROWS[name](loaded, options))
+    except Cut:
+        report.cut([*of_gpu, *of_cpu], limit.used)
+        sys.stdout.flush()
+        os._exit(0)  # threads of what was cut off may still run
 
 
 if __name__ == "__main__":

@@ -37,11 +37,14 @@ from bench.engine_scene import (
     greedy,
     hold,
     make_scene,
+    ours,
+    plain,
     read_nbytes,
     replayed,
     step,
     stock,
 )  # fmt: skip
+from bench.keeping import Cut
 from spectral.engine.types import GenerateRequest
 from spectral.errors import OutOfPages
 from spectral.pages import PageStore
@@ -73,7 +76,7 @@ def eager(scene: Scene) -> Row:
     engine = scene.engine()
     hold(engine, 1, sizes.short, 10 * sizes.steps)
     ours, _ = decode_times(engine, sizes.warm, sizes.steps)
-    with stock(scene) as model:
+    with stock(scene) as model, plain(scene):
         name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
         cache, times = DynamicCache(config=model.config), []
         ids = torch.tensor([scene.tokens(sizes.short, 1)], device=scene.device)
@@ -118,7 +121,7 @@ def prefill(scene: Scene) -> Row:
             ids = torch.tensor([prompt], device=scene.device)
             scene.wait()
             began = time.perf_counter()
-            with torch.inference_mode():
+            with plain(scene), torch.inference_mode():
                 int(model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].argmax())
             theirs.append(time.perf_counter() - began)
     return row(
@@ -190,7 +193,7 @@ def batch(scene: Scene) -> Row:
         from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
         more["continuous_batching_config"] = ContinuousBatchingConfig(page_size=16, num_blocks=64, max_batch_tokens=64)
-    with stock(scene) as model, warnings.catch_warnings():
+    with stock(scene) as model, plain(scene), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for number in range(2):
             prompts = [scene.tokens(length, 1000 * number + i) for i in range(count)]
@@ -212,8 +215,6 @@ def batch(scene: Scene) -> Row:
 
 def memory(scene: Scene) -> Row:
     """Requests of random lengths, a tenth cancelled."""
-    import gc
-
     import psutil
 
     sizes, process = scene.sizes, psutil.Process()
@@ -223,7 +224,6 @@ def memory(scene: Scene) -> Row:
     def now() -> tuple[int, int, int]:
         finish(engine)
         engine.trim(prefixes=True)
-        gc.collect()
         scene.free()
         reserved = torch.cuda.memory_reserved(scene.device) if scene.device.type == "cuda" else 0
         return reserved, process.memory_info().rss, engine.lanes.nbytes
@@ -265,12 +265,15 @@ ROWS: dict[str, Callable[[Scene], Row]] = {
 
 
 def run(options: argparse.Namespace, names: list[str], keep: Callable[[Row], None], seed: int) -> None:
-    """The named rows; `keep` gets each as soon as it is there. A row that fails says why, and the others go on."""
+    """The named rows; `keep` gets each as soon as it is there. A row that fails says why, and the others go on;
+    one that leaves the model other than it was ends the run: the next would be measured on something else."""
     scene = make_scene(options.check, seed)
     for name in names:
         began = time.perf_counter()
         try:
             result = ROWS[name](scene)
+        except Cut:
+            raise
         except Exception as error:  # a row's figure is missing then; the run is not
             if options.check:
                 raise
@@ -278,3 +281,4 @@ def run(options: argparse.Namespace, names: list[str], keep: Callable[[Row], Non
         result["took_s"] = round(time.perf_counter() - began, 1)
         keep(result)
         scene.free()
+        ours(scene)

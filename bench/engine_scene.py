@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import statistics
 import sys
 import time
@@ -73,6 +74,8 @@ class Scene:
     sizes: Sizes
     bandwidth: float = 0.0
     books: dict[str, Codebook] = field(default_factory=dict)
+    rotates: bool = False
+    """Whether rotations were ours when a row had ended."""
 
     def book(self, setting: str) -> Codebook | None:
         """A synthetic setting; None for exact. Made once: its kernels' tables take seconds."""
@@ -121,7 +124,8 @@ class Scene:
             torch.cuda.synchronize(self.device)
 
     def free(self) -> None:
-        """Give unused memory back."""
+        """Give unused memory back, also what garbage holds: engines refer to themselves."""
+        gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -140,6 +144,7 @@ def make_scene(check: bool, seed: int) -> Scene:
     model.requires_grad_(False)
     scene = Scene(wrap_model("qwen3-8b-shape", model, Letters()), device, sizes)
     scene.loaded.eos_token_ids = set()
+    ours(scene)
     scene.bandwidth = copy_bandwidth(scene)
     gib = scene.loaded.weights_nbytes / 2**30
     print(f"model of {gib:.2f} GiB in {time.perf_counter() - began:.1f} s; copies at {scene.bandwidth / 1e12:.2f} TB/s",
@@ -149,23 +154,41 @@ def make_scene(check: bool, seed: int) -> Scene:
 
 @contextmanager
 def stock(scene: Scene) -> Iterator[Any]:
-    """A model of the same shape as transformers has it, with nothing of ours."""
+    """A model of the same shape as transformers has it; it runs with nothing of ours within `plain`."""
     from transformers import AutoModelForCausalLM
 
-    ours = scene.loaded.model
-    home = sys.modules[type(ours).__module__]
-    changed = home.apply_rotary_pos_emb
-    home.apply_rotary_pos_emb = getattr(changed, "original", changed)
+    mine = scene.loaded.model
     try:
         with torch.device(scene.device):
-            dtype = next(ours.parameters()).dtype
-            config = copy.deepcopy(ours.config)  # a model takes its attention's name into the configuration it is given
+            dtype = next(mine.parameters()).dtype
+            config = copy.deepcopy(mine.config)  # a model takes its attention's name into the configuration it is given
             model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype).eval()
         yield model.requires_grad_(False)
     finally:
-        home.apply_rotary_pos_emb = changed
         del model
         scene.free()
+
+
+@contextmanager
+def plain(scene: Scene) -> Iterator[None]:
+    """Within: rotations of this architecture are transformers' own, for our model too."""
+    home = sys.modules[type(scene.loaded.model).__module__]
+    changed = home.apply_rotary_pos_emb
+    home.apply_rotary_pos_emb = getattr(changed, "original", changed)
+    try:
+        yield
+    finally:
+        home.apply_rotary_pos_emb = changed
+
+
+def ours(scene: Scene) -> None:
+    """Raises AssertionError where a row has left our model with transformers' attention or rotations."""
+    model = scene.loaded.model
+    found = {module.config._attn_implementation for module in model.modules() if hasattr(module, "config")}
+    assert found == {NAME}, f"attention is {', '.join(sorted(found))}"
+    rotates = hasattr(sys.modules[type(model).__module__].apply_rotary_pos_emb, "original")
+    assert rotates or not scene.rotates, "rotations are transformers'"
+    scene.rotates = rotates
 
 
 def copy_bandwidth(scene: Scene) -> float:

@@ -1,12 +1,15 @@
 """The scheduler on one GPU, with real workers: foreign memory, squeezes, sleep, loads beside a model in use.
 
-    python bench/vram.py --json bench/results/vram_h200.json [--parts squeeze,foreign,wake,ttft] [--check]
+    python bench/vram.py --json bench/results/vram_h200.json [--parts squeeze,foreign,wake,ttft] [--limit 540]
 
 Three models with random weights in the shapes of Qwen3 8B, 4B and 1.7B (bench/vram_models.py makes them) share a GPU
 under `max_vram: 38GiB`; the scheduler runs in this process, without HTTP, its workers are real, and this process has no
 CUDA context. The ledger is compared with readings of NVML of this script's own, ten times a second.
 
-load     all three from disk at once, then each setting of each model used once: kernels are compiled there
+The file is written whenever a row is there; a run that its --limit or somebody else ends keeps what it measured.
+
+load     all three from disk at once, then each setting of each model used once; kernels are compiled before,
+         by processes beside those that make the models (bench/vram_compile.py)
 squeeze  eight streams of long contexts; the cache's setting is made coarser twice: milliseconds per GiB that NVML shows
 foreign  eight streams on each model; another process takes 10 GiB and gives them back
 wake     keep_alive 0 puts a model to sleep, the next request wakes it: bytes per second against a copy in the same run
@@ -31,108 +34,108 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.vram_clients import Clients, answer, percentile
+from bench.keeping import Limit, write_json
+from bench.vram_clients import answer, percentile, running
 from bench.vram_scene import GIB, Foreign, Scene, Sizes, watching
 
+Part = dict[str, Any]
 CHECK = Sizes(
     ("tiny-a", "tiny-b", "tiny-c"), "cpu", budget=2.0, foreign=0.25, prompt=300, answer=40, long=1500, hold_s=4.0,
-    probes=30, threads=1,
+    probes=30, threads=1, together=1,
 )  # fmt: skip
 FULL = Sizes(("8b", "4b", "1.7b"), "cuda:0")
-HOST_COPY = """
-import time, torch
-size, best = 2 << 30, 0.0
-host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-device = torch.empty(size, dtype=torch.uint8, device="cuda")
-for _ in range(4):
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    device.copy_(host, non_blocking=True)
-    torch.cuda.synchronize()
-    best = max(best, size / (time.perf_counter() - began))
-print(best)
-"""
+PROVENANCE = "import json, sys; from spectral.provenance import provenance; print(json.dumps(provenance(sys.argv[1])))"
 
 
-async def load(scene: Scene) -> dict[str, Any]:
+async def load(scene: Scene, out: Part) -> None:
     """Three loads at once; then every coarser setting of every model, once."""
     began = time.monotonic()
-    waits = await asyncio.gather(*(answer(scene, name, 16, 2) for name in scene.sizes.models))
-    loaded, vram, used = time.monotonic() - began, scene.vram(), []
-    for name in scene.sizes.models:
+    out["until_first_token_s"] = await asyncio.gather(*(answer(scene, name, 16, 2) for name in scene.sizes.models))
+    out |= {"seconds": time.monotonic() - began, "vram": scene.vram()}
+
+    async def used(name: str) -> float:
         slot, began = scene.scheduler.slots[name], time.monotonic()
         names = [figure.name for figure in slot.ready.ladder]
         for setting in names[names.index(slot.ready.setting) + 1 :]:
             await scene.set_setting(slot, setting)
             await answer(scene, name, 400, 12)
         await scene.set_setting(slot, "4x")
-        used.append(time.monotonic() - began)
-    return {"seconds": loaded, "until_first_token_s": waits, "settings_used_once_s": used, "vram": vram}
+        return time.monotonic() - began
+
+    out["settings_used_once_s"] = await asyncio.gather(*map(used, scene.sizes.models))
+    out["vram_after_all_settings"] = scene.vram()
 
 
-async def squeeze(scene: Scene) -> dict[str, Any]:
+async def squeeze(scene: Scene, out: Part) -> None:
     """Coarser by command, twice, while streams run: what the worker says, and what NVML shows at once."""
-    out = []
+    rows = out["rows"] = []
+    out["to_reach"] = "<= 300 ms per GiB"
     for name in (scene.sizes.models[0], scene.sizes.models[-1]):
         slot = scene.scheduler.slots[name]
-        clients = Clients(scene, [name], prompt=scene.sizes.long, answer=10**6)
-        await clients.started()
-        await asyncio.sleep(1.0)
-        for setting in ("8x", "16x"):
-            before, held = scene.used(), slot.stats.kv_bytes_allocated
-            was, began = slot.ready.setting, time.perf_counter()
-            print_ = await scene.set_setting(slot, setting)
-            took = time.perf_counter() - began
-            shown = before - scene.used()
-            row = {"model": name, "from": was, "to": setting, "held_gib": held / GIB, "command_s": took}
-            row |= {"worker_s": print_.seconds, "freed_gib": print_.freed_bytes / GIB, "nvml_gib": shown / GIB}
-            row["ms_per_gib"] = took * 1e3 / (shown / GIB) if shown > 0 else None
-            out.append(row | {"longest_pause_s": await clients.longest_pause(3.0)})
-            print(f"  {out[-1]}", flush=True)
-        out[-1]["streams_broken"] = await clients.cancel()
+        async with running(scene, [name], prompt=scene.sizes.long, answer=10**6) as clients:
+            await clients.started()
+            await asyncio.sleep(1.0)
+            for setting in ("8x", "16x"):
+                before, held = scene.used(), slot.stats.kv_bytes_allocated
+                was, began = slot.ready.setting, time.perf_counter()
+                print_ = await scene.set_setting(slot, setting)
+                took = time.perf_counter() - began
+                shown = before - scene.used()
+                row = {"model": name, "from": was, "to": setting, "held_gib": held / GIB, "command_s": took}
+                row |= {"worker_s": print_.seconds, "freed_gib": print_.freed_bytes / GIB, "nvml_gib": shown / GIB}
+                row["ms_per_gib"] = took * 1e3 / (shown / GIB) if shown > 0 else None
+                rows.append(row | {"longest_pause_s": await clients.longest_pause(3.0)})
+                good = [row["ms_per_gib"] for row in rows if row["ms_per_gib"] is not None]
+                out["ms_per_gib_max"] = max(good, default=None)
+                scene.tell(rows[-1])
+            rows[-1]["streams_broken"] = await clients.cancel()
         await scene.set_setting(slot, "4x")
-    good = [row["ms_per_gib"] for row in out if row["ms_per_gib"] is not None]
-    return {"rows": out, "ms_per_gib_max": max(good, default=None), "to_reach": "<= 300 ms per GiB"}
 
 
-async def foreign(scene: Scene) -> dict[str, Any]:
+async def foreign(scene: Scene, out: Part) -> None:
     """Another process takes memory while eight streams run on each model, and gives it back."""
-    size = scene.sizes.foreign
-    clients = Clients(scene, list(scene.sizes.models), prompt=scene.sizes.prompt, answer=scene.sizes.answer)
-    await clients.started()
-    await asyncio.sleep(scene.sizes.hold_s / 2)
-    before, overrun, began = len(scene.events.found), scene.overrun(), time.monotonic()
-    await scene.foreign.take(int(size * GIB) - scene.foreign.context)
-    noticed, fitted = None, None
-    while time.monotonic() - began < scene.sizes.hold_s:
-        await asyncio.sleep(0.02)
-        found = [e for e in scene.events.found[before:] if e["kind"] == "foreign"]
-        noticed = noticed or (time.monotonic() - began if found else None)
-        fits = scene.used() <= scene.budget
-        fitted = None if not fits else fitted or time.monotonic() - began
-    held = scene.vram()
-    await scene.foreign.give()
-    await asyncio.sleep(scene.sizes.hold_s)
-    totals = await clients.finished()
-    moves = [e for e in scene.events.found[before:] if e["kind"] not in ("state", "lease")]
-    return {
-        "gib": size, "context_gib": scene.foreign.context / GIB, "noticed_after_s": noticed,
-        "within_the_budget_after_s": fitted, "over_the_budget_before_gib": overrun / GIB,
-        "while_held": held, "afterwards": scene.vram(), **totals, "events": moves,
-    }  # fmt: skip
+    sizes = scene.sizes
+    async with running(scene, list(sizes.models), prompt=sizes.prompt, answer=sizes.answer) as clients:
+        await clients.started()
+        await asyncio.sleep(sizes.hold_s / 2)
+        before, overrun, began = len(scene.events.found), scene.overrun(), time.monotonic()
+        out |= {"gib": sizes.foreign, "context_gib": scene.foreign.context / GIB}
+        out |= {"over_the_budget_before_gib": overrun / GIB, "noticed_after_s": None}
+        try:
+            await scene.foreign.take(int(sizes.foreign * GIB) - scene.foreign.context)
+            noticed, fitted = None, None
+            while time.monotonic() - began < sizes.hold_s:
+                await asyncio.sleep(0.02)
+                found = [e for e in scene.events.found[before:] if e["kind"] == "foreign"]
+                noticed = noticed or (time.monotonic() - began if found else None)
+                fits = scene.used() <= scene.budget
+                fitted = None if not fits else fitted or time.monotonic() - began
+                out |= {"noticed_after_s": noticed, "within_the_budget_after_s": fitted}
+            out["while_held"] = scene.vram()
+        finally:
+            await scene.foreign.give()
+        scene.tell({"noticed_after_s": noticed, "within_the_budget_after_s": fitted})
+        await asyncio.sleep(sizes.hold_s)
+        out |= await clients.finished()
+    out["afterwards"] = scene.vram()
+    out["events"] = [e for e in scene.events.found[before:] if e["kind"] not in ("state", "lease")]
 
 
-async def wake(scene: Scene) -> dict[str, Any]:
+async def wake(scene: Scene, out: Part) -> None:
     """Sleep by keep_alive 0, and back by the next request."""
     if scene.device == "cpu":
-        return {"left_out": "a model on the CPU does not sleep"}
-    done = await asyncio.to_thread(subprocess.run, [sys.executable, "-c", HOST_COPY], capture_output=True, text=True)
-    rate, rows = float(done.stdout), []
+        out["left_out"] = "a model on the CPU does not sleep"
+        return
+    rate = scene.foreign.copy_bytes_s
+    rows = out["rows"] = []
+    out |= {"copy_gb_s": rate / 1e9, "to_reach": ">= 0.8"}
     for name in scene.sizes.models[:2]:
         slot = scene.scheduler.slots[name]
         for _ in range(3):
@@ -146,75 +149,131 @@ async def wake(scene: Scene) -> dict[str, Any]:
             row |= {"asleep_after_s": slept, "nvml_freed_gib": freed / GIB}
             row |= {"wake_s": took, "gb_s": moved / took / 1e9, "first_token_s": first}
             rows.append(row | {"part_of_copy_rate": row["gb_s"] * 1e9 / rate})
-            print(f"  {rows[-1]}", flush=True)
-    worst = min(row["part_of_copy_rate"] for row in rows)
-    return {"copy_gb_s": rate / 1e9, "rows": rows, "part_of_copy_rate_min": worst, "to_reach": ">= 0.8"}
+            out["part_of_copy_rate_min"] = min(row["part_of_copy_rate"] for row in rows)
+            scene.tell(rows[-1])
 
 
-async def ttft(scene: Scene) -> dict[str, Any]:
+async def ttft(scene: Scene, out: Part) -> None:
     """A resident model's time to first token, one request after another, with nothing else and beside a load."""
     name, other = scene.sizes.models[-1], scene.sizes.models[1]
     slot, least = scene.scheduler.slots[other], scene.sizes.probes
-
-    async def probe(until: asyncio.Task[Any] | None) -> list[float]:
-        found: list[float] = []
-        while not until.done() if until is not None else len(found) < least:
-            found.append(await answer(scene, name, 32, 2))
-        return found
-
     times: dict[str, list[float]] = {"alone": [], "beside_a_load": [], "beside_a_wake": []}
-    loads = []
-    await probe(None)
+    loads: list[float] = []
+    out |= {"model": name, "other": other, "loads_s": loads, "to_reach": "p99 within 1.2x"}
+
+    async def probe(what: str, until: asyncio.Task[Any] | None = None) -> None:
+        """Requests until something has ended, or as many as are wanted."""
+        count = 0
+        while not until.done() if until is not None else count < least:
+            times[what].append(await answer(scene, name, 32, 2))
+            count += 1
+        out.update(times_of(times))
+        scene.tell({what: out[what]} if what in out else {})
+
+    for _ in range(least // 5):
+        await answer(scene, name, 32, 2)
     for _ in range(2):
-        times["alone"] += await probe(None)
+        await probe("alone")
         await scene.scheduler.unload(slot, 0.0, "the bench wants it cold")
         began = time.monotonic()
-        load = asyncio.create_task(answer(scene, other, 16, 2, keep_alive=0.0))
-        times["beside_a_load"] += await probe(load)
+        await probe("beside_a_load", asyncio.create_task(answer(scene, other, 16, 2, keep_alive=0.0)))
         loads.append(round(time.monotonic() - began, 2))
         if scene.device != "cpu":
             await scene.state(slot, "asleep", 60.0)
-            times["beside_a_wake"] += await probe(asyncio.create_task(answer(scene, other, 16, 2, keep_alive=-1.0)))
-    out: dict[str, Any] = {"model": name, "other": other, "loads_s": loads, "to_reach": "p99 within 1.2x"}
+            await probe("beside_a_wake", asyncio.create_task(answer(scene, other, 16, 2, keep_alive=-1.0)))
+
+
+def times_of(times: dict[str, list[float]]) -> Part:
+    """Percentiles of every kind that has any; p99 against that of requests with nothing beside them."""
+    out: Part = {}
     for what, found in times.items():
         if found:
             p50, p99 = (percentile(found, part) * 1e3 for part in (0.5, 0.99))
             out[what] = {"count": len(found), "p50_ms": p50, "p99_ms": p99, "max_ms": max(found) * 1e3}
-    for what in ("beside_a_load", "beside_a_wake"):
-        if what in out:
-            out[what]["p99_ratio"] = out[what]["p99_ms"] / out["alone"]["p99_ms"]
+            out[what]["p99_ratio"] = p99 / out["alone"]["p99_ms"]
     return out
 
 
-PARTS = {"squeeze": squeeze, "foreign": foreign, "wake": wake, "ttft": ttft}
+PARTS: dict[str, Callable[[Scene, Part], Awaitable[None]]] = {
+    "squeeze": squeeze, "foreign": foreign, "wake": wake, "ttft": ttft,
+}  # fmt: skip
 
 
-async def study(sizes: Sizes, folder: Path, parts: list[str]) -> dict[str, Any]:
-    """Load the models, then every part; each has its own figures of the ledger. One that fails says why."""
-    out: dict[str, Any] = {}
+async def study(sizes: Sizes, folder: Path, parts: list[str], limit: Limit, keep: Callable[[Part], None]) -> None:
+    """Load the models, then every part; each has its own figures of the ledger. One that fails says why, one that the
+    limit cuts off keeps what it has; `keep` gets everything so far, again and again."""
+    out: Part = {}
     other = await Foreign.start(sizes.device)
-    scene = Scene(sizes, folder, other)
+    scene = Scene(sizes, folder, other, lambda: keep(out))
     try:
         for name in ["load", *parts]:
-            began = time.monotonic()
+            if limit.passed:
+                out["not_begun"] = [*out.get("not_begun", []), name]
+                continue
+            began, row = time.monotonic(), {}
+            out[name] = row
             async with watching(scene) as found:
-                try:
-                    out[name] = await {"load": load, **PARTS}[name](scene)
-                except Exception as error:
-                    logging.getLogger("bench").exception("part %s failed", name)
-                    out[name] = {"error": f"{type(error).__name__}: {error}", "vram": scene.vram()}
-                    last = scene.scheduler.memory.steward.last
-                    out[name]["plan"] = last and last.as_dict()
-            out[name] |= {"ledger": found, "took_s": time.monotonic() - began}
-            shown = {k: v for k, v in out[name].items() if k not in ("rows", "events", "ledger")}
+                await attempt({"load": load, **PARTS}[name](scene, row), name, scene, row, limit)
+            row |= {"ledger": found, "took_s": time.monotonic() - began}
+            shown = {k: v for k, v in row.items() if k not in ("rows", "events", "ledger")}
             shown["ledger"] = {k: v for k, v in found.items() if k != "series"}
-            print(name, json.dumps(rounded(shown)), flush=True)
+            print(f"{limit.used:.0f} s: {name}", json.dumps(rounded(shown)), flush=True)
+            keep(out)
     finally:
         out["out_of_memory"] = scene.lines.found
         out["restarts"] = {name: slot.restarts for name, slot in scene.scheduler.slots.items()}
         out["events"] = [event for event in scene.events.found if event["kind"] != "state"]
+        keep(out)
         await scene.close()
-    return out
+
+
+async def attempt(part: Awaitable[None], name: str, scene: Scene, row: Part, limit: Limit) -> None:
+    """Run a part to its end or to the limit; what went wrong is in its figures."""
+    task = asyncio.ensure_future(part)
+    await asyncio.wait({task}, timeout=limit.left)
+    if not task.done():
+        row["cut_after_s"] = limit.used
+        task.cancel()
+        await asyncio.wait({task}, timeout=10.0)
+        return
+    error = task.exception()
+    if error is not None:
+        logging.getLogger("bench").error("part %s failed", name, exc_info=error)
+        row |= {"error": f"{type(error).__name__}: {error}", "vram": scene.vram()}
+        last = scene.scheduler.memory.steward.last
+        row["plan"] = last and last.as_dict()
+
+
+def prepare(sizes: Sizes, folder: Path, limit: Limit) -> tuple[Part, Part]:
+    """Make models that are missing and compile what their shapes need, side by side; the seconds that each took, and
+    where the figures come from: asking that makes a context on a GPU, which this process is not to have."""
+    here = Path(__file__).parent
+    makers = {
+        f"make {name}": [here / "vram_models.py", folder, sizes.device, name]
+        for name in sizes.models
+        if not (folder / name / "profile.safetensors").exists()
+    }
+    makers |= {f"compile for {name}": [here / "vram_compile.py", sizes.device, name] for name in sizes.models}
+    environment = {"OMP_NUM_THREADS": str(sizes.threads), **os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+    def run(arguments: list[Any], **more: Any) -> tuple[float, str]:
+        began = time.monotonic()
+        command = [sys.executable, *map(str, arguments)]
+        done = subprocess.run(command, check=True, env=environment, timeout=limit.left, text=True, **more)
+        return time.monotonic() - began, done.stdout or ""
+
+    took: Part = {}
+    with ThreadPoolExecutor(sizes.together) as pool:
+        facts = pool.submit(run, ["-c", PROVENANCE, sizes.device], stdout=subprocess.PIPE)
+        waits = {what: pool.submit(run, arguments) for what, arguments in makers.items()}
+        for what, wait in waits.items():
+            try:
+                took[what] = wait.result()[0]
+            except subprocess.CalledProcessError as error:
+                if what.startswith("make"):
+                    raise
+                took[what] = f"failed with status {error.returncode}"  # the workers compile by themselves then
+        return took, json.loads(facts.result()[1])
 
 
 def rounded(value: Any) -> Any:
@@ -234,7 +293,9 @@ def main() -> None:
     parser.add_argument("--models", type=Path, help="a folder that keeps the models for the next run")
     parser.add_argument("--verbose", action="store_true", help="the workers' log too")
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--limit", type=float, help="seconds: the part that runs then is cut off, and none is begun")
     options = parser.parse_args()
+    limit = Limit(options.limit)
     parts = [part for part in options.parts.split(",") if part]
     if unknown := set(parts) - set(PARTS):
         parser.error(f"--parts: {', '.join(sorted(unknown))} is none of {', '.join(PARTS)}")
@@ -242,20 +303,22 @@ def main() -> None:
     sizes = CHECK if options.check else FULL
     folder = options.models or Path(tempfile.mkdtemp())
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
-    began = time.monotonic()
-    missing = [name for name in sizes.models if not (folder / name / "profile.safetensors").exists()]
-    if missing:
-        script = Path(__file__).with_name("vram_models.py")
-        subprocess.run([sys.executable, str(script), str(folder), sizes.device, *missing], check=True)
-    out: dict[str, Any] = {"models_made_s": time.monotonic() - began, "sizes": vars(sizes)}
-    out |= asyncio.run(study(sizes, folder, parts))
-    from spectral.provenance import provenance
+    command = " ".join([Path(sys.argv[0]).name, *(x if x[:1] != "/" else Path(x).name for x in sys.argv[1:])])
+    document: Part = {"seed": 6, "limit_s": options.limit, "sizes": vars(sizes)}
 
-    out = rounded(out | provenance(sizes.device) | {"seed": 6})
-    if options.models is None:
-        shutil.rmtree(folder)
-    if options.json:
-        options.json.write_text(json.dumps(out, indent=1) + "\n", encoding="utf-8")
+    def keep(out: Part) -> None:
+        write_json(options.json, rounded(document | out))
+
+    try:
+        document["prepared_s"], facts = prepare(sizes, folder, limit)
+        document |= facts | {"command": command, "until_prepared_s": limit.used}
+        print(f"{limit.used:.0f} s: prepared", json.dumps(rounded(document["prepared_s"])), flush=True)
+        asyncio.run(study(sizes, folder, parts, limit, keep))
+    except subprocess.TimeoutExpired:
+        keep({"not_begun": ["load", *parts]})
+    finally:
+        if options.models is None:
+            shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import statistics
 import time
 import uuid
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from bench.vram_scene import STREAMS, Scene
@@ -40,6 +42,7 @@ async def answer(scene: Scene, name: str, prompt: int, tokens: int, keep_alive: 
     """A whole answer; seconds to its first token. Raises RuntimeError for a request that fails."""
     began, first = time.monotonic(), 0.0
     slot, stream = await begin(scene, name, tokens_of(prompt, next(_seeds)), tokens, keep_alive)
+    item: Any = None
     try:
         while not isinstance(item := await stream.get(), m.Finished):
             if item is None or isinstance(item, (m.Failed, m.Rejected)):
@@ -47,7 +50,7 @@ async def answer(scene: Scene, name: str, prompt: int, tokens: int, keep_alive: 
             if isinstance(item, m.Delta) and not first:
                 first = time.monotonic() - began
     finally:
-        scene.scheduler.release(slot, stream, cancel=False)
+        scene.scheduler.release(slot, stream, cancel=not isinstance(item, m.Finished))
     return first
 
 
@@ -139,6 +142,16 @@ class Clients:
             "first_token_p50_s": statistics.median(self._first), "first_token_max_s": max(self._first),
             "longest_pause_s": max(pauses, default=0.0),
         }  # fmt: skip
+
+
+@asynccontextmanager
+async def running(scene: Scene, names: list[str], *, prompt: int, answer: int) -> AsyncIterator[Clients]:
+    """Streams on some models; whatever ends the block ends them."""
+    clients = Clients(scene, names, prompt=prompt, answer=answer)
+    try:
+        yield clients
+    finally:
+        await clients.cancel()
 
 
 def percentile(values: list[float], part: float) -> float:

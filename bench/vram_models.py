@@ -110,19 +110,25 @@ def synthetic_profile(name: str, sizes: dict[str, int], loaded: Any) -> Spectral
     )  # fmt: skip
 
 
+def configuration(name: str, sizes: dict[str, int]) -> Any:
+    """A Qwen3 of these sizes; the smaller shapes have one embedding for input and output."""
+    from transformers import Qwen3Config
+
+    return Qwen3Config(
+        vocab_size=8192, tie_word_embeddings=name != "8b", bos_token_id=0, eos_token_id=2, pad_token_id=0, **sizes
+    )
+
+
 def make(folder: Path, name: str, device: str) -> None:
     """Write one model and its profile."""
-    from transformers import AutoModelForCausalLM, Qwen3Config
+    from transformers import AutoModelForCausalLM
 
     from spectral.hf import wrap_model
 
     began, sizes = time.perf_counter(), SHAPES[name]
     torch.manual_seed(SEED)
-    config = Qwen3Config(
-        vocab_size=8192, tie_word_embeddings=name != "8b", bos_token_id=0, eos_token_id=2, pad_token_id=0, **sizes
-    )
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(configuration(name, sizes), dtype=torch.bfloat16)
     target = folder / name
     model.save_pretrained(target, max_shard_size="4GB")
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,13 +29,24 @@ GIB = 2**30
 STREAMS = 8
 SAMPLE_S = 0.1
 FOREIGN = """
-import sys, torch
+import sys, time, torch
 device, held = sys.argv[1], None
 if device != "cpu":
     torch.cuda.init()
     torch.zeros(1, device=device)
     torch.cuda.synchronize()
-print("ready", flush=True)
+    size, best = 2 << 30, 0.0
+    host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(size, dtype=torch.uint8, device=device)
+    for _ in range(4):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        there.copy_(host, non_blocking=True)
+        torch.cuda.synchronize()
+        best = max(best, size / (time.perf_counter() - began))
+    del host, there
+    torch.cuda.empty_cache()
+print(best if device != "cpu" else 0.0, flush=True)
 for line in sys.stdin:
     size, held = int(line), None
     if device != "cpu":
@@ -52,7 +63,8 @@ for line in sys.stdin:
 @dataclass(frozen=True)
 class Sizes:
     """What is measured. budget, foreign: GiB; prompt, answer: tokens of a stream; long: of one whose cache is squeezed;
-    hold_s: how long foreign memory is held; probes: requests of one measurement of times to first token."""
+    hold_s: how long foreign memory is held; probes: requests of one measurement of times to first token; threads: of a
+    worker; together: processes that prepare at once."""
 
     models: tuple[str, ...]
     device: str
@@ -61,9 +73,10 @@ class Sizes:
     prompt: int = 1500
     answer: int = 400
     long: int = 8000
-    hold_s: float = 15.0
+    hold_s: float = 10.0
     probes: int = 150
     threads: int = 4
+    together: int = 8
 
 
 class Events:
@@ -92,10 +105,11 @@ class Lines(logging.Handler):
 
 
 class Foreign:
-    """Another process. `context`: bytes that it holds on the device before it takes any."""
+    """Another process. `context`: bytes that it holds on the device before it takes any; `copy_bytes_s`: how fast it
+    copied pinned host memory there, with nothing beside it."""
 
-    def __init__(self, process: asyncio.subprocess.Process, context: int) -> None:
-        self._process, self.context, self.held = process, context, 0
+    def __init__(self, process: asyncio.subprocess.Process, context: int, copy_bytes_s: float) -> None:
+        self._process, self.context, self.held, self.copy_bytes_s = process, context, 0, copy_bytes_s
         self.changing = False
 
     @classmethod
@@ -107,10 +121,10 @@ class Foreign:
             sys.executable, "-c", FOREIGN, device, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         assert process.stdout is not None
-        await process.stdout.readline()
+        rate = float(await process.stdout.readline())
         context = 0 if device == "cpu" else max(0, reading(devices, device) - before)
         devices.close()
-        return cls(process, context)
+        return cls(process, context, rate)
 
     async def take(self, size: int) -> None:
         """Hold so many bytes; returns when they are held."""
@@ -140,8 +154,10 @@ def reading(devices: Devices, device: str) -> int:
 class Scene:
     """The scheduler, its models, and what is known from outside."""
 
-    def __init__(self, sizes: Sizes, folder: Path, foreign: Foreign) -> None:
-        self.sizes, self.device, self.foreign = sizes, sizes.device, foreign
+    def __init__(
+        self, sizes: Sizes, folder: Path, foreign: Foreign, keep: Callable[[], None] = lambda: None
+    ) -> None:
+        self.sizes, self.device, self.foreign, self._keep = sizes, sizes.device, foreign, keep
         self._devices, self._state = Devices(), tempfile.TemporaryDirectory()
         self.base = reading(self._devices, self.device)
         self.budget = int(sizes.budget * GIB) if self.device != "cpu" else self.base + int(sizes.budget * GIB)
@@ -166,6 +182,11 @@ class Scene:
     def account(self) -> Any:
         """The ledger's account of the device."""
         return self.scheduler.memory.ledger.accounts[self.device]
+
+    def tell(self, row: dict[str, Any]) -> None:
+        """A row is there: it is shown, and everything so far is kept."""
+        print(f"  {row}", flush=True)
+        self._keep()
 
     def used(self) -> int:
         """Bytes in use on the device, read now."""
