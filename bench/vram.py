@@ -51,6 +51,9 @@ CHECK = Sizes(
     probes=30, threads=1, together=1,
 )  # fmt: skip
 FULL = Sizes(("8b", "4b", "1.7b"), "cuda:0")
+COMPILE_S = 150.0
+"""Seconds that compiling ahead may take at most: it saves the workers time, and whatever lacks they compile."""
+
 PROVENANCE = "import json, sys; from spectral.provenance import provenance; print(json.dumps(provenance(sys.argv[1])))"
 
 
@@ -244,36 +247,37 @@ async def attempt(part: Awaitable[None], name: str, scene: Scene, row: Part, lim
         row["plan"] = last and last.as_dict()
 
 
-def prepare(sizes: Sizes, folder: Path, limit: Limit) -> tuple[Part, Part]:
-    """Make models that are missing and compile what their shapes need, side by side; the seconds that each took, and
-    where the figures come from: asking that makes a context on a GPU, which this process is not to have."""
-    here = Path(__file__).parent
-    makers = {
-        f"make {name}": [here / "vram_models.py", folder, sizes.device, name]
-        for name in sizes.models
-        if not (folder / name / "profile.safetensors").exists()
-    }
-    makers |= {f"compile for {name}": [here / "vram_compile.py", sizes.device, name] for name in sizes.models}
-    environment = {"OMP_NUM_THREADS": str(sizes.threads), **os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+def prepare(sizes: Sizes, folder: Path, limit: Limit, out: Part) -> None:
+    """Make models that are missing and compile what their shapes need, side by side. Into `out`: the seconds that each
+    took, and where the figures come from: asking that makes a context on a GPU, which this process is not to have."""
+    missing = [name for name in sizes.models if not (folder / name / "profile.safetensors").exists()]
+    makers = {f"make {name}": ["bench.vram_models", folder, sizes.device, name] for name in missing}
+    compilers = {f"compile for {name}": ["bench.vram_compile", sizes.device, name] for name in sizes.models}
+    # Modules, not scripts: in a script's path transformers would take bench/kernels.py for the package of that name.
+    root = str(Path(__file__).resolve().parent.parent)
+    environment = {"OMP_NUM_THREADS": str(sizes.threads), **os.environ}
+    environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
 
-    def run(arguments: list[Any], **more: Any) -> tuple[float, str]:
-        began = time.monotonic()
+    def run(arguments: list[Any], most: float | None = None, **more: Any) -> tuple[float, str]:
+        began, bounds = time.monotonic(), [seconds for seconds in (most, limit.left) if seconds is not None]
         command = [sys.executable, *map(str, arguments)]
-        done = subprocess.run(command, check=True, env=environment, timeout=limit.left, text=True, **more)
+        timeout = min(bounds, default=None)
+        done = subprocess.run(command, check=True, env=environment, timeout=timeout, text=True, **more)
         return time.monotonic() - began, done.stdout or ""
 
-    took: Part = {}
+    took = out["prepared_s"] = {}
     with ThreadPoolExecutor(sizes.together) as pool:
         facts = pool.submit(run, ["-c", PROVENANCE, sizes.device], stdout=subprocess.PIPE)
-        waits = {what: pool.submit(run, arguments) for what, arguments in makers.items()}
+        waits = {what: pool.submit(run, ["-m", *more]) for what, more in makers.items()}
+        others = {what: pool.submit(run, ["-m", *more], COMPILE_S) for what, more in compilers.items()}
+        out |= {name: value for name, value in json.loads(facts.result()[1]).items() if name != "command"}
         for what, wait in waits.items():
+            took[what] = wait.result()[0]
+        for what, wait in others.items():
             try:
                 took[what] = wait.result()[0]
-            except subprocess.CalledProcessError as error:
-                if what.startswith("make"):
-                    raise
-                took[what] = f"failed with status {error.returncode}"  # the workers compile by themselves then
-        return took, json.loads(facts.result()[1])
+            except subprocess.SubprocessError as error:
+                took[what] = f"{type(error).__name__}: the workers compile what lacks"
 
 
 def rounded(value: Any) -> Any:
@@ -304,14 +308,14 @@ def main() -> None:
     folder = options.models or Path(tempfile.mkdtemp())
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
     command = " ".join([Path(sys.argv[0]).name, *(x if x[:1] != "/" else Path(x).name for x in sys.argv[1:])])
-    document: Part = {"seed": 6, "limit_s": options.limit, "sizes": vars(sizes)}
+    document: Part = {"seed": 6, "command": command, "limit_s": options.limit, "sizes": vars(sizes)}
 
     def keep(out: Part) -> None:
         write_json(options.json, rounded(document | out))
 
     try:
-        document["prepared_s"], facts = prepare(sizes, folder, limit)
-        document |= facts | {"command": command, "until_prepared_s": limit.used}
+        prepare(sizes, folder, limit, document)
+        document["until_prepared_s"] = limit.used
         print(f"{limit.used:.0f} s: prepared", json.dumps(rounded(document["prepared_s"])), flush=True)
         asyncio.run(study(sizes, folder, parts, limit, keep))
     except subprocess.TimeoutExpired:

@@ -1,6 +1,6 @@
 """Compiles the kernels that a model of bench/vram.py will ask for, before its worker does, into TRITON_CACHE_DIR.
 
-    python bench/vram_compile.py DEVICE NAME
+    python -m bench.vram_compile DEVICE NAME
 
 Two layers of the named shape are enough: kernels depend on heads, widths and rows, not on how many layers there are.
 Streams of short and of long contexts come and go, one to eight at once, at the profile's default and at coarser ones.
@@ -23,7 +23,7 @@ from spectral.engine.engine import Engine
 from spectral.engine.types import EngineLimits, Failed, GenerateRequest, SamplingParams
 
 STREAMS = 8
-LENGTHS = {"cpu": (24, 90), "cuda": (16, 1500, 8000)}
+LENGTHS = {"cpu": (24,), "cuda": (16, 1500, 8000)}
 
 
 def streams(engine: Engine, length: int, settings: tuple[str, ...]) -> None:

@@ -1,6 +1,6 @@
 """Models for bench/vram.py: Qwen3 shapes with random weights, the embedded model's tokenizer, and a synthetic profile.
 
-    python bench/vram_models.py FOLDER DEVICE NAME [NAME ...]
+    python -m bench.vram_models FOLDER DEVICE NAME [NAME ...]
 
 Each becomes FOLDER/NAME with a profile in FOLDER/NAME/profile.safetensors. Bases have the synthetic spectrum of
 bench/kernels.py, every layer its own importance, so every layer has other widths; the ladder's sizes follow from them.

@@ -133,6 +133,20 @@ def test_layers_are_spread_as_they_were_planned(parts: tuple[float, ...]) -> Non
         assert abs(size - wanted[f"cuda:{device}"]) <= 1.01 * layer, (held, wanted, layer)
 
 
+def test_the_script_that_compares_divides_the_embedded_model() -> None:
+    """Both GPUs have layers: limits of 0.7 and 0.9 of the model left all of them on the first."""
+    from accelerate import infer_auto_device_map
+
+    from bench.split_gpus import limits_of
+
+    model = load_model("demo-7m", device="cpu").model
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    limits = _placement(torch.device("cuda:0"), limits_of(size), model.config.num_hidden_layers)["max_memory"]
+    places = infer_auto_device_map(model, max_memory=limits, no_split_module_classes=list(model._no_split_modules))
+    layers = [place for name, place in places.items() if name.startswith("model.layers.")]
+    assert len(layers) == model.config.num_hidden_layers and min(layers.count(0), layers.count(1)) >= 2
+
+
 def test_the_script_that_compares_one_gpu_with_two_runs(tmp_path: Path) -> None:
     file = tmp_path / "split.json"
     command = [sys.executable, str(ROOT / "bench" / "split_gpus.py"), "--check", "--tokens", "24", "--json", str(file)]
