@@ -147,6 +147,7 @@ class DecodeGraphs:
         self._numbers: dict[int, Numbers] = {}
         self._chosen: dict[int, torch.Tensor] = {}
         self._memory: dict[int, Memory] = {}
+        self._known = 0
         self.steps = 0
 
     def fits(self, part: Part) -> bool:
@@ -163,6 +164,10 @@ class DecodeGraphs:
 
     def run(self, part: Part) -> Chosen:
         """One step of a part that `fits`: its sequences, their tokens, and log probabilities where wanted."""
+        count = len(self._stores())
+        if count < self._known:  # what steps of a store that has ended hold is to go: its setting's tables
+            self.prune()
+        self._known = count
         sequences = [sequence for sequence, _ in part.work]
         states = [sequence.sampler for sequence in sequences]
         store, fresh = sequences[0].lane.store, part.batch.new_pages

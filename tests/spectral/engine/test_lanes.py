@@ -71,6 +71,31 @@ def test_a_setting_that_was_left_keeps_no_tables(loaded: LoadedModel, monkeypatc
         gc.enable()
 
 
+def test_a_lane_that_has_ended_is_forgotten_by_steps_over_it(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPECTRAL_DECODE", "static")
+    engine, kept = demo(loaded, "16x"), []
+    old = weakref.ref(engine.store)
+    engine.submit(request("old", PROMPT[:200], 12))
+    gc.collect()
+    gc.disable()
+
+    def each(step: int) -> None:
+        if step == 6:
+            engine.set_setting("4x")
+            engine.submit(request("new", PROMPT[:200], 24))
+        if step > 6:
+            kept.append((len(engine.lanes.all), old() is not None))
+
+    try:
+        events = drive(engine, each)
+    finally:
+        gc.enable()
+    assert len(answer(events, "old")) == 12 and len(answer(events, "new")) == 24
+    assert (2, True) in kept and kept[-1] == (1, False) and kept.count((1, True)) <= 2
+
+
 def test_relaxing_is_for_those_who_begin_then(loaded: LoadedModel) -> None:
     engine = demo(loaded, "16x")
     engine.submit(request("old", PROMPT, 40))
