@@ -64,7 +64,7 @@ _FACTORIES: tuple[Factory, ...] = (
     partial(Svdq, schedule=(4, 4, 2, 0, 0, 0, 0, 0), value_bits=2),
     *(partial(Kvtc, ratio=ratio) for ratio in (3.5, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 13.0, 16.0, 22.0, 32.0)),
     *(partial(EigenAttention, share=share) for share in (0.6, 0.25, 0.125)),
-    *(partial(EigenBudget, budget=budget) for budget in (0.0125, 0.025, 0.05)),
+    *(partial(EigenBudget, budget=budget) for budget in (0.025, 0.05, 0.1)),
     partial(Xkv, key_share=1 / 8, value_share=3 / 16),
     partial(Xkv, key_share=3 / 32, value_share=9 / 64),
     *(partial(Think, prune=prune) for prune in (0.4, 0.5)),

@@ -144,7 +144,7 @@ LADDERS = [
     ["kvtc-32x", "kvtc-16x", "kvtc-8x", "kvtc-4x"],
     ["jarviskv-repaired-r0.25-b3", "jarviskv-repaired-r0.5-b3", "jarviskv-repaired-r0.75-b3"],
     ["eigen-attention-0.125", "eigen-attention-0.25", "eigen-attention-0.6"],
-    ["eigen-attention-budget-0.05", "eigen-attention-budget-0.025", "eigen-attention-budget-0.0125"],
+    ["eigen-attention-budget-0.1", "eigen-attention-budget-0.05", "eigen-attention-budget-0.025"],
     ["xkv-4-r0.117", "xkv-4-r0.156"],
     ["think-0.5", "think-0.4"],
 ]
