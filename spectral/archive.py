@@ -2,7 +2,8 @@
 
 Codes come out of the quantizer nearly uniform, so a general compressor sees noise in a page: fields of different widths
 lie side by side. What order-0 redundancy there is (docs/cold-tier.md) shows when each field of many pages is coded by
-itself; zstd's Huffman stage then takes it at memory-like speed. Pages come back bit for bit.
+itself; zstd's Huffman stage then takes it at memory-like speed. Codes of three bits lie in a page as a sign and two
+bits, which are as often small as large until those of negative numbers are turned over. Pages come back bit for bit.
 
 Blob: magic, version, number of pages, bytes of a page, digest of the codec's layout | per stream: compressed or raw,
 its length | the streams | BLAKE2b-128 of everything before. A stream is never shorter than 1/16 of what it stands for:
@@ -14,16 +15,18 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 import zstandard
 
-from spectral.codec import ExactCodec, PageCodec
+from spectral.codec import ExactCodec, LayerCodec, PageCodec
 from spectral.errors import SessionError
 
 MAGIC = b"SPCA"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_SHRINK = 16
 """A stream that shrinks more than this is stored as it is, and a blob that claims to have is refused."""
 
@@ -53,8 +56,10 @@ def archive_pages(pages: torch.Tensor, codec: PageCodec) -> bytes:
     """
     if pages.dtype != torch.uint8 or pages.ndim != 2 or pages.shape[1] != codec.page_nbytes:
         raise ValueError(f"pages must be uint8 [n, {codec.page_nbytes}], got {pages.dtype} {list(pages.shape)}")
-    table = pages.cpu().numpy()
-    columns = [np.concatenate([table[:, part] for part in stream], 1) for stream in page_streams(codec)]
+    table, plan = pages.cpu().numpy(), _plan_of(codec)
+    columns = [np.concatenate([table[:, part] for part in stream], 1) for stream in plan.streams]
+    if plan.signed is not None:
+        columns[plan.signed] ^= plan.turns(table)
     return seal_streams(columns, len(table), codec.page_nbytes, layout_digest(codec))
 
 
@@ -64,13 +69,14 @@ def restore_pages(data: bytes, codec: PageCodec) -> torch.Tensor:
     Raises:
         SessionError: the blob is damaged, of another version, or of a codec with another layout.
     """
-    streams = page_streams(codec)
-    widths = [sum(len(range(*part.indices(codec.page_nbytes))) for part in stream) for stream in streams]
+    plan = _plan_of(codec)
+    widths = [sum(len(range(*part.indices(codec.page_nbytes))) for part in stream) for stream in plan.streams]
     count, columns = open_streams(data, widths, codec.page_nbytes, layout_digest(codec))
     pages = np.zeros((count, codec.page_nbytes), dtype=np.uint8)  # padding is in no stream
-    for stream, column in zip(streams, columns, strict=True):
-        at = 0
-        for part in stream:
+    order = sorted(range(len(columns)), key=lambda i: i == plan.signed)  # signs before what they turn over
+    for i in order:
+        column, at = columns[i] if i != plan.signed else columns[i] ^ plan.turns(pages), 0
+        for part in plan.streams[i]:
             target = pages[:, part]
             target[:] = column[:, at : at + target.shape[1]]
             at += target.shape[1]
@@ -95,17 +101,70 @@ def restore_tensor(data: bytes, like: torch.Tensor) -> torch.Tensor:
 
 
 def page_streams(codec: PageCodec) -> list[Stream]:
-    """Which bytes of a page are coded together: the same plane and class of all units, or the same byte of all
-    numbers."""
+    """Which bytes of a page are coded together: the same plane of the same width in all units and classes, or the same
+    byte of all numbers."""
+    return list(_plan_of(codec).streams)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How a codec's pages are coded.
+
+    Attributes:
+        streams: as of `page_streams`; signed: the one with the low parts of three bits, None without any.
+        byte, shift: of every byte of that stream, the page's byte with the signs of its four codes, and where there.
+    """
+
+    streams: tuple[Stream, ...]
+    signed: int | None = None
+    byte: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    shift: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
+
+    def turns(self, pages: np.ndarray) -> np.ndarray:
+        """What the signed stream is xored with, uint8 [n, bytes]: ones in the fields of codes below the middle."""
+        signs = (pages.take(self.byte, axis=1) >> self.shift) & 0x0F
+        signs = (signs | signs << 2) & 0x33
+        signs = (signs | signs << 1) & 0x55
+        signs *= 3
+        return np.invert(signs, out=signs)
+
+
+_PLANS: WeakKeyDictionary[LayerCodec, _Plan] = WeakKeyDictionary()
+
+
+def _plan_of(codec: PageCodec) -> _Plan:
     if isinstance(codec, ExactCodec):
         size = codec.dtype.itemsize
-        return [(slice(i, codec.page_nbytes, size),) for i in range(size)]
+        return _Plan(tuple((slice(i, codec.page_nbytes, size),) for i in range(size)))
+    if codec not in _PLANS:
+        _PLANS[codec] = _plan(codec)
+    return _PLANS[codec]
+
+
+def _plan(codec: LayerCodec) -> _Plan:
     parts: dict[tuple[int, int], list[slice]] = {}
+    byte: list[np.ndarray] = [np.zeros(0, np.int64)]
+    shift: list[np.ndarray] = [np.zeros(0, np.uint8)]
     for unit, start in zip(codec.units, codec.starts, strict=False):
+        signs = {strip.number: strip for strip in unit.layout.strips if strip.bits == 1}
         for strip in unit.layout.strips:
-            span = slice(start + strip.start, start + strip.stop)
-            parts.setdefault((strip.bits, strip.number), []).append(span)
-    return [tuple(spans) for spans in parts.values()]
+            size, first = strip.cell_nbytes, start + strip.start
+            for cell in range(strip.cells):
+                # A cell of one bit holds two runs, which may differ in width: signs, or codes of one bit.
+                width = 1 if strip.bits == 1 else int(unit.layout.widths[strip.number, strip.runs[cell]])
+                spans = parts.setdefault((strip.bits, width), [])
+                begin = first + cell * size
+                if spans and spans[-1].stop == begin:
+                    begin = spans.pop().start
+                spans.append(slice(begin, first + (cell + 1) * size))
+                if (strip.bits, width) == (2, 3):
+                    of = signs[strip.number]
+                    pair, half = divmod(of.runs.index(strip.runs[cell]), 2)
+                    byte.append(start + of.start + pair * of.cell_nbytes + np.arange(size))
+                    shift.append(np.full(size, 4 * half, np.uint8))
+    signed = list(parts).index((2, 3)) if (2, 3) in parts else None
+    streams = tuple(tuple(spans) for spans in parts.values())
+    return _Plan(streams, signed, np.concatenate(byte), np.concatenate(shift))
 
 
 def layout_digest(codec: PageCodec) -> bytes:

@@ -70,6 +70,22 @@ def test_streams_cover_every_byte_of_a_page_but_padding_once(codec: LayerCodec) 
     assert padding.shape[1] < 8 * len(codec.units) and not padding.any()
 
 
+@pytest.mark.parametrize("width", [2, 3, 4, 6, 8])
+def test_normal_coefficients_are_stored_in_little_more_than_their_entropy(width: int) -> None:
+    """Three bits as well, though each of their planes alone is as good as random."""
+    codec = layer_codec(np.full((5, 2), width))
+    unit = codec.units[0]
+    y = torch.randn((3000, 16, unit.rank), generator=torch.Generator().manual_seed(width))
+    pages = unit.quantize(y)
+    codes = unit.codes(pages).index_select(1, unit.width_places[width])
+    share = codes.flatten().bincount(minlength=2**width).double() / codes.numel()
+    entropy = float(-(share * share.clamp_min(1e-12).log2()).sum()) / width
+    size = len(archive_pages(pages, codec)) / pages.numel()
+    # Six bits in planes of four and two: what links the planes is lost.
+    assert entropy - 0.001 < size < entropy + 0.01
+    assert width == 2 or size < 0.95
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_exact_pages_come_back_and_shrink(dtype: torch.dtype) -> None:
     codec = ExactCodec(kv_heads=2, key_dim=8, value_dim=8, page_tokens=16, dtype=dtype)
