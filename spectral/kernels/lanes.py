@@ -52,34 +52,62 @@ def _score_rows(bits: int, rows: int) -> str:
 
 
 @triton.constexpr_function
-def _mix_cell(bits: int) -> str:
-    """Operands: out C [4 per tile of 8 latents]; in C, words of four rows, a [4], masks [tiles, or the permutation]."""
-    tiles = 4 if bits == 1 else 2
-    words = max(1, bits // 2)
+def row_place(bits: int, rows: int, quarter: int, row: int) -> int:
+    """Byte at which row `row` of a lane's four lies in its words (spectral.kernels.items.lane_rows), of its quarter
+    `quarter`; rows: of the class."""
+    unit, quarters = max(1, bits // 2), 4 if bits in (2, 4) else 2
+    if rows >= 4:
+        return (4 * quarter + row) * unit
+    part = max(4, quarters * rows * unit)
+    return row // rows * part + (quarter * rows + row % rows) * unit
+
+
+@triton.constexpr_function
+def _mix_rows(bits: int, rows: int) -> str:
+    """Operands: out C [4 per tile]; in C, words, a [4]. A tile is a field of the lane's quarters, one after another."""
+    tiles, quarters = 8 if bits == 8 else 16, 4 if bits in (2, 4) else 2
+    words = max(2, 2 * bits) if bits < 8 else 8
+    if bits == 1 and rows < 2:
+        words = 4
     out = [[f"${4 * n + i}" for i in range(4)] for n in range(tiles)]
     base = 8 * tiles
     x = [f"${base + i}" for i in range(words)]
     a = [f"${base + words + i}" for i in range(4)]
-    m = [f"${base + words + 4 + i}" for i in range(tiles)]
-    lines = ["{", ".reg .b32 u, v, w, b<2>;"]
+    lines = ["{", ".reg .b32 u<2>, b<2>;"]
     lines += [f"mov.b32 ${i}, ${4 * tiles + i};" for i in range(4 * tiles)]
-    if bits <= 2:  # one word: a byte for each of the four rows
-        lines += [f"prmt.b32 u, {x[0]}, 0, 0x4140;", f"prmt.b32 v, {x[0]}, 0, 0x4342;"]
-    for n in range(tiles):
-        if bits <= 2:
-            lines += [f"and.b32 b0, u, {m[n]};", f"and.b32 b1, v, {m[n]};"]
-        elif bits == 4:  # two words: two bytes for each row
+    n = 0
+    for quarter in range(quarters):
+        at = [row_place(bits, rows, quarter, row) for row in range(4)]
+        for field in range(8 if bits == 1 else 4):
             for side in (0, 1):
-                source = x[side]
-                if n:
-                    lines.append(f"shr.b32 u, {x[side]}, 8;")
-                    source = "u"
-                lines.append(f"and.b32 b{side}, {source}, {m[0]};")
-        else:  # four words, one a row: byte (2 n + parity) of two of them
-            for side in (0, 1):
-                lines.append(f"prmt.b32 u, {x[2 * side]}, {x[2 * side + 1]}, {m[n]};")
-                lines.append(f"and.b32 b{side}, u, 0x00FF00FF;")
-        lines.append(_mma(out[n], a, ["b0", "b1"]))
+                low, high = at[2 * side], at[2 * side + 1]
+                pair = f"{x[low // 4]}, {x[high // 4]}"
+                i, j = low % 4, high % 4 + 4
+                if bits == 8:
+                    lines += [f"prmt.b32 u{side}, {pair}, 0x{j + field:x}{j + field:x}{field:x}{field:x};"]
+                    lines += [f"and.b32 b{side}, u{side}, 0x00FF00FF;"]
+                    continue
+                if bits == 4:
+                    if field == 0:
+                        lines.append(f"prmt.b32 u{side}, {pair}, 0x{j + 1:x}{j:x}{i + 1:x}{i:x};")
+                    elif field == 2:
+                        lines.append(f"shr.b32 u{side}, u{side}, 8;")
+                    mask = 0x000F000F << 4 * (field % 2)
+                else:
+                    if field == 0:
+                        lines.append(f"prmt.b32 u{side}, {pair}, 0x{j:x}{j:x}{i:x}{i:x};")
+                    mask = (0x00010001 if bits == 1 else 0x00030003) << bits * field
+                lines.append(f"and.b32 b{side}, u{side}, 0x{mask:08X};")
+            lines.append(_mma(out[n], a, ["b0", "b1"]))
+            n += 1
+    return "\n".join([*lines, "}"])
+
+
+@triton.constexpr_function
+def _sum_rows() -> str:
+    """Operands: out C [4]; in C, a [4]: the other operand is the smallest fp16 number everywhere."""
+    lines = ["{", ".reg .b32 b;", "mov.b32 b, 0x00010001;"] + [f"mov.b32 ${i}, ${4 + i};" for i in range(4)]
+    lines.append(_mma([f"${i}" for i in range(4)], [f"${8 + i}" for i in range(4)], ["b", "b"]))
     return "\n".join([*lines, "}"])
 
 
@@ -89,8 +117,13 @@ def score_text(bits, rows):
 
 
 @triton.constexpr_function
-def mix_text(bits):
-    return _mix_cell(int(bits))
+def mix_text(bits, rows):
+    return _mix_rows(int(bits), int(rows))
+
+
+@triton.constexpr_function
+def sum_text():
+    return _sum_rows()
 
 
 @triton.constexpr_function
@@ -182,20 +215,22 @@ def word(p, NBYTES: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
-def store_two(p, x, y, keep, FAST: tl.constexpr):
-    """Two fp32 numbers to eight aligned bytes, where `keep` is not zero."""
+def store_numbers(p, a, b, c, d, keep, FAST: tl.constexpr):
+    """Four fp32 numbers to sixteen aligned bytes, where `keep` is not zero."""
     if FAST:
         tl.inline_asm_elementwise(
-            "{.reg .pred p; setp.ne.b32 p, $4, 0; @p st.global.v2.f32 [$1], {$2, $3}; mov.b32 $0, 0;}",
-            "=r,l,f,f,r",
-            [p.to(tl.int64), x, y, keep],
+            "{.reg .pred p; setp.ne.b32 p, $6, 0; @p st.global.v4.f32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0;}",
+            "=r,l,f,f,f,f,r",
+            [p.to(tl.int64), a, b, c, d, keep],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
         )
     else:
-        tl.store(p, x, mask=keep != 0)
-        tl.store(p + 1, y, mask=keep != 0)
+        tl.store(p, a, mask=keep != 0)
+        tl.store(p + 1, b, mask=keep != 0)
+        tl.store(p + 2, c, mask=keep != 0)
+        tl.store(p + 3, d, mask=keep != 0)
 
 
 @triton.jit
@@ -314,37 +349,56 @@ def score_rows(c, x, a, BITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.conste
 
 
 @triton.jit
-def mix_cell(c, x, a, m, there, BITS: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr):
-    """Add one cell's part of four rows a lane to the sums of its latents.
+def _half_rows(x, BITS: tl.constexpr, ROWS: tl.constexpr, quarter: tl.constexpr, row: tl.constexpr, f: tl.constexpr):
+    """Field f of rows `row` and row + 1 of a lane's quarter, as two halves."""
+    low = row_place(BITS, ROWS, quarter, row)
+    high = row_place(BITS, ROWS, quarter, row + 1)
+    if BITS == 8:
+        return byte(x[low // 4], f) | (byte(x[high // 4], f) << 16)
+    elif BITS == 4:
+        at: tl.constexpr = f // 2
+        y = byte(x[low // 4], low % 4 + at) | (byte(x[high // 4], high % 4 + at) << 16)
+        return y & (0x000F000F << 4 * (f % 2))
+    else:
+        y = byte(x[low // 4], low % 4) | (byte(x[high // 4], high % 4) << 16)
+        return y & ((2**BITS - 1) * 0x00010001 << BITS * f)
+
+
+@triton.jit
+def mix_rows(c, x, a, BITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr):
+    """Add a lane's four rows of an item to the sums of its latents.
 
     Args:
-        c: fp32 sums, 4 for each tile of 8 latents; x: words: the four rows of the lane's quarter; a: 4 words: weights
-        of those rows for heads g and g + 8; m: a mask (8 bits: a permutation) for each tile, for the lane's parity;
-        there: whether the item has this cell (only the interpreter saves the work: on a GPU nothing is won).
+        c: fp32 sums, 4 for each tile (spectral.kernels.items); x: words of the rows; a: 4 words: weights of those rows
+        for heads g and g + 8.
     """
-    TILES: tl.constexpr = 4 if BITS == 1 else 2
+    TILES: tl.constexpr = 8 if BITS == 8 else 16
     if FAST:
-        WORDS: tl.constexpr = max(1, BITS // 2)
         c = tl.inline_asm_elementwise(
-            mix_text(BITS),
-            constraints(4 * TILES, 4 * TILES, WORDS + 4 + TILES),
-            c + x + a + m,
+            mix_text(BITS, ROWS),
+            constraints(4 * TILES, 4 * TILES, len(x) + 4),
+            c + x + a,
             dtype=floats(4 * TILES),
             is_pure=True,
             pack=1,
         )
-    elif there:
+    else:
+        F: tl.constexpr = 8 if BITS == 1 else 4
         for n in tl.static_range(TILES):
-            if BITS <= 2:
-                b0 = (byte(x[0], 0) | (byte(x[0], 1) << 16)) & m[n]
-                b1 = (byte(x[0], 2) | (byte(x[0], 3) << 16)) & m[n]
-            elif BITS == 4:
-                b0 = (x[0] >> (8 * n)) & m[0]
-                b1 = (x[1] >> (8 * n)) & m[0]
-            else:
-                at = m[n] & 3
-                b0 = byte(x[0], at) | (byte(x[1], at) << 16)
-                b1 = byte(x[2], at) | (byte(x[3], at) << 16)
+            b0 = _half_rows(x, BITS, ROWS, n // F, 0, n % F)
+            b1 = _half_rows(x, BITS, ROWS, n // F, 2, n % F)
             r = mma(c[4 * n], c[4 * n + 1], c[4 * n + 2], c[4 * n + 3], a[0], a[1], a[2], a[3], b0, b1, WARPS)
             c = replace(c, r, 4 * n, 4 * TILES)
     return c
+
+
+@triton.jit
+def sum_rows(c, a, WARPS: tl.constexpr, FAST: tl.constexpr):
+    """Add four rows' weights to their sums for heads g (c[0]) and g + 8 (c[2]), over 2^24."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            sum_text(), constraints(4, 4, 4), c + a, dtype=floats(4), is_pure=True, pack=1
+        )
+    else:
+        one = tl.full([32 * WARPS], 0x00010001, tl.int32)
+        return mma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], one, one, WARPS)

@@ -1,6 +1,6 @@
 """Sums of packed values with weights, over tokens: one item of a class over a split of a sequence.
 
-The warps of a program take turns with blocks; what a step needs is asked for three steps ahead
+The warps of a program take turns with blocks. What a step of 16 rows needs is asked for two steps ahead
 (spectral.kernels.items), the weights in the order in which the score kernel left them.
 """
 
@@ -10,22 +10,9 @@ import triton
 import triton.language as tl
 
 from spectral.kernels.classes import class_rows, first_row, log2
-from spectral.kernels.items import STAGE, STAGES, copied_pages, copy_step, item_step
-from spectral.kernels.lanes import mix_cell, product, store_two, take, twice, word
-from spectral.kernels.staging import held_float, hold_float, stage, wait_stages
-
-
-@triton.jit
-def _masks(parity, BITS: tl.constexpr):
-    """For each tile of 8 latents the bits that this lane's latent has in a row's bytes (8 bits: the bytes to take)."""
-    if BITS == 1:
-        return 0x00010001 << parity, 0x00040004 << parity, 0x00100010 << parity, 0x00400040 << parity
-    elif BITS == 2:
-        return 0x00030003 << (2 * parity), 0x00300030 << (2 * parity)
-    elif BITS == 4:
-        return 0x000F000F << (4 * parity), 0x000F000F << (4 * parity)
-    else:
-        return parity | ((4 + parity) << 8), (2 + parity) | ((6 + parity) << 8)
+from spectral.kernels.items import item_quarters, item_tiles, lane_offset, lane_rows, page_ids
+from spectral.kernels.lanes import four_words, mix_rows, product, store_numbers, sum_rows, twice, word
+from spectral.kernels.staging import held_float, hold_float, stage
 
 
 @triton.jit
@@ -43,106 +30,113 @@ def _factors(factor, blk, b1, g, FAST: tl.constexpr):
 
 
 @triton.jit
+def _column(tile, t, odd, BITS: tl.constexpr):
+    """Where the latents of a tile and the three behind it are in an item's output, of column 2 t + odd, and the cell
+    they are of."""
+    column = 2 * t + odd
+    if item_quarters(BITS) == 4:
+        return 16 * column + tile, column
+    half = column % 2 * 8
+    if BITS == 8:
+        return 16 * (column // 2) + half + tile, column // 2
+    return 16 * (2 * (column // 2) + tile // 4 % 2) + half + tile // 8 * 4, column // 2
+
+
+@triton.jit
 def _store_sums(
-    c, out, cells, outputs, shared, warp, lane,
-    CELLS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr,
+    c, out, cells, outputs, shared, warp, g, t,
+    BITS: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Sums over warps, stored: c holds 4 numbers of a lane for every tile of 8 latents of every cell."""
+    """Sums over warps, stored: c holds 4 numbers of a lane for every tile: heads g, g, g + 8, g + 8 and columns 2 t, 2
+    t + 1, 2 t, 2 t + 1."""
+    TILES: tl.constexpr = item_tiles(BITS)
     if FAST:
-        EACH: tl.constexpr = 32 // WARPS  # of 32 numbers a lane, summed by one warp
-        wait_stages(lane, 0)
-        for half in tl.static_range(CELLS * TILES // 8):
+        tl.static_assert(WARPS == 4)
+        lane = g * 4 + t
+        for half in tl.static_range(TILES // 8):  # a warp sums one of a tile's four numbers
             tl.debug_barrier()
             for k in tl.static_range(32):
-                hold_float(shared + (warp * 128 + lane * 4 + k * (WARPS * 128)), c[32 * half + k])
+                hold_float(shared + (warp * 128 + lane * 4 + k * 512), c[32 * half + k])
             tl.debug_barrier()
             x = ()
-            for k in tl.static_range(EACH):
-                at = shared + (warp * (EACH * WARPS * 128) + lane * 4 + k * (WARPS * 128))
+            for tile in tl.static_range(8):
+                at = shared + (lane * 4 + tile * 2048 + warp * 512)
                 y = held_float(at)
                 for w in tl.static_range(1, WARPS):
                     y += held_float(at + w * 128)
                 x = x + (y,)
-            for k in tl.static_range(EACH // 4):
-                n = 8 * half + warp * (EACH // 4) + k  # tile
-                tile = n % TILES
-                p = out + (lane // 4 * outputs + 4 * (lane % 4) + 8 * TILES * (n // TILES))
-                p += 16 * (tile // 2) + 2 * (tile % 2)
-                keep = (n // TILES < cells).to(tl.int32)
-                store_two(p, x[4 * k], x[4 * k + 1], keep, FAST)
-                store_two(p + 8 * outputs, x[4 * k + 2], x[4 * k + 3], keep, FAST)
+            for k in tl.static_range(2):
+                column, cell = _column(8 * half + 4 * k, t, warp % 2, BITS)
+                p = out + ((g + warp // 2 * 8) * outputs + column)
+                store_numbers(p, x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3], (cell < cells).to(tl.int32), FAST)
     else:
         i = tl.arange(0, 32)
-        p0 = out + (i // 4) * outputs + 4 * (i % 4)
-        for cell in tl.static_range(CELLS):
-            keep = tl.full([32], 1, tl.int32) * (cells > cell)
-            for tile in tl.static_range(TILES):
-                p = p0 + 8 * TILES * cell + 16 * (tile // 2) + 2 * (tile % 2)
-                k = 4 * (TILES * cell + tile)
-                store_two(p, _all_warps(c[k], WARPS), _all_warps(c[k + 1], WARPS), keep, FAST)
-                p += 8 * outputs
-                store_two(p, _all_warps(c[k + 2], WARPS), _all_warps(c[k + 3], WARPS), keep, FAST)
+        for tile in tl.static_range(0, TILES, 4):
+            for k in tl.static_range(4):
+                column, cell = _column(tile, i % 4, k % 2, BITS)
+                p = out + (i // 4 + k // 2 * 8) * outputs + column
+                x = ()
+                for n in tl.static_range(4):
+                    x = x + (_all_warps(c[4 * (tile + n) + k], WARPS),)
+                store_numbers(p, x[0], x[1], x[2], x[3], (cell < cells).to(tl.int32), FAST)
+
+
+@triton.jit
+def _step(
+    base, id, page_nbytes, w, number, lane, BITS: tl.constexpr, CLASS: tl.constexpr, FAST: tl.constexpr
+):
+    """What a step needs: the lane's rows, and their weights."""
+    ROWS: tl.constexpr = class_rows(CLASS)
+    x = lane_rows(base, id, page_nbytes, BITS, CLASS, FAST)
+    return x, four_words(w + ((number >> log2(16 // ROWS)) * 128 + lane * 4), FAST)
 
 
 @triton.jit
 def _mix(
-    base, ids, b0, b1, last, page_nbytes, w, factor, held, warp, g, t, out, cells, outputs, sums, wanted,
-    BITS: tl.constexpr, CLASS: tl.constexpr, CELLS: tl.constexpr, PB: tl.constexpr, P: tl.constexpr,
-    WARPS: tl.constexpr, FAST: tl.constexpr,
+    base, ids, b0, b1, last, page_nbytes, w, factor, shared, warp, g, t, out, cells, outputs, sums, wanted,
+    BITS: tl.constexpr, CLASS: tl.constexpr, PB: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """One item of one plane and class over blocks b0 .. b1 - 1 of a sequence: warps take turns with blocks."""
     ROWS: tl.constexpr = class_rows(CLASS)
     STEP: tl.constexpr = 16 // ROWS  # pages that make 16 rows
     PER: tl.constexpr = PB // STEP
-    TILES: tl.constexpr = 4 if BITS == 1 else 2
-    WORDS: tl.constexpr = max(1, BITS // 2)
+    AHEAD: tl.constexpr = min(PER, 2)
     N: tl.constexpr = 32 * WARPS
-    m = _masks(g % 2, BITS)
-    c = (tl.zeros([N], tl.float32),) * (CELLS * TILES * 4)
-    total = (tl.zeros([N], tl.float32),) * 8
-    one = tl.full([N], 0x00010001, tl.int32)
+    c = (tl.zeros([N], tl.float32),) * (4 * item_tiles(BITS))
+    total = (tl.zeros([N], tl.float32),) * 4
     lane = g * 4 + t
-    turns = (b1 - b0 + WARPS - 1) // WARPS
+    base += lane_offset(g, t, BITS, CLASS)
     end = b1 * PB - STEP  # a warp without a block takes the last one's bytes, and no weight of them
     mine = (b0 + warp) * PB
+    steps = ()
     id = ()
-    if FAST:
-        for ahead in tl.static_range(STAGES - 1):
-            number = tl.minimum(mine + _steps_pages(ahead, PER, STEP, PB, WARPS), end)
-            id = copied_pages(ids, number, last, lane, BITS, CELLS, CLASS)
-            copy_step(base, id, page_nbytes, held, w, number, ahead, lane, BITS, CELLS, CLASS)
-        number = tl.minimum(mine + _steps_pages(STAGES - 1, PER, STEP, PB, WARPS), end)
-        id = copied_pages(ids, number, last, lane, BITS, CELLS, CLASS)
+    for s in tl.static_range(AHEAD):
+        number = tl.minimum(mine + _steps_pages(s, PER, STEP, PB, WARPS), end)
+        this = page_ids(ids, number, last, t, CLASS, FAST)
+        steps = steps + (_step(base, this, page_nbytes, w, number, lane, BITS, CLASS, FAST),)
+        number = tl.minimum(mine + _steps_pages(s + AHEAD, PER, STEP, PB, WARPS), end)
+        id = id + (page_ids(ids, number, last, t, CLASS, FAST),)
     f0, f1 = _factors(factor, b0 + warp, b1, g, FAST)
-    for turn in range(turns):
-        for k in range(PER):
-            n = turn * PER + k
-            if FAST:
-                wait_stages(lane, STAGES - 2)
-                number = tl.minimum(mine + _steps_pages(n + STAGES - 1, PER, STEP, PB, WARPS), end)
-                copy_step(base, id, page_nbytes, held, w, number, n + STAGES - 1, lane, BITS, CELLS, CLASS)
-                number = tl.minimum(mine + _steps_pages(n + STAGES, PER, STEP, PB, WARPS), end)
-                id = copied_pages(ids, number, last, lane, BITS, CELLS, CLASS)
-            number = tl.minimum(mine + _steps_pages(n, PER, STEP, PB, WARPS), end)
-            x, a = item_step(base, ids, number, last, page_nbytes, held, w, n, g, t, cells, BITS, CLASS, CELLS, FAST)
-            s = (product(a[0], f0, FAST), product(a[1], f1, FAST), product(a[2], f0, FAST), product(a[3], f1, FAST))
+    for turn in range((b1 - b0 + WARPS - 1) // WARPS):
+        for first in range(0, PER, AHEAD):
             new = ()
-            for cell in tl.static_range(CELLS):
-                new = new + mix_cell(
-                    take(c, 4 * TILES * cell, 4 * TILES),
-                    take(x, WORDS * cell, WORDS),
-                    s,
-                    m,
-                    cells > cell,
-                    BITS,
-                    WARPS,
-                    FAST,
-                )
-            c = new
-            if wanted > 0:
-                total = mix_cell(total, (one * 0x101,), s, (one, one), cells >= 0, 2, WARPS, FAST)
+            following = ()
+            for s in tl.static_range(AHEAD):
+                x = steps[s][0]
+                a0, a2, a1, a3 = steps[s][1]
+                a = (product(a0, f0, FAST), product(a1, f1, FAST), product(a2, f0, FAST), product(a3, f1, FAST))
+                c = mix_rows(c, x, a, BITS, ROWS, WARPS, FAST)
+                if wanted > 0:
+                    total = sum_rows(total, a, WARPS, FAST)
+                n = turn * PER + first + s
+                number = tl.minimum(mine + _steps_pages(n + AHEAD, PER, STEP, PB, WARPS), end)
+                new = new + (_step(base, id[s], page_nbytes, w, number, lane, BITS, CLASS, FAST),)
+                number = tl.minimum(mine + _steps_pages(n + 2 * AHEAD, PER, STEP, PB, WARPS), end)
+                following = following + (page_ids(ids, number, last, t, CLASS, FAST),)
+            steps = new
+            id = following
         f0, f1 = _factors(factor, b0 + (turn + 1) * WARPS + warp, b1, g, FAST)
-    _store_sums(c, out, cells, outputs, held - warp * (STAGES * STAGE), warp, lane, CELLS, TILES, WARPS, FAST)
+    _store_sums(c, out, cells, outputs, shared, warp, g, t, BITS, WARPS, FAST)
     i = tl.arange(0, 32)
     if wanted > 0:
         p = sums + CLASS * 16 + i // 4
@@ -161,30 +155,15 @@ def _all_warps(x, WARPS: tl.constexpr):
 
 @triton.jit
 def _mix_class(
-    plane, base, ids, b0, b1, last, page_nbytes, w, factor, held, warp, g, t, out, cells, outputs, sums, wanted,
-    CLASS: tl.constexpr, PB: tl.constexpr, P: tl.constexpr, WARPS: tl.constexpr,
-    FAST: tl.constexpr,
+    plane, base, ids, b0, b1, last, page_nbytes, w, factor, shared, warp, g, t, out, cells, outputs, sums, wanted,
+    CLASS: tl.constexpr, PB: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    if plane == 0:
-        _mix(
-            base, ids, b0, b1, last, page_nbytes, w, factor, held, warp, g, t, out, cells, outputs, sums, wanted,
-            8, CLASS, 4, PB, P, WARPS, FAST,
-        )  # fmt: skip
-    if plane == 1:
-        _mix(
-            base, ids, b0, b1, last, page_nbytes, w, factor, held, warp, g, t, out, cells, outputs, sums, wanted,
-            4, CLASS, 8, PB, P, WARPS, FAST,
-        )  # fmt: skip
-    if plane == 2:
-        _mix(
-            base, ids, b0, b1, last, page_nbytes, w, factor, held, warp, g, t, out, cells, outputs, sums, wanted,
-            2, CLASS, 8, PB, P, WARPS, FAST,
-        )  # fmt: skip
-    if plane == 3:
-        _mix(
-            base, ids, b0, b1, last, page_nbytes, w, factor, held, warp, g, t, out, cells, outputs, sums, wanted,
-            1, CLASS, 4, PB, P, WARPS, FAST,
-        )  # fmt: skip
+    for number in tl.static_range(4):
+        if plane == number:
+            _mix(
+                base, ids, b0, b1, last, page_nbytes, w, factor, shared, warp, g, t, out, cells, outputs, sums, wanted,
+                8 >> number, CLASS, PB, WARPS, FAST,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["blocks", "units", "splits", "split_blocks"])
@@ -244,9 +223,9 @@ def mix_kernel(
     b0 = split * split_blocks
     b1 = tl.minimum(b0 + split_blocks, (pages + PB - 1) // PB)
     i = tl.arange(0, 32 * WARPS)
-    held = i
+    shared = i
     if FAST:
-        held = stage(i, WARPS * STAGES * STAGE) + i // 32 * (STAGES * STAGE)
+        shared = stage(i, 32 * 128 * WARPS)
     if b0 < b1:
         unit = tl.load(entry)
         kind = tl.load(entry + 1)
@@ -264,6 +243,6 @@ def mix_kernel(
                 # 16 rows of a class are 256 halves; the classes before it have first_row(number) rows a page
                 w = weight_ptr + (where.to(tl.int64) * P + first_row(number)) * pages_max * 16
                 _mix_class(
-                    plane, base, ids, b0, b1, pages - 1, page_nbytes, w.to(tl.pointer_type(tl.int32)), factor, held,
-                    i // 32, (i % 32) // 4, i % 4, out, cells, outputs, sums, wanted, number, PB, P, WARPS, FAST,
+                    plane, base, ids, b0, b1, pages - 1, page_nbytes, w.to(tl.pointer_type(tl.int32)), factor, shared,
+                    i // 32, (i % 32) // 4, i % 4, out, cells, outputs, sums, wanted, number, PB, WARPS, FAST,
                 )  # fmt: skip
