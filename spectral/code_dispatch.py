@@ -10,10 +10,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from spectral.codec import Codebook, LayerCodec, PageCodec
-from spectral.dispatch import VARIABLE, attention_choice, trusted, wanted
+from spectral.dispatch import VARIABLE, attention_choice, launching, trusted, wanted
 from spectral.errors import SettingError
 
 if TYPE_CHECKING:
+    import torch
+
     from spectral.kernels.code_layer import CodeLayer
     from spectral.kernels.squeeze import SqueezeLayer
 
@@ -68,11 +70,19 @@ def squeezer(old: LayerCodec, new: LayerCodec) -> SqueezeLayer | None:
 
 
 def warm_codes(codebook: Codebook) -> None:
-    """Compile, on the device of a setting, what chunks over codes and squeezing run: once for all its layers."""
-    codec = next((codec for codec in codebook.layers if isinstance(codec, LayerCodec)), None)
-    layer = codes_for(codec)
-    if codec is None or layer is None:
-        return
+    """Compile what chunks over codes and squeezing run: on each device of a setting, once for all its layers there."""
+    firsts: dict[torch.device, LayerCodec] = {}
+    for codec in codebook.layers:
+        if isinstance(codec, LayerCodec):
+            firsts.setdefault(codec.units[0].mean.device, codec)
+    for device, codec in firsts.items():
+        layer = codes_for(codec)
+        if layer is not None:
+            with launching(device):
+                _warm_codec(codec, layer)
+
+
+def _warm_codec(codec: LayerCodec, layer: CodeLayer) -> None:
     from spectral.kernels import check_codes
 
     check_codes.code_error(layer)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_map_only
 
 from spectral.attention import attend
+from spectral.dispatch import launching
 from spectral.errors import CacheError
 from spectral.padding import Columns
 from spectral.pages import PageStore, Row
@@ -66,7 +67,8 @@ class Update:
         assert layer.store is not None and layer.pending is self
         work = [(layer.rows[i], self.keys[i][:, at], self.values[i][:, at]) for i, at in self._work()]
         if work:
-            append_rows(layer.store, work)
+            with launching(self.keys.device):
+                append_rows(layer.store, work)
         self._done()
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,8 +11,9 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -92,13 +93,20 @@ def trusted(device: torch.device, task: str, compare: Callable[[], str]) -> bool
         return True
     if (device, task) not in _trusted:
         try:
-            fault = compare()
+            with launching(device):
+                fault = compare()
         except Exception as failure:  # whatever a compiler or a driver raises: the reference serves
             fault = f"they do not run: {failure}"
         if fault:
             log.warning("the kernels that %s pages are not used on this device; the reference serves: %s", task, fault)
         _trusted[device, task] = not fault
     return _trusted[device, task]
+
+
+def launching(device: torch.device) -> AbstractContextManager[Any]:
+    """Within: kernels are launched on this device, where their tensors lie. Triton asks torch which one is meant, and
+    without this the second GPU's cache is worked on by the first, in no order with what else happens to it."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @cache

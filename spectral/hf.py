@@ -12,7 +12,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from spectral.attention import attend
 from spectral.coded import CodedStates, dense_attention
+from spectral.dispatch import launching
 from spectral.errors import ModelError
 from spectral.lean import lean
 from spectral.pages import LayerShape, ModelShape, StepBatch
@@ -59,12 +60,13 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: int = module.layer_idx  # type: ignore[assignment]
     if isinstance(key, CodedStates):  # from a SpectralCache
-        return key.update.attend(query, attention_mask, scaling=scale, softcap=softcap), None
+        with launching(query.device):
+            return key.update.attend(query, attention_mask, scaling=scale, softcap=softcap), None
     batch = _BATCH.get()
     if batch is not None:
         if len({*batch.store.devices}) == 1:
             return attend(batch, layer, query, key, value, scaling=scale, softcap=softcap), None
-        with _device(query.device):
+        with launching(query.device):
             return attend(batch.on(query.device), layer, query, key, value, scaling=scale, softcap=softcap), None
     observer = _OBSERVER.get()
     if observer is not None:
@@ -73,11 +75,6 @@ def _attention(
             return answer.transpose(1, 2), None
     out = dense_attention(query, key, value, attention_mask, scaling=scale, softcap=softcap, sliding=sliding_window)
     return out.transpose(1, 2), None
-
-
-def _device(device: torch.device) -> AbstractContextManager[Any]:
-    """Within: kernels are launched on this device, where a model lies on several."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _mask(
@@ -162,10 +159,15 @@ class LoadedModel:
         modules = attention_modules(self.model)
         return [next(modules[layer].parameters()).device for layer in sorted(modules)]
 
-    @property
+    @cached_property
     def split(self) -> bool:
         """Whether the layers lie on several devices."""
         return len({*self.layer_devices, self.device}) > 1
+
+    def kept(self, places: list[int]) -> Any:
+        """These places as transformers' `logits_to_keep`. Plain numbers for a model on several devices: its hooks take
+        every tensor, wherever it was, to the first one, and the hidden states that it would index are on the last."""
+        return places if self.split else torch.tensor(places, dtype=torch.long, device=self.device)
 
     def weight_shares(self) -> dict[str, float]:
         """Each device's part of the parameters' bytes."""

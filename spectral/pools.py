@@ -140,6 +140,7 @@ def squeeze_fill(old: list[PageCodec | None], new: list[PageCodec | None], step:
     """What takes pages of one setting to another: with a kernel where one serves, or `step` pages at a time. All that
     can fail for another reason than memory is done here."""
     from spectral.code_dispatch import squeezer
+    from spectral.dispatch import launching
 
     kernels = [squeezer(a, b) if isinstance(a, LayerCodec) and isinstance(b, LayerCodec) else None
                for a, b in zip(old, new, strict=True)]  # fmt: skip
@@ -148,7 +149,8 @@ def squeeze_fill(old: list[PageCodec | None], new: list[PageCodec | None], step:
         kernel, a, b = kernels[layer], old[layer], new[layer]
         assert isinstance(a, LayerCodec) and isinstance(b, LayerCodec)
         if kernel is not None:
-            kernel(pages, out)
+            with launching(pages.device):
+                kernel(pages, out)
             return
         for first in range(0, pages.shape[0], step):
             out[first : first + step] = a.squeeze(pages[first : first + step], b)

@@ -83,7 +83,7 @@ class Sleeper:
             _view(host, at, size).copy_(_bytes_of(storage), non_blocking=True)
             self._asleep.append((storage, at, size))
             at += size
-        synchronize(self._kind)
+        synchronize({storage.device for storage in storages})
         for storage in storages:
             storage.resize_(0)
         self._host, self._sum = host, Summed(host)
@@ -98,7 +98,7 @@ class Sleeper:
             for storage, at, size in self._asleep:
                 storage.resize_(size)
                 _bytes_of(storage).copy_(_view(self._host, at, size), non_blocking=True)
-            synchronize(self._kind)
+            synchronize({storage.device for storage, _, _ in self._asleep})
         except Exception:
             for storage, _, _ in self._asleep:
                 storage.resize_(0)
@@ -205,10 +205,11 @@ def _pinned(size: int) -> torch.Tensor:
     return host
 
 
-def synchronize(kind: str) -> None:
-    """Wait for the copies."""
-    if kind == "cuda":
-        torch.cuda.synchronize()
+def synchronize(devices: Iterable[torch.device]) -> None:
+    """Wait for the copies from and to these devices, and make a context on no other."""
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
 
 def give_back(kind: str) -> None:

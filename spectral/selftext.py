@@ -89,7 +89,7 @@ def self_generated(
     generator = torch.Generator().manual_seed(seed)
     dtype = next(loaded.model.parameters()).dtype
     exact = dtype if dtype.is_floating_point else torch.bfloat16
-    store = PageStore(loaded.shape, device=loaded.device, window_dtype=exact)
+    store = PageStore(loaded.shape, device=loaded.device, devices=loaded.layer_devices, window_dtype=exact)
     passages: list[list[list[int]]] = [[] for _ in starts]
     live: list[tuple[int, Row, list[int]]] = []
     begun = made = 0
@@ -104,13 +104,13 @@ def self_generated(
         batch = store.begin(work)
         flat = [token for (_, row, ids) in live for token in ids[row.length :]]
         positions = [p for (_, row, ids) in live for p in range(row.length, len(ids))]
-        last = torch.tensor([s + c - 1 for s, (_, c) in zip(batch.starts, work, strict=True)], device=loaded.device)
+        last = [s + c - 1 for s, (_, c) in zip(batch.starts, work, strict=True)]
         with torch.inference_mode(), attending(loaded.model, batch):
             logits = loaded.model(
                 input_ids=torch.tensor([flat], device=loaded.device),
                 position_ids=torch.tensor([positions], device=loaded.device),
                 use_cache=False,
-                logits_to_keep=last,
+                logits_to_keep=loaded.kept(last),
             ).logits[0]
         batch.commit()
         chosen = nucleus(logits.float().cpu(), 0.97, generator).tolist()

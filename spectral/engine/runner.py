@@ -24,8 +24,7 @@ class Runner:
         self._model = loaded.model
         lean_decoding(loaded.model)
         self._device = loaded.device
-        # The last hidden states of a model on several devices are somewhere else; an index on the CPU serves anywhere.
-        self._index_device = torch.device("cpu") if loaded.split else loaded.device
+        self._kept = loaded.kept
         # Spectral's attention needs no mask. transformers takes a four-dimensional one as it is, without building its
         # own in every step; the attention function ignores it.
         self._no_mask = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=loaded.device)
@@ -83,7 +82,7 @@ class Runner:
         # 0 is transformers' word for "all"; an index would copy the hidden states.
         all_kept = len(keep) == len(ids) and not extra
         wanted = keep + extra + [last for _, last in passed]
-        kept: Any = 0 if all_kept else torch.tensor(wanted, dtype=torch.long, device=self._index_device)
+        kept: Any = 0 if all_kept else self._kept(wanted)
         with attending(self._model, part.batch):
             out = self._model(
                 input_ids=flat[0],

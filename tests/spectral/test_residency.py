@@ -62,7 +62,7 @@ def test_a_wake_up_that_fails_leaves_the_model_asleep(monkeypatch: pytest.Monkey
     sleeper = Sleeper(model, "cpu")
     sleeper.sleep()
     with monkeypatch.context() as patch:
-        patch.setattr("spectral.residency.synchronize", lambda kind: (_ for _ in ()).throw(RuntimeError("no memory")))
+        patch.setattr("spectral.residency.synchronize", lambda _: (_ for _ in ()).throw(RuntimeError("no memory")))
         with pytest.raises(RuntimeError, match="no memory"):
             sleeper.wake()
     assert sleeper.asleep

@@ -8,18 +8,27 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import dispatch_model
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from spectral import dispatch
 from spectral.attention import attend
 from spectral.engine.engine import Engine
 from spectral.engine.graphs import decode_choice
+from spectral.engine.runner import Runner
 from spectral.errors import ModelError
 from spectral.hf import _placement, load_model, wrap_model
 from spectral.pages import LayerShape, ModelShape, PageStore, exact_codebook
+from spectral.pools import squeezed
+from spectral.residency import synchronize
 from tests.spectral.engine.engine_helpers import ask, request, tiny_engine
 from tests.spectral.helpers import random_codebook, random_model
 
@@ -85,6 +94,64 @@ def test_a_model_with_accelerates_hooks_gives_the_same_tokens() -> None:
     hooked.eos_token_ids, hooked.tokenizer = set(), plain.loaded.tokenizer
     engine = Engine(hooked, codebook=plain.store.codebook, setting="test", limits=plain.limits, checked=True)
     assert ask(engine, request("a", list(range(3, 60)), 20))["a"] == wanted
+
+
+def test_a_split_model_is_told_which_logits_where_its_last_states_are() -> None:
+    """accelerate takes every tensor of a call to the first device; here that is one that cannot index the last's."""
+    engine = tiny_engine()
+    whole = random_model("qwen3")
+    assert isinstance(whole.kept([1]), torch.Tensor), "an index that is there already, where one device has all"
+    model = whole.model
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())  # not the embedding's any more
+    for module in (model.model.embed_tokens, model.model.layers[0]):
+        module.to(OTHER)
+    add_hook_to_module(model, AlignDevicesHook(execution_device=OTHER, io_same_device=True))  # as dispatch_model does
+    split = replace(whole, device=OTHER)
+    assert split.split and {device.type for device in split.layer_devices} == {"cpu", "meta"}
+    states: list[torch.Tensor] = []
+
+    def layers(input_ids: torch.Tensor, **_: object) -> BaseModelOutputWithPast:
+        states.append(torch.randn(1, input_ids.shape[1], whole.shape.hidden_size))
+        return BaseModelOutputWithPast(last_hidden_state=states[-1])
+
+    asked: list[torch.Tensor] = []
+    model.model.forward = layers
+    model.lm_head.register_forward_pre_hook(lambda module, inputs: asked.append(inputs[0]))
+    engine.submit(request("a", list(range(3, 30)), 4))
+    engine.submit(request("b", list(range(3, 12)), 4))
+    (part,) = engine.scheduler.schedule()
+    _, logits = Runner(split).run(part)
+    part.batch.abort()
+    assert logits.shape == (2, whole.model.config.vocab_size)
+    assert torch.equal(asked[0], states[0][:, [26, 35]])
+
+
+def test_kernels_are_launched_on_their_pages_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    within: list[torch.device] = []
+
+    @contextmanager
+    def launching(device: torch.device) -> Iterator[None]:
+        within.append(device)
+        yield
+        within.pop()
+
+    launched: list[torch.device] = []
+    monkeypatch.setattr("spectral.dispatch.launching", launching)
+    monkeypatch.setattr("spectral.code_dispatch.squeezer", lambda a, b: lambda pages, out: launched.append(within[-1]))
+    codec = split_store().codebook.layers[0]
+    assert codec is not None
+    squeezed(torch.zeros((3, codec.page_nbytes), dtype=torch.uint8, device=OTHER), codec, codec)
+    assert launched == [OTHER]
+    assert dispatch.trusted(OTHER, "a test of it", lambda: launched.append(within[-1]) or "")
+    assert launched == [OTHER, OTHER] and not within
+    del dispatch._trusted[OTHER, "a test of it"]
+
+
+def test_a_sleep_waits_for_the_copies_of_every_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    synchronize([torch.device("cuda:0"), torch.device("cuda:1"), CPU])
+    assert waited == [torch.device("cuda:0"), torch.device("cuda:1")]
 
 
 def test_limits_become_accelerates() -> None:
