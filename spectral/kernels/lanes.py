@@ -266,12 +266,7 @@ def mma(c0, c1, c2, c3, a0, a1, a2, a3, b0, b1, WARPS: tl.constexpr):
     d0, d1 = tl.split(tl.reshape(top, [WARPS, 8, 4, 2]))
     d2, d3 = tl.split(tl.reshape(low, [WARPS, 8, 4, 2]))
     N: tl.constexpr = WARPS * 32
-    return (
-        c0 + tl.reshape(d0, [N]),
-        c1 + tl.reshape(d1, [N]),
-        c2 + tl.reshape(d2, [N]),
-        c3 + tl.reshape(d3, [N]),
-    )
+    return c0 + tl.reshape(d0, [N]), c1 + tl.reshape(d1, [N]), c2 + tl.reshape(d2, [N]), c3 + tl.reshape(d3, [N])
 
 
 @triton.jit
