@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 
 from spectral.bits import dct_matrix, frequency_classes
 from spectral.gains import decode_gains, side_energy
-from spectral.layout import PLANES, page_layout
+from spectral.layout import PLANES, PageLayout, page_layout
+from spectral.remember import digest, memory
 
 if TYPE_CHECKING:
     from spectral.basis import Unit
@@ -34,6 +36,75 @@ def pack_fields(values: torch.Tensor, bits: int) -> torch.Tensor:
 def take(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """x [n, a] at columns [b] -> [n, b]. `index_select` takes five times as long on a CPU."""
     return x.gather(1, columns.expand(x.shape[0], -1))
+
+
+@dataclass(frozen=True)
+class PlaneIndex:
+    """Where a page's coefficients are in its bytes, of P rows of R latents (c = f * R + r; behind the last: none).
+
+    Attributes:
+        places: of every plane int32 [fields]: its coefficient; position: int32 [bytes]: number of the byte among those
+            of all planes.
+        source, mask: int32, uint8 [P * (R + 1) + low parts]: of every coefficient (with the mean's, which have no
+            bits, at the end of a row) the byte that holds its code, or the high part of it, and the bits there; then
+            the same for the low parts of those of two planes.
+        unit: float32 [P * (R + 1)]: what those bits are to be multiplied with to be the code, or its high part.
+        low_place, low_unit: of the low parts: their coefficient (with the mean's between), and the same.
+    """
+
+    places: list[np.ndarray]
+    position: np.ndarray
+    source: np.ndarray
+    mask: np.ndarray
+    unit: np.ndarray
+    low_place: np.ndarray
+    low_unit: np.ndarray
+
+
+def class_deviation(unit: Unit, used: np.ndarray) -> np.ndarray:
+    """Deviations of some of a unit's latents as codecs have them: float64 [classes, R], of float32 numbers."""
+    return np.maximum(unit.deviation[:, used], 1e-12).astype(np.float32).astype(np.float64)
+
+
+def unit_layout(widths: np.ndarray, page_tokens: int) -> PageLayout:
+    """`page_layout` of widths [classes, R], kept."""
+    return memory.get(("layout", page_tokens, digest(widths)), lambda: page_layout(widths, page_tokens))
+
+
+def plane_index(layout: PageLayout) -> PlaneIndex:
+    """The index of a layout's planes, kept."""
+    return memory.get(("planes", layout.page_tokens, digest(layout.widths)), lambda: _plane_index(layout))
+
+
+def _plane_index(layout: PageLayout) -> PlaneIndex:
+    planes, width = layout.planes, layout.row_widths.ravel()
+    tokens, rank = layout.page_tokens, layout.channels
+    byte = np.concatenate([plane.byte for plane in planes]) if planes else np.zeros(0, np.int64)
+    position: np.ndarray = np.full(layout.nbytes, byte.size, dtype=np.int32)
+    position[byte] = np.arange(byte.size)
+    fields = layout.fields()
+    double = np.isin(width, [w for w, found in PLANES.items() if len(found) > 1])
+    held = fields.place >= 0
+    lower = held & (fields.shift == 0) & (double[fields.place] if planes else False)
+    low, high = np.flatnonzero(lower), np.flatnonzero(held & ~lower)
+    grid: np.ndarray = np.arange(width.size, dtype=np.int32).reshape(tokens, rank)
+    spot = (grid + np.arange(tokens, dtype=np.int32)[:, None]).ravel()  # of every coefficient, with the mean's between
+    count = tokens * (rank + 1)
+    source: np.ndarray = np.zeros(count, np.int32)
+    mask: np.ndarray = np.zeros(count, np.uint8)
+    unit: np.ndarray = np.zeros(count, np.float32)
+    at = spot[fields.place[high]]
+    source[at], mask[at] = fields.byte[high], fields.mask[high]
+    unit[at] = np.where(double[fields.place[high]], 4.0, 1.0) / 2.0 ** fields.inside[high]
+    return PlaneIndex(
+        [np.where(plane.place < 0, width.size, plane.place).astype(np.int32) for plane in planes],
+        position,
+        np.concatenate([source, fields.byte[low].astype(np.int32)]),
+        np.concatenate([mask, fields.mask[low]]),
+        unit,
+        spot[fields.place[low]],
+        (1 / 2.0 ** fields.inside[low]).astype(np.float32),
+    )
 
 
 @cache
@@ -69,7 +140,7 @@ class UnitCodec(torch.nn.Module):
     ) -> None:
         super().__init__()
         used = np.flatnonzero(np.asarray(widths).any(0))
-        self.layout = page_layout(np.asarray(widths)[:, used], page_tokens)
+        self.layout = unit_layout(np.asarray(widths)[:, used], page_tokens)
         self.page_tokens, self.rank, self.heads = page_tokens, used.size, unit.heads
         count = unit.heads[1] - unit.heads[0]
         split = count * key_dim
@@ -77,9 +148,10 @@ class UnitCodec(torch.nn.Module):
         def tensor(array: np.ndarray) -> torch.Tensor:
             return torch.tensor(np.ascontiguousarray(array), dtype=torch.float32, device=device)
 
+        self.class_deviation = class_deviation(unit, used)
         deviation = np.zeros((page_tokens, used.size))
-        for rows, row_deviation in zip(frequency_classes(page_tokens), unit.deviation[:, used], strict=True):
-            deviation[list(rows)] = np.maximum(row_deviation, 1e-12)
+        for rows, row_deviation in zip(frequency_classes(page_tokens), self.class_deviation, strict=True):
+            deviation[list(rows)] = row_deviation
         self.latents, self.used = used, torch.tensor(used, device=device)
         if finer is not None and np.isin(used, finer.latents).all():  # the same numbers are on the device already
             place = torch.from_numpy(np.searchsorted(finer.latents, used)).to(device)
@@ -114,48 +186,23 @@ class UnitCodec(torch.nn.Module):
         self._step, self._zero = tensor(steps[width]), tensor((2.0**width - 1) / 2)
         self._inverse = tensor(np.where(width > 0, 1 / np.maximum(steps[width], 1e-30), 0.0))
         self._top = tensor(2.0**width - 1)
-        self._index_planes(width.ravel(), device)
+        self._index_planes(device)
         self._as_levels, self._as_coefficients = self._affine(self._step), self._affine(self._step * self.deviation)
 
-    def _index_planes(self, width: np.ndarray, device: torch.device | str) -> None:
+    def _index_planes(self, device: torch.device | str) -> None:
         """Index tensors that take coefficients to the page's bytes and back."""
 
-        def integers(array: np.ndarray, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        def tensor(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
             return torch.tensor(np.ascontiguousarray(array), dtype=dtype, device=device)
 
-        planes = self.layout.planes
-        self._plane_bits = [plane.bits for plane in planes]
-        self._places = [integers(np.where(plane.place < 0, width.size, plane.place)) for plane in planes]
-        self._shifts = [integers(plane.shift, torch.uint8) for plane in planes]
-        byte = np.concatenate([plane.byte for plane in planes]) if planes else np.zeros(0, np.int64)
-        position = np.full(self.layout.nbytes, byte.size)
-        position[byte] = np.arange(byte.size)
-        self._position = integers(position)
-        # Of every coefficient (and the mean's, which have no bits) the byte that holds its code, or the high part of
-        # it, and the bits there; then the same for the low parts of those of two planes.
-        fields = self.layout.fields()
-        double = np.isin(width, [w for w, found in PLANES.items() if len(found) > 1])
-        held = fields.place >= 0
-        lower = held & (fields.shift == 0) & (double[fields.place] if planes else False)
-        low, high = np.flatnonzero(lower), np.flatnonzero(held & ~lower)
-        grid = np.arange(width.size).reshape(self.page_tokens, self.rank)
-        spot = (grid + np.arange(self.page_tokens)[:, None]).ravel()  # of every coefficient, with the mean's between
-        count = self.page_tokens * (self.rank + 1)
-        source: np.ndarray = np.zeros(count, np.int64)
-        mask: np.ndarray = np.zeros(count, np.uint8)
-        unit = np.zeros(count)
-        at = spot[fields.place[high]]
-        source[at], mask[at] = fields.byte[high], fields.mask[high]
-        unit[at] = np.where(double[fields.place[high]], 4.0, 1.0) / 2.0 ** fields.inside[high]
-        self._source = integers(np.concatenate([source, fields.byte[low]]))
-        self._mask = integers(np.concatenate([mask, fields.mask[low]]), torch.uint8)
-        self._low_place = integers(spot[fields.place[low]])
-
-        def floats(array: np.ndarray) -> torch.Tensor:
-            return torch.tensor(array, dtype=torch.float32, device=device)
-
-        self._unit = floats(unit)
-        self._low_unit = floats(1 / 2.0 ** fields.inside[low])
+        found = plane_index(self.layout)
+        self._plane_bits = [plane.bits for plane in self.layout.planes]
+        self._places = [tensor(place, torch.int64) for place in found.places]
+        self._shifts = [tensor(plane.shift, torch.uint8) for plane in self.layout.planes]
+        self._position = tensor(found.position, torch.int64)
+        self._source, self._mask = tensor(found.source, torch.int64), tensor(found.mask, torch.uint8)
+        self._low_place = tensor(found.low_place, torch.int64)
+        self._unit, self._low_unit = tensor(found.unit, torch.float32), tensor(found.low_unit, torch.float32)
 
     def _affine(self, size: torch.Tensor) -> list[torch.Tensor]:
         """What `_values` needs for steps of `size` [P, R]: an offset, a factor of high parts, one of low ones."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from server.worker import messages as wire
 from server.worker.child_load import describe
+from spectral.dispatch import READ, wanted
 from spectral.engine import types
 from spectral.errors import SpectralError
 
 if TYPE_CHECKING:
     from spectral.engine.build import Built
     from spectral.engine.engine import Engine
+    from spectral.foresight import Foresight
 
 log = logging.getLogger("spectral.worker")
 
@@ -31,6 +34,9 @@ PRESENT = (
 )  # fmt: skip
 """What a snapshot says about now; its other figures count since the start."""
 
+QUICK_SWITCH_S = 0.0005
+"""After how long the inference thread lets another run while a setting is prepared; usually it is ten times that."""
+
 NO_WORK = types.EngineStats(0, 0, 0, 0, 0, 0, 0, 0, {})
 
 
@@ -38,10 +44,29 @@ class Engines:
     """Has the part of an engine's interface that the worker's loop uses."""
 
     def __init__(self, built: Built) -> None:
+        self._foresight: Foresight | None = None
         self.built = built
         self._retiring: list[Engine] = []
         self._give_back_at = 0.0
         self._past = NO_WORK  # counters of engines that have retired
+
+    @property
+    def built(self) -> Built:
+        """What takes new requests."""
+        return self._built
+
+    @built.setter
+    def built(self, built: Built) -> None:
+        self._built = built
+        if built.profile is None or not wanted(built.engine.loaded.device, READ):
+            return  # without kernels a change of setting takes little
+        from spectral.foresight import Foresight
+
+        if self._foresight is None or self._foresight.profile is not built.profile:
+            if self._foresight is not None:
+                self._foresight.end()
+            self._foresight = Foresight(built.profile)
+        self._foresight.begin(built.engine.setting)
 
     @property
     def current(self) -> Engine:
@@ -140,10 +165,14 @@ class Preparation:
         threading.Thread(target=self._run, name="setting", daemon=True).start()
 
     def _run(self) -> None:
+        usual = sys.getswitchinterval()
+        sys.setswitchinterval(QUICK_SWITCH_S)  # thousands of short calls, each of which gives the interpreter away
         try:
             self._lanes.prepare(self.command.setting)
         except Exception as error:  # see above
             log.debug("setting %s could not be prepared: %s", self.command.setting, error)
+        finally:
+            sys.setswitchinterval(usual)
         self._done(self)
 
 

@@ -8,6 +8,7 @@ on, and the old lane ends with its last sequence. The same happens where a live 
 from __future__ import annotations
 
 import logging
+import time
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from spectral.aside import aside
 from spectral.code_dispatch import codes_for
 from spectral.dispatch import kernels_for
 from spectral.engine.prefix import PrefixCache, block_length
@@ -209,14 +211,20 @@ class Lanes:
         Raises SettingError or ProfileError.
         """
         setting, now = self._resolve(setting), self.current.store.codebook
-        book = self._codebook(setting)
-        if book is not None and coarser(now, book):
-            squeeze_fill(now.layers, book.layers)
-        for layer, codec in enumerate(book.layers if book is not None else ()):
-            shape = self._loaded.shape
-            group = shape.query_heads // shape.layers[layer].kv_heads
-            kernels_for(codec, book.window, group, next(self._loaded.model.parameters()).dtype)  # type: ignore[union-attr]
-            codes_for(codec)
+        began = time.perf_counter()
+        held = [lane.store.codebook for lane in self.all]  # a lane may end meanwhile: see `aside`
+        with aside(self._loaded.layer_devices):
+            book = self._codebook(setting)
+            if book is not None and coarser(now, book):
+                squeeze_fill(now.layers, book.layers)
+            for layer, codec in enumerate(book.layers if book is not None else ()):
+                shape = self._loaded.shape
+                group = shape.query_heads // shape.layers[layer].kv_heads
+                dtype = next(self._loaded.model.parameters()).dtype
+                kernels_for(codec, book.window, group, dtype)  # type: ignore[union-attr]
+                codes_for(codec)
+        held.clear()
+        log.debug("setting %s prepared in %.3f s", setting, time.perf_counter() - began)
         self._books = {setting: book}
 
     def leave(self, sequence: Sequence) -> None:

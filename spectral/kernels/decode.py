@@ -100,11 +100,10 @@ class LayerKernels:
         self.codec = codec
         units = list(codec.units)
         device = units[0].mean.device
-        classes = [0, *(2**i for i in range(codec.page_tokens.bit_length() - 1))]  # first rows
-        parts = [(unit.layout, unit.deviation[classes].double().cpu().numpy()) for unit in units]
+        parts = [(unit.layout, unit.class_deviation) for unit in units]
         tables: LayerTables = layer_tables(parts, units[0].steps)
         self.tables = tables.to(device)
-        self.outputs, self.classes = tables.outputs, len(classes)
+        self.outputs, self.classes = tables.outputs, len(units[0].class_deviation)
         self.items = len(tables.item)
         self.rank = rank = tables.offset.shape[2]
         self.first_runs = tables.first_run

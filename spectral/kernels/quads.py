@@ -10,6 +10,7 @@ f * S + s is latent s at row f; quad f * S / 4 + s / 4 holds it.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ import numpy as np
 
 from spectral.bits import frequency_classes
 from spectral.layout import PLANES, PageLayout, Strip, cell_runs, quarter_nbytes
+from spectral.remember import digest, memory
 
 if TYPE_CHECKING:
     from spectral.codec import LayerCodec
@@ -74,11 +76,17 @@ def unit_columns(codec: LayerCodec) -> np.ndarray:
     return np.cumsum([0, *(unit.rank for unit in codec.units)])
 
 
+def _content(codec: LayerCodec) -> tuple[Hashable, ...]:
+    """What a codec's tables depend on."""
+    parts = [(digest(unit.layout.widths), digest(unit.latents), unit.channels) for unit in codec.units]
+    return codec.page_tokens, tuple(sorted(codec.units[0].steps.items())), tuple(parts)
+
+
 def page_quads(codec: LayerCodec) -> Quads:
     """The quads of a codec's page, found once."""
     known: Quads | None = codec.__dict__.get("_quads")
     if known is None:
-        known = codec.__dict__["_quads"] = _page_quads(codec)
+        known = codec.__dict__["_quads"] = memory.get(("quads", *_content(codec)), lambda: _page_quads(codec))
     return known
 
 
@@ -125,7 +133,9 @@ def byte_tables(codec: LayerCodec) -> list[ByteTable]:
     once."""
     known: list[ByteTable] | None = codec.__dict__.get("_byte_tables")
     if known is None:
-        known = codec.__dict__["_byte_tables"] = _byte_tables(codec)
+        known = codec.__dict__["_byte_tables"] = memory.get(
+            ("bytes", *_content(codec)), lambda: _byte_tables(codec)
+        )
     return known
 
 
@@ -216,6 +226,10 @@ def linear_map(old: int, new: int, steps: dict[int, float]) -> tuple[int, int]:
 
 def squeeze_tables(old: LayerCodec, new: LayerCodec) -> list[SqueezeTable]:
     """How the pages of `new` come from those of `old`. Raises ValueError where runs of latents differ in extent."""
+    return memory.get(("squeeze", _content(old), _content(new)), lambda: _squeeze_tables(old, new))
+
+
+def _squeeze_tables(old: LayerCodec, new: LayerCodec) -> list[SqueezeTable]:
     quads = page_quads(old)
     source = _source_quads(old, new, quads)
     row = int(unit_columns(new)[-1]) // 4

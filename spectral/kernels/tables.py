@@ -9,6 +9,7 @@ import torch
 
 from spectral.bits import CHANNEL_GROUP
 from spectral.layout import PLANE_ORDER, PLANES, PageLayout, Strip, cell_runs
+from spectral.remember import digest, memory
 
 ITEM_CELLS = {8: 4, 4: 8, 2: 8, 1: 4}
 """Cells of a plane whose sums over tokens one warp keeps in registers."""
@@ -75,7 +76,12 @@ def field_positions(bits: int) -> np.ndarray:
 
 
 def layer_tables(units: list[tuple[PageLayout, np.ndarray]], steps: dict[int, float]) -> LayerTables:
-    """Tables for units given as (layout, deviation float64 [C, R of the unit])."""
+    """Tables for units given as (layout, deviation float64 [C, R of the unit]), kept."""
+    parts = [(layout.page_tokens, digest(layout.widths, deviation)) for layout, deviation in units]
+    return memory.get(("tables", *parts, *sorted(steps.items())), lambda: _layer_tables(units, steps))
+
+
+def _layer_tables(units: list[tuple[PageLayout, np.ndarray]], steps: dict[int, float]) -> LayerTables:
     rank = -(-max(layout.channels for layout, _ in units) // CHANNEL_GROUP) * CHANNEL_GROUP
     classes = units[0][0].widths.shape[0]
     strip = np.zeros((len(units), classes, len(PLANE_ORDER), 4), dtype=np.int32)

@@ -1,0 +1,133 @@
+"""What other settings will need on the host, made before they are asked for.
+
+A squeeze comes when memory is short; then bytes must be back in a moment. Of a change of setting the arithmetic on
+widths takes longest by far, and it needs no device: it is made here, a layer at a time, and found again by content
+(spectral.remember).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from spectral.kernels.quads import byte_tables, page_quads, squeeze_tables
+from spectral.kernels.tables import layer_tables
+from spectral.remember import memory
+from spectral.unit_codec import class_deviation, plane_index, unit_layout
+
+if TYPE_CHECKING:
+    from spectral.codec import LayerCodec
+    from spectral.layout import PageLayout
+    from spectral.profile import SpectralProfile
+
+SHARE = 0.2
+"""Of one thread's time that is spent on this."""
+
+
+@dataclass
+class _Unit:
+    """What tables depend on of a `UnitCodec`."""
+
+    layout: PageLayout
+    latents: np.ndarray
+    channels: int
+    class_deviation: np.ndarray
+    steps: dict[int, float]
+
+    @property
+    def rank(self) -> int:
+        return self.latents.size
+
+
+@dataclass
+class _Layer:
+    """What tables depend on of a `LayerCodec`."""
+
+    units: list[_Unit]
+    page_tokens: int
+
+    @property
+    def starts(self) -> list[int]:
+        return [0, *accumulate(unit.layout.nbytes for unit in self.units)]
+
+
+def _layer(profile: SpectralProfile, setting: str, number: int) -> LayerCodec | None:
+    layer, widths = profile.layers[number], profile.bits[setting][number]
+    if layer is None or widths is None:
+        return None
+    page_tokens, units = profile.row(setting).page_tokens, []
+    steps = {w: table.step for w, table in profile.tables.items()}
+    for unit, table in zip(layer.units, widths, strict=True):
+        used = np.flatnonzero(np.asarray(table).any(0))
+        layout = unit_layout(np.asarray(table)[:, used], page_tokens)
+        units.append(_Unit(layout, used, unit.decode.shape[1], class_deviation(unit, used), steps))
+    return cast("LayerCodec", cast(Any, _Layer(units, page_tokens)))
+
+
+def foresee(profile: SpectralProfile, setting: str) -> Iterator[str]:
+    """Make what a cache at `setting` needs to be squeezed to each coarser rung of the profile's ladder, the nearest
+    first; yields the rung's name after every layer. Ends when the memory for such things is full."""
+    names = [row.name for row in profile.ladder]
+    for name in names[names.index(setting) + 1 :] if setting in names else names:
+        for number in range(len(profile.layers)):
+            layer = _layer(profile, name, number)
+            if layer is None:
+                continue
+            for unit in layer.units:
+                plane_index(unit.layout)
+            page_quads(layer)
+            byte_tables(layer)
+            layer_tables([(unit.layout, unit.class_deviation) for unit in layer.units], layer.units[0].steps)
+            before = _layer(profile, setting, number) if setting in names else None
+            if before is not None:
+                with suppress(ValueError):  # the kernel cannot map them, and the reference will
+                    squeeze_tables(before, layer)
+            if memory.nbytes > 0.9 * memory.max_bytes:
+                return
+            yield name
+
+
+class Foresight:
+    """`foresee` on a thread of its own that leaves most of the time to others; a new setting begins anew."""
+
+    def __init__(self, profile: SpectralProfile) -> None:
+        self.profile = profile
+        self._wanted: str | None = None
+        self._ended = False
+        self._news = threading.Condition()
+        threading.Thread(target=self._run, name="foresight", daemon=True).start()
+
+    def begin(self, setting: str) -> None:
+        """The cache is at this setting now."""
+        with self._news:
+            self._wanted = setting
+            self._news.notify()
+
+    def end(self) -> None:
+        """Nothing more is to be made."""
+        with self._news:
+            self._ended = True
+            self._news.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._news:
+                self._news.wait_for(lambda: self._wanted is not None or self._ended)
+                if self._ended:
+                    return
+                setting, self._wanted = self._wanted, None
+            assert setting is not None
+            began = time.monotonic()
+            for _ in foresee(self.profile, setting):
+                pause = (time.monotonic() - began) * (1 / SHARE - 1)
+                with self._news:
+                    if self._news.wait_for(lambda: self._wanted is not None or self._ended, pause):
+                        break
+                began = time.monotonic()

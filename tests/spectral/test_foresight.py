@@ -1,0 +1,113 @@
+"""What a change of setting needs is made before it is asked for, and found again by content."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from spectral import foresight, unit_codec
+from spectral.codec import LayerCodec
+from spectral.foresight import Foresight, foresee
+from spectral.kernels import quads, tables
+from spectral.kernels.code_layer import CodeLayer
+from spectral.kernels.decode import LayerKernels
+from spectral.kernels.squeeze import SqueezeLayer
+from spectral.profile import SpectralProfile
+from spectral.remember import Memory, digest, nbytes_of
+from spectral.resources import profile_path
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Memory:
+    """A memory of this test's own."""
+    memory = Memory()
+    for module in (foresight, unit_codec, quads, tables):
+        monkeypatch.setattr(module, "memory", memory)
+    return memory
+
+
+@pytest.fixture(scope="module")
+def profile() -> SpectralProfile:
+    return SpectralProfile.load(profile_path("demo-7m"))
+
+
+def everything(profile: SpectralProfile, setting: str, finer: list[LayerCodec]) -> list[LayerCodec]:
+    """All that a worker makes on a GPU for a setting."""
+    layers = [codec for codec in profile.codebook(setting).layers if isinstance(codec, LayerCodec)]
+    for number, codec in enumerate(layers):
+        LayerKernels(codec)
+        CodeLayer(codec)
+        if finer:
+            SqueezeLayer(finer[number], codec)
+    return layers
+
+
+def test_a_change_of_setting_makes_nothing_that_was_foreseen(fresh: Memory, profile: SpectralProfile) -> None:
+    now = everything(profile, "4x", [])
+    rungs = list(dict.fromkeys(foresee(profile, "4x")))
+    names = [row.name for row in profile.ladder]
+    assert rungs == names[names.index("4x") + 1 :]
+    made = fresh.misses
+    for setting in ("8x", "16x"):
+        everything(profile, setting, now)
+    assert fresh.misses == made
+
+
+def test_what_is_found_is_what_would_be_made(fresh: Memory, profile: SpectralProfile) -> None:
+    list(foresee(profile, "4x"))
+    found = profile.codebook("8x").layers[0]
+    fresh.__init__()  # type: ignore[misc]
+    made = profile.codebook("8x").layers[0]
+    assert isinstance(found, LayerCodec) and isinstance(made, LayerCodec)
+    keys, values = (torch.randn(3, made.kv_heads, made.page_tokens, size) for size in (made.key_dim, made.value_dim))
+    page = torch.arange(3)
+    pages = made.encode(keys, values, page)
+    assert torch.equal(found.encode(keys, values, page), pages)
+    assert all(torch.equal(a, b) for a, b in zip(found.decode(pages, page), made.decode(pages, page), strict=True))
+    kernels = [LayerKernels(codec).tables for codec in (found, made)]
+    assert all(torch.equal(kernels[0][name], kernels[1][name]) for name in kernels[0])
+
+
+def test_a_new_setting_begins_anew_and_an_end_ends(fresh: Memory, profile: SpectralProfile) -> None:
+    before = threading.active_count()
+    foreseeing = Foresight(profile)
+    foreseeing.begin("4x")
+    foreseeing.begin("10x")
+    until = time.monotonic() + 60
+    while not fresh.misses and time.monotonic() < until:
+        time.sleep(0.01)
+    assert fresh.misses
+    foreseeing.end()
+    while threading.active_count() > before and time.monotonic() < until:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+
+
+def test_the_least_recently_used_goes_first() -> None:
+    memory = Memory(max_bytes=3000)
+    calls: list[str] = []
+
+    def make(name: str, size: int = 125) -> np.ndarray:
+        calls.append(name)
+        return np.zeros(size)
+
+    for name in ("a", "b", "c", "a", "d"):  # 1,000 bytes each: the fourth, "d", leaves no room for "b"
+        memory.get(name, lambda name=name: make(name))  # type: ignore[misc]
+    assert memory.nbytes == 3000 and calls == ["a", "b", "c", "d"]
+    memory.get("a", lambda: make("a"))
+    memory.get("b", lambda: make("b"))
+    assert calls == ["a", "b", "c", "d", "b"]
+    memory.get("large", lambda: make("large", 1000))  # too large to be kept: nothing goes for it
+    assert memory.nbytes == 3000 and memory.hits == 2
+
+
+def test_content_is_told_apart() -> None:
+    a = np.arange(6)
+    assert digest(a) == digest(a.copy()) and len(digest(a)) == 16
+    others = [digest(a.reshape(2, 3)), digest(a.astype(np.int32)), digest(a, a), digest(a + 1)]
+    assert len({digest(a), *others}) == 5
+    assert nbytes_of({"x": [a, (a,)]}) == 2 * a.nbytes
