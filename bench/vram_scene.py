@@ -214,9 +214,10 @@ class Scene:
         return found
 
     async def state(self, slot: Slot, state: str, within_s: float) -> float:
-        """Seconds until a model is in a state. Raises TimeoutError."""
-        began = time.monotonic()
-        while slot.state != state:
+        """Seconds until a model is in a state, and whatever moved it there has ended: a model is "asleep" from the
+        moment that it begins to fall asleep. Raises TimeoutError."""
+        began, ward = time.monotonic(), self.scheduler.memory.steward.wards[slot.name]
+        while slot.state != state or ward.moving is not None:
             if time.monotonic() - began > within_s:
                 raise TimeoutError(f"{slot.name} is {slot.state} after {within_s:g} s, not {state}")
             await asyncio.sleep(0.005)

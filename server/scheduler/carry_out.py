@@ -154,24 +154,31 @@ class Moves:
     async def _sleep(self, slot: Slot, action: Action, before: Placement, lease: int) -> tuple[Placement, int]:
         if slot.state != "hot" or slot.streams or slot.waiting:
             raise Refused("requests came meanwhile")
+        ledger, spare = self._memory.ledger, self._host_spare(slot)
+        # Weights on a CPU stay where they are. Others count in host memory from now on: another model may follow.
+        moving = 0 if slot.ready is None or HOST in ledger.of(slot.name) else slot.ready.weights_bytes
+        if moving:
+            ledger.hold(slot.name, HOST, Holding(expected=moving))
         self._scheduler.set_state(slot, "asleep", action.reason)  # from now on requests wait instead of being sent
         try:
-            print_ = await self.send(slot, partial(messages.Sleep, keep_bytes=self._host_spare(slot)), MOVE_S)
+            print_ = await self.send(slot, partial(messages.Sleep, keep_bytes=spare), MOVE_S)
         except (Refused, asyncio.TimeoutError):
             if slot.state == "asleep":
                 self._scheduler.set_state(slot, "hot", "could not sleep")
+            if moving:
+                ledger.drop(slot.name, HOST)
             raise
         if print_ is not None and before.devices:
             for device, share in self._memory.books.shares_of(slot).items():
-                if device != HOST:  # weights on a CPU stay where they are
-                    self._memory.ledger.hold(slot.name, device, self._rest(print_, share))
+                if device != HOST:
+                    ledger.hold(slot.name, device, self._rest(print_, share))
         return Placement(ASLEEP, before.devices, before.setting), 0
 
     def _host_spare(self, slot: Slot) -> int:
         """Host memory that is left beside the model's weights: so much of its cache may be kept there."""
         host = self._memory.ledger.accounts.get(HOST)
         weights = slot.ready.weights_bytes if slot.ready is not None else 0
-        return max(0, host.budget - host.ours - weights) if host is not None else 0
+        return max(0, host.budget - host.claimed - weights) if host is not None else 0
 
     @staticmethod
     def _rest(print_: messages.Footprint, share: float) -> Holding:

@@ -59,6 +59,11 @@ class Account:
         return sum(holding.total for holding in self.holdings.values())
 
     @property
+    def claimed(self) -> int:
+        """Bytes that our workers report or are expected to hold."""
+        return sum(max(h.total, h.expected) for h in self.holdings.values())
+
+    @property
     def budget(self) -> int:
         """Bytes that may be ours. A cap on a GPU is shared with other programs; one on host memory is ours alone."""
         most, cap = max(0, self.reading.total - self.reserve), self.cap
@@ -69,8 +74,7 @@ class Account:
     @property
     def excess(self) -> int:
         """Bytes of ours, expected ones included, that are over the budget."""
-        claimed = sum(max(h.total, h.expected) for h in self.holdings.values())
-        return max(0, claimed - self.budget)
+        return max(0, self.claimed - self.budget)
 
 
 class Ledger:

@@ -1,6 +1,7 @@
 """A worker whose model has as many GiB of weights as its path says ("gib-5") and that obeys memory commands.
 
-The path "gib-5-stubborn" refuses to squeeze and to sleep; "gib-5-breaks" ends while it wakes. A prompt "hold" runs
+The path "gib-5-stubborn" refuses to squeeze and to sleep; "gib-5-breaks" ends while it wakes; "gib-5-slow" takes half a
+second to fall asleep and never ends a squeeze. A prompt "hold" runs
 until it is cancelled and holds 1,000 tokens; any other is answered at once.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import socket
+import time
 
 from server.worker import messages as m
 from server.worker.channel import SocketChannel
@@ -60,6 +62,11 @@ def main() -> None:
             held = [name for name in held if name != message.request_id]
         elif kind == "stubborn" and isinstance(message, (m.SetSetting, m.Sleep)):
             channel.send(m.Done(message.command_id, "this worker does not want to"))
+            continue
+        elif kind == "slow" and isinstance(message, m.Sleep):
+            time.sleep(0.5)
+            asleep = True
+        elif kind == "slow" and isinstance(message, m.SetSetting):
             continue
         elif kind == "breaks" and isinstance(message, m.Wake):
             return

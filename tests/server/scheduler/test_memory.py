@@ -157,6 +157,26 @@ async def test_an_idle_model_sleeps_for_another_and_wakes_when_asked(
         assert server.scheduler.slots["a"].worker.pid == pid, "it woke; it did not start again"  # type: ignore[union-attr]
 
 
+async def test_a_model_that_falls_asleep_counts_in_host_memory_from_the_first_moment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    models = (model("a", 8, "-slow"), model("b", 3, "-stubborn"))
+    async with serving(monkeypatch, tmp_path, Scripted(24, host=14), *models) as server:
+        manager, host = server.scheduler.memory, server.scheduler.memory.ledger.accounts[HOST]
+        for name in "ab":
+            await server.ask(name)
+        await server.ask("a", keep_alive=0)
+        await server.until(lambda: server.state("a") == "asleep")
+        assert manager.ledger.of("a")[HOST].expected == 8 * GIB and manager.steward.wards["a"].moving is not None
+        assert manager.moves._host_spare(server.scheduler.slots["b"]) == 3 * GIB, "14 less both models' weights"
+        assert manager.ledger.of("a")["cuda:0"].weights == 8 * GIB, "it is still there, too"
+        await server.ask("b", keep_alive=0)
+        await server.until(lambda: bool(server.events.of("refused")))
+        assert HOST not in manager.ledger.of("b"), "one that does not fall asleep takes no host memory"
+        await server.until(lambda: manager.steward.wards["a"].moving is None)
+        assert manager.ledger.of("a")[HOST] == Holding(8 * GIB) and host.claimed == 8 * GIB
+
+
 async def test_without_host_memory_it_goes_cold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     devices = Scripted(12, host=4)
     async with serving(monkeypatch, tmp_path, devices, model("a", 8), model("b", 8)) as server:
