@@ -46,7 +46,7 @@ class Devices:
     def __init__(self, root: Path = Path("/"), environ: dict[str, str] | None = None) -> None:
         self._root = root
         self._environ = dict(os.environ) if environ is None else environ
-        self._nvml: Any = None
+        self._initialized = False  # another thread may close these devices in the middle of a read
         self._seen: dict[str, Reading] = {}
 
     def read(self) -> list[Reading]:
@@ -84,24 +84,23 @@ class Devices:
         import pynvml
 
         try:
-            if self._nvml is None:
+            if not self._initialized:
                 pynvml.nvmlInit()
-                self._nvml = pynvml
+                self._initialized = True
             count = pynvml.nvmlDeviceGetCount()
         except pynvml.NVMLError as error:
             self.close()
             return [Reading(seen.device, seen.name, error=f"NVML: {error}") for seen in self._seen.values()]
         found = []
-        for device, index in enumerate(self._visible(count)):
-            reading = self._read_gpu(f"cuda:{device}", index)
+        for device, index in enumerate(self._visible(pynvml, count)):
+            reading = self._read_gpu(pynvml, f"cuda:{device}", index)
             self._seen[reading.device] = reading if not reading.error else self._seen.get(reading.device, reading)
             found.append(reading)
         if any(reading.error for reading in found):
             self.close()  # after a lost GPU only a new initialization says more
         return found
 
-    def _read_gpu(self, device: str, index: int) -> Reading:
-        nvml = self._nvml
+    def _read_gpu(self, nvml: Any, device: str, index: int) -> Reading:
         known = self._seen.get(device)
         try:
             handle = nvml.nvmlDeviceGetHandleByIndex(index)
@@ -120,37 +119,30 @@ class Devices:
             log.debug("%s: no figures per process, or no MIG mode", device)
         return Reading(device, name, int(memory.total), int(memory.used), processes, mig)
 
-    def _visible(self, count: int) -> list[int]:
+    def _visible(self, nvml: Any, count: int) -> list[int]:
         """NVML indices in CUDA's order. Workers run with CUDA_DEVICE_ORDER=PCI_BUS_ID, which is NVML's order."""
         chosen = self._environ.get("CUDA_VISIBLE_DEVICES")
         if chosen is None:
             return list(range(count))
         indices = []
         for part in filter(None, (part.strip() for part in chosen.split(","))):
-            index = int(part) if part.isdigit() else self._by_uuid(part, count)
+            index = int(part) if part.isdigit() else _by_uuid(nvml, part, count)
             if not 0 <= index < count:
                 break  # CUDA ignores what follows one that does not exist
             indices.append(index)
         return indices
 
-    def _by_uuid(self, prefix: str, count: int) -> int:
-        nvml = self._nvml
-        for index in range(count):
-            try:
-                if _text(nvml.nvmlDeviceGetUUID(nvml.nvmlDeviceGetHandleByIndex(index))).startswith(prefix):
-                    return index
-            except nvml.NVMLError:
-                continue
-        return -1
-
     def close(self) -> None:
-        """Let go of NVML; the next read initializes it again. Safe to call twice."""
-        if self._nvml is not None:
+        """Let go of NVML; the next read initializes it again, and one that is under way ends with errors for readings.
+        Safe to call twice."""
+        initialized, self._initialized = self._initialized, False
+        if initialized:
+            import pynvml
+
             try:
-                self._nvml.nvmlShutdown()
-            except self._nvml.NVMLError as error:
+                pynvml.nvmlShutdown()
+            except pynvml.NVMLError as error:
                 log.debug("NVML did not shut down: %s", error)
-            self._nvml = None
 
     def knowledge(self, readings: list[Reading]) -> list[str]:
         """What cannot be known here, in sentences for the log, `spectral plan` and the console."""
@@ -192,6 +184,16 @@ class Devices:
     def trusts_processes(self) -> bool:
         """Whether NVML's bytes per process can be matched to our workers."""
         return not self.is_wsl and not self.in_container
+
+
+def _by_uuid(nvml: Any, prefix: str, count: int) -> int:
+    for index in range(count):
+        try:
+            if _text(nvml.nvmlDeviceGetUUID(nvml.nvmlDeviceGetHandleByIndex(index))).startswith(prefix):
+                return index
+        except nvml.NVMLError:
+            continue
+    return -1
 
 
 def _text(value: str | bytes) -> str:

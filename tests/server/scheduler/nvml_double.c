@@ -17,11 +17,13 @@ struct state { uint64_t count, init_error, latency_us, calls; struct gpu gpu[GPU
 static struct state *state;
 enum { OK = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, INSUFFICIENT_SIZE = 7, DRIVER_NOT_LOADED = 9 };
 
+static int initialized;
+
 static int enter(void) {
-    if (!state) return UNINITIALIZED;
+    if (!initialized) return UNINITIALIZED;
     __atomic_add_fetch(&state->calls, 1, __ATOMIC_SEQ_CST);
     if (state->latency_us) usleep(state->latency_us);
-    return OK;
+    return initialized ? OK : UNINITIALIZED;
 }
 
 int nvmlInitWithFlags(unsigned flags) {
@@ -34,10 +36,15 @@ int nvmlInitWithFlags(unsigned flags) {
         if (p == MAP_FAILED) return DRIVER_NOT_LOADED;
         state = p;
     }
+    initialized = !state->init_error;
     return (int)state->init_error;
 }
 int nvmlInit_v2(void) { return nvmlInitWithFlags(0); }
-int nvmlShutdown(void) { return state ? OK : UNINITIALIZED; }
+int nvmlShutdown(void) {
+    int code = initialized ? OK : UNINITIALIZED;
+    initialized = 0;
+    return code;
+}
 const char *nvmlErrorString(int code) {
     return code == 15 ? "GPU is lost" : code == DRIVER_NOT_LOADED ? "Driver Not Loaded" : "double's error";
 }

@@ -94,6 +94,43 @@ def test_mig_mode_and_latency(double: Double, ask: Ask) -> None:
     assert any("MIG" in note and "max_vram" in note for note in Devices().knowledge([first]))
 
 
+CLOSING = """
+import sys, threading, time
+from server.scheduler.nvml import Devices
+devices, found = Devices(), []
+devices.read_gpus()
+print("ready", flush=True)
+sys.stdin.readline()
+
+def read():
+    try:
+        found.extend(reading.error for reading in devices.read_gpus())
+    except BaseException as error:
+        found.append(repr(error))
+
+thread = threading.Thread(target=read)
+thread.start()
+time.sleep(float(sys.argv[1]))
+devices.close()
+devices.close()
+thread.join()
+print(found, [reading.error for reading in devices.read_gpus()], flush=True)
+"""
+
+
+@pytest.mark.parametrize("after_s", [0.1, 0.3, 0.5])  # while they are counted, while one is looked up, and read
+def test_a_read_under_way_survives_a_close(double: Double, after_s: float) -> None:
+    command = [sys.executable, "-c", CLOSING, str(after_s)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=double.environment(), **pipes) as process:  # type: ignore[call-overload]
+        assert process.stdout.readline() == "ready\n"
+        double.state.latency_us = 200_000
+        process.stdin.write("\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+    assert line == "['NVML: Uninitialized', 'NVML: Uninitialized'] ['', '']\n"
+
+
 def test_without_a_driver_there_are_no_gpus() -> None:
     readings = Devices().read_gpus()
     assert all(isinstance(reading, Reading) for reading in readings)
