@@ -90,6 +90,10 @@ class Events:
         """Keep an event."""
         self.found.append({"at_s": time.monotonic() - self._began, "kind": kind, "reason": reason, **detail})
 
+    def since(self, moment: float) -> float:
+        """A moment of time.monotonic() on the events' clock."""
+        return moment - self._began
+
 
 class Lines(logging.Handler):
     """Log lines of the workers and the scheduler that speak of memory that ran out."""
@@ -195,6 +199,19 @@ class Scene:
     def overrun(self) -> int:
         """Bytes over the budget, now."""
         return max(0, self.used() - self.budget)
+
+    async def shown(self, least: int) -> float:
+        """The moment at which the device first shows so many bytes more than now: a process that takes memory holds it
+        before it says so."""
+        before = self.used()
+        while self.used() < before + least:
+            await asyncio.sleep(0.005)
+        return time.monotonic()
+
+    def noticed(self, first: int) -> float | None:
+        """When the scheduler first told that others took memory of this device, among the events from `first` on."""
+        kinds = (e for e in self.events.found[first:] if e["kind"] == "foreign" and e["device"] == self.device)
+        return next((e["at_s"] for e in kinds if e["bytes"] >= int(self.sizes.foreign * GIB) // 2), None)
 
     def vram(self) -> dict[str, Any]:
         """The ledger's row of the device, and the leases, in GiB."""

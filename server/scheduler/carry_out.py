@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("spectral.memory")
 COMMAND_S = 30.0
 MOVE_S = 120.0
+SQUEEZE_S = 1.0
+"""A squeeze that takes longer is not waited for: what can be given back without it is."""
 
 
 class Refused(Exception):
@@ -59,12 +61,12 @@ class Moves:
             after, lease = await how(slot, action, before, lease)
         except (Refused, asyncio.TimeoutError) as error:
             failed = str(error) or f"no answer within {COMMAND_S:g} s"
-            after = self._where(slot, before)
+            after, lease = self._where(slot, before), ward.lease
         except asyncio.CancelledError:
             raise
         except Exception as error:  # an internal error must not leave the model "on the move" for ever
             log.exception("model %s: %s failed", slot.name, action.kind)
-            failed, after = f"{type(error).__name__}: {error}", self._where(slot, before)
+            failed, after, lease = f"{type(error).__name__}: {error}", self._where(slot, before), ward.lease
         if slot.name in self._memory.steward.wards and (slot.worker is worker or not failed):
             self._memory.steward.moved(slot.name, after, lease, time.monotonic(), refused=bool(failed))
         self._tell(slot, action, failed, time.monotonic() - began)
@@ -93,19 +95,18 @@ class Moves:
         """Send a command and wait for its end; the footprint that came with it. Raises Refused or TimeoutError."""
         if slot.worker is None:
             raise Refused("its worker is gone")
-        ident, answer = uuid.uuid4().hex, asyncio.get_running_loop().create_future()
+        ident = uuid.uuid4().hex
+        answer: asyncio.Future[messages.Footprint | None] = asyncio.get_running_loop().create_future()
         slot.commands[ident] = answer
-        slot.footprint = None
         slot.worker.send(make(ident))
         try:
-            await within(within_s, asyncio.shield(answer))
+            return await within(within_s, asyncio.shield(answer))
         except asyncio.TimeoutError:
             raise
         except Exception as error:
             raise Refused(getattr(error, "message", str(error))) from error
         finally:
             slot.commands.pop(ident, None)
-        return slot.footprint
 
     def loaded(self, slot: Slot) -> None:
         """A load ended: tell the steward, and the worker its lease."""
@@ -128,23 +129,40 @@ class Moves:
         allowed = [r.name for r in ward.facts.rungs if ward.wishes.max_kl is None or r.kl <= ward.wishes.max_kl]
         return partial(messages.SetLease, max_bytes=lease, coarsest=allowed[-1] if len(allowed) > 1 else "")
 
-    async def set_lease(self, slot: Slot, lease: int) -> None:
-        """Tell a worker its lease. One that does not take it is told again when leases change."""
+    async def set_lease(self, slot: Slot, lease: int) -> bool:
+        """Tell a worker its lease; whether it took it. One that does not is told again when leases change."""
         try:
             await self.send(slot, self.lease_message(slot, lease))
         except (Refused, asyncio.TimeoutError) as error:
             log.warning("model %s: its lease of %s was not taken: %s", slot.name, human(lease), error or "no answer")
+            return False
+        return True
 
     async def _squeeze(self, slot: Slot, action: Action, before: Placement, lease: int) -> tuple[Placement, int]:
         setting = action.target.setting
-        await self.send(slot, partial(messages.SetSetting, setting=setting))
+        relief = asyncio.create_task(self._relieve_meanwhile(slot, action))
+        try:
+            await self.send(slot, partial(messages.SetSetting, setting=setting))
+        finally:
+            relief.cancel()
         after = Placement(HOT, before.devices, setting)
         try:
             await self.send(slot, self.lease_message(slot, action.lease))
         except Refused as error:
             log.warning("model %s: squeezed, but its lease stays: %s", slot.name, error)
-            return after, lease
+            return after, self._memory.steward.wards[slot.name].lease
         return after, action.lease
+
+    async def _relieve_meanwhile(self, slot: Slot, action: Action) -> None:
+        """A squeeze takes its time, its kernels or tables not being there yet: a lease of what runs now, at the setting
+        it runs at, has the worker give its idle prefixes, unused pages and its allocator's reserve back at once."""
+        await asyncio.sleep(SQUEEZE_S)
+        ward = self._memory.steward.wards[slot.name]
+        held = ward.rung.nbytes(ward.kv_tokens, ward.running) if ward.rung is not None else ward.lease
+        lease = max(action.lease, min(ward.lease, round(1.1 * held)))
+        if await self.set_lease(slot, lease):
+            ward.lease = lease  # should the squeeze fail, this is what the model has
+            self._scheduler.note("lease", f"{slot.name} gives back what it does not use: its squeeze takes long", slot)
 
     async def _relax(self, slot: Slot, action: Action, before: Placement, lease: int) -> tuple[Placement, int]:
         await self.send(slot, partial(messages.SetSetting, setting=action.target.setting))

@@ -348,10 +348,10 @@ class Scheduler:
         elif isinstance(message, messages.Stats):
             self._take_stats(slot, message)
         elif isinstance(message, messages.Done):
-            answer = slot.commands.get(message.command_id)
+            answer, (footprint, slot.footprint) = slot.commands.get(message.command_id), (slot.footprint, None)
             if answer is not None and not answer.done():
                 refusal = errors.ApiError(409, message.error, code="refused_by_worker") if message.error else None
-                answer.set_exception(refusal) if refusal is not None else answer.set_result(None)
+                answer.set_exception(refusal) if refusal is not None else answer.set_result(footprint)
         elif isinstance(message, messages.Loading):
             slot.stage, slot.fraction = message.stage, message.fraction
         elif isinstance(message, messages.Footprint):

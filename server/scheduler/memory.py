@@ -32,6 +32,7 @@ from server.scheduler.nvml import Devices, Reading
 from server.scheduler.patient import PatientReader
 from server.scheduler.planner import PATIENT_S, plan
 from server.scheduler.slots import Slot
+from server.scheduler.solver import import_solver
 from server.scheduler.steward import FREEING, Action, Steward
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class MemoryManager:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self.devices.close()
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
         """Run something beside the loop until it ends or the server does."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
@@ -159,6 +160,8 @@ class MemoryManager:
         self.spawn(asyncio.to_thread(self.measured.save))
         self.adopt(slot)
         self.moves.loaded(slot)
+        if sum(ward.now.residency == HOT for ward in self.steward.wards.values()) == 2:
+            self.spawn(asyncio.to_thread(import_solver))
 
     def described(self, slot: Slot) -> None:
         """A model that is hot said that its setting is another one now."""
@@ -240,7 +243,7 @@ class MemoryManager:
             if device == HOST and not self.ledger.excess().get(HOST):
                 continue  # other programs' host memory comes and goes by the second
             if abs(change) >= 64 << 20:
-                self.steward.changed()
+                self.steward.changed(urgent=change > 0)
             if abs(change) >= TOLD_BYTES:
                 self.moves.note_foreign(device, change, self.ledger.accounts[device].foreign)
         if self.ledger.excess():

@@ -47,9 +47,9 @@ class Slot:
     setting: str | None = None  # chosen by hand, instead of the configured one
     unloading: bool = False
     granted: Action | None = None  # where and how the next load happens
-    footprint: messages.Footprint | None = None  # the last that its worker sent
+    footprint: messages.Footprint | None = None  # until the end of its command comes
     load_began: float = 0.0
-    commands: dict[str, asyncio.Future[None]] = field(default_factory=dict)
+    commands: dict[str, asyncio.Future[messages.Footprint | None]] = field(default_factory=dict)
     admission: Admission = field(default_factory=Admission)
     task: asyncio.Task[None] | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)

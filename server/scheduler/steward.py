@@ -130,7 +130,7 @@ class Steward:
         self.wards: dict[str, Ward] = {}
         self.last: Plan | None = None
         self._planned_at = -math.inf
-        self._dirty = True
+        self._dirty, self._urgent = True, False
 
     def add(self, name: str, facts: Facts, wishes: Wishes, now: float = 0.0) -> Ward:
         """Take a model in care, cold."""
@@ -176,9 +176,10 @@ class Steward:
         ward.now, ward.lease, ward.moving = placement, lease, None
         self._dirty = True
 
-    def changed(self) -> None:
-        """Something else changed: a device's budget, a wish."""
-        self._dirty = True
+    def changed(self, *, urgent: bool = False) -> None:
+        """Something else changed: a device's budget, a wish. `urgent`: somebody took memory, and no retry of what could
+        not be done is waited for."""
+        self._dirty, self._urgent = True, self._urgent or urgent
 
     # ------------------------------------------------------------------------------------------ what to do
 
@@ -186,7 +187,8 @@ class Steward:
         """Whether it is time to decide: something changed that matters, or REPLAN_S have passed."""
         if now - self._planned_at >= REPLAN_S:
             return True
-        if self._dirty and now - self._planned_at >= (RETRY_S if self.last is not None and self.last.unmet else 0.0):
+        wait = RETRY_S if self.last is not None and self.last.unmet and not self._urgent else 0.0
+        if self._dirty and now - self._planned_at >= wait:
             return True
         return any(w.now.residency == HOT and w.moving is None and w.resting(now) for w in self.wards.values())
 
@@ -236,7 +238,7 @@ class Steward:
         The caller carries them out, calls :meth:`begin` when one starts and :meth:`moved` when it ended.
         """
         self.last = plan(self.demands(now), devices, time_limit_s=time_limit_s)
-        self._planned_at, self._dirty = now, False
+        self._planned_at, self._dirty, self._urgent = now, False, False
         actions = []
         for ward in self.wards.values():
             choice = self.last.choices[ward.name]

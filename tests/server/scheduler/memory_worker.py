@@ -1,8 +1,8 @@
 """A worker whose model has as many GiB of weights as its path says ("gib-5") and that obeys memory commands.
 
 The path "gib-5-stubborn" refuses to squeeze and to sleep; "gib-5-breaks" ends while it wakes; "gib-5-slow" takes half a
-second to fall asleep and never ends a squeeze. A prompt "hold" runs
-until it is cancelled and holds 1,000 tokens; any other is answered at once.
+second to fall asleep, and gives a squeeze up when it is told another lease. A prompt "hold" runs until it is cancelled
+and holds 1,000 tokens; any other is answered at once.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
     assert isinstance(load, m.Load)
     parts = load.path.split("-")
     gib, kind = float(parts[1]), parts[-1]
-    asleep, held = False, []
+    asleep, held, squeezing = False, [], ""
     channel.send(ready(gib, load.setting, load))
     while (message := channel.receive()) is not None and not isinstance(message, m.Shutdown):
         if isinstance(message, m.Ping):
@@ -67,6 +67,7 @@ def main() -> None:
             time.sleep(0.5)
             asleep = True
         elif kind == "slow" and isinstance(message, m.SetSetting):
+            squeezing = message.command_id
             continue
         elif kind == "breaks" and isinstance(message, m.Wake):
             return
@@ -80,6 +81,9 @@ def main() -> None:
             host = int(gib * GIB) if asleep else 0
             footprint = m.Footprint(0, 32_768, weights_bytes=weights, reserved_bytes=weights, host_bytes=host)
             channel.send(footprint, m.Done(message.command_id))
+            if squeezing and isinstance(message, m.SetLease):
+                channel.send(m.Done(squeezing, "this worker takes too long"))
+                squeezing = ""
 
 
 if __name__ == "__main__":

@@ -102,6 +102,13 @@ def test_a_model_that_answers_is_never_put_away_for_another() -> None:
     steward.report("b", 1.0, running=0, waiting=1, kv_tokens=0)
     assert all(action.kind in ("lease", "squeeze", "grow") for action in steward.decide(1.0, devices()))
     assert steward.last is not None and steward.last.unmet == ("b",)
+    steward.changed()
+    assert not steward.due(1.5), "what could not be done is not tried again at once"
+    steward.changed(urgent=True)
+    assert steward.due(1.5), "but memory that others took is given back at once"
+    steward.decide(1.5, devices())
+    steward.changed()
+    assert not steward.due(2.0)
     steward.report("a", 5.0, running=0, waiting=0, kv_tokens=0)
     assert steward.due(5.0)
     assert carry_out(steward, steward.decide(5.0, devices()), 5.0)[-2:] == ["sleep a", "load b"]
