@@ -160,9 +160,10 @@ class Moves:
         ward = self._memory.steward.wards[slot.name]
         held = ward.rung.nbytes(ward.kv_tokens, ward.running) if ward.rung is not None else ward.lease
         lease = max(action.lease, min(ward.lease, round(1.1 * held)))
-        if await self.set_lease(slot, lease):
-            ward.lease = lease  # should the squeeze fail, this is what the model has
-            self._scheduler.note("lease", f"{slot.name} gives back what it does not use: its squeeze takes long", slot)
+        self._scheduler.note("lease", f"{slot.name} is to give back what it does not use: its squeeze takes long", slot)
+        before, ward.lease = ward.lease, lease  # should the squeeze fail, this is what the model has
+        if not await self.set_lease(slot, lease):
+            ward.lease = before
 
     async def _relax(self, slot: Slot, action: Action, before: Placement, lease: int) -> tuple[Placement, int]:
         await self.send(slot, partial(messages.SetSetting, setting=action.target.setting))

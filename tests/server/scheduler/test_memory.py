@@ -9,7 +9,6 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ import pytest
 from server import errors
 from server.config import ModelSettings, Settings
 from server.metrics import Metrics
-from server.scheduler import carry_out
 from server.scheduler import memory as memory_module
 from server.scheduler.demand import HOST, Rung
 from server.scheduler.facts import Measured
@@ -294,38 +292,6 @@ async def test_a_squeeze_that_is_refused_is_told_and_the_model_goes_on(
         assert (server.state("a"), server.setting("a")) == ("hot", "4x")
         waiting.cancel()
         server.scheduler.release(server.scheduler.slots["a"], stream, cancel=True)
-
-
-async def test_a_squeeze_that_takes_long_does_not_keep_what_the_model_does_not_use(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(carry_out, "SQUEEZE_S", 0.1)
-    async with serving(monkeypatch, tmp_path, Scripted(12), model("a", 4, "-slow"), model("b", 5.5)) as server:
-        stream = await server.ask("a", "hold")
-        ward = server.scheduler.memory.steward.wards["a"]
-        await server.until(lambda: ward.lease > 0 and ward.kv_tokens == 1000)
-        before = ward.lease
-        waiting = asyncio.create_task(server.ask("b"))
-        await server.until(lambda: bool(server.events.of("lease")))
-        assert "its squeeze takes long" in server.events.of("lease")[0]
-        await server.until(lambda: bool(server.events.of("refused")))
-        assert (server.state("a"), server.setting("a"), ward.now.setting) == ("hot", "4x", "4x")
-        assert round(1.1 * 1000 * EXACT / 4) <= ward.lease < before, "what the worker was told last is what is counted"
-        waiting.cancel()
-        server.scheduler.release(server.scheduler.slots["a"], stream, cancel=True)
-
-
-async def test_commands_at_once_have_a_footprint_each(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    async with serving(monkeypatch, tmp_path, Scripted(12), model("a", 4)) as server:
-        await server.ask("a")
-        slot, moves = server.scheduler.slots["a"], server.scheduler.memory.moves
-        await server.until(lambda: not slot.commands)
-        tasks = [asyncio.create_task(moves.send(slot, partial(m.SetLease, max_bytes=GIB))) for _ in range(2)]
-        await asyncio.sleep(0)
-        for number, ident in enumerate(list(slot.commands)):  # before anything of the worker's can have come
-            server.scheduler._take(slot, m.Footprint(0, 32_768, weights_bytes=number, reserved_bytes=0, host_bytes=0))
-            server.scheduler._take(slot, m.Done(ident))
-        assert [print_ and print_.weights_bytes for print_ in await asyncio.gather(*tasks)] == [0, 1]
 
 
 async def test_the_solver_is_there_before_memory_gets_short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
