@@ -304,12 +304,16 @@ def load_model(
         max_memory: bytes of weights that each device of two or more is to have, in this order; the layers are spread
             like that, and `device` is not asked.
 
+    A GPU becomes this thread's current one, since kernels are launched there.
+
     Raises ModelError with the reason and a remedy.
     """
     from spectral.resources import model_path
 
     where = choose_device(next(iter(max_memory)) if max_memory else device)
     path = str(model_path(name))
+    if where.type == "cuda" and where.index is not None:
+        torch.cuda.set_device(where)
     if dtype == "auto":
         torch_dtype: Any = torch.float32 if where.type == "cpu" else "auto"
     else:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from spectral.dispatch import launching
 from spectral.engine.graphs import Chosen, DecodeGraphs
 from spectral.engine.sampler import sample, score_prompt, sound
 from spectral.engine.scheduler import Part
@@ -33,7 +34,7 @@ class Runner:
         """One forward and what it leads to: the sequences that get a token now, the tokens, and their log
         probabilities where wanted."""
         self.unsure = False
-        with torch.inference_mode():
+        with torch.inference_mode(), launching(self._device):
             if self.graphs is not None and self.graphs.fits(part):
                 self.unsure = True
                 chosen = self.graphs.run(part)

@@ -147,6 +147,30 @@ def test_kernels_are_launched_on_their_pages_device(monkeypatch: pytest.MonkeyPa
     del dispatch._trusted[OTHER, "a test of it"]
 
 
+def test_a_model_on_the_second_gpu_runs_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are launched on the thread's current device, whatever their tensors' is."""
+    current: list[torch.device] = []
+    model = random_model("qwen3").model
+    monkeypatch.setattr("spectral.hf.choose_device", torch.device)
+    monkeypatch.setattr("spectral.hf.AutoModelForCausalLM.from_pretrained", lambda *_, **__: model)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    load_model("demo-7m", device="cuda:1")
+    assert current == [torch.device("cuda:1")]
+    engine, within = tiny_engine(), []
+
+    @contextmanager
+    def launching(device: torch.device) -> Iterator[None]:
+        within.append(device)
+        yield
+        within.pop()
+
+    ran: list[list[torch.device]] = []
+    engine.loaded.model.register_forward_pre_hook(lambda *_: ran.append([*within]))
+    monkeypatch.setattr("spectral.engine.runner.launching", launching)
+    ask(engine, request("a", [3, 4, 5], 2))
+    assert ran == [[CPU]] * 2 and not within
+
+
 def test_a_sleep_waits_for_the_copies_of_every_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
@@ -169,6 +193,7 @@ def test_weights_are_never_spilled_to_the_host_in_silence(monkeypatch: pytest.Mo
     model = random_model("qwen3").model
     model.hf_device_map = {"model.embed_tokens": 0, "model.layers.0": 1, "lm_head": "cpu"}
     monkeypatch.setattr("spectral.hf.choose_device", lambda device: torch.device(device))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr("spectral.hf.AutoModelForCausalLM.from_pretrained", lambda *_, **__: model)
     with pytest.raises(ModelError, match=r"does not fit on cuda:0 1\.0 GiB, cuda:1 1\.0 GiB: quantize it"):
         load_model("demo-7m", max_memory={"cuda:0": 1 << 30, "cuda:1": 1 << 30})
