@@ -5,7 +5,8 @@
 
 "fast" is spectral.archive, a layer by itself; "small" is spectral.linked, with links fitted on the calibration files.
 Ratios are bytes of packed pages by bytes of the archive, everything counted; the links themselves are a file beside the
-profile and stated apart. MB/s are packed megabytes (10^6) per second of wall time on one thread, the median of rounds.
+profile and stated apart. MB/s are packed megabytes (10^6) per second of one thread's processor time (which other
+programs lengthen less than the time by the clock), the median of rounds.
 Entropies are what an ideal coder needs with tables counted on the calibration pages, as a ratio to the packed size.
 """
 
@@ -162,12 +163,12 @@ def measured(
     packed = sum(p.numel() for row in rows for p in row if p is not None)
     times: dict[str, list[float]] = {"encode": [], "decode": []}
     for _ in range(rounds):
-        begin = time.perf_counter()
+        begin = time.process_time()
         blobs = [archive(row) for row in rows]
-        middle = time.perf_counter()
+        middle = time.process_time()
         back = [restore(blob) for blob in blobs]
         times["encode"].append(middle - begin)
-        times["decode"].append(time.perf_counter() - middle)
+        times["decode"].append(time.process_time() - middle)
     for row, again in zip(rows, back, strict=True):
         assert all(torch.equal(a, b) for a, b in zip([p for p in row if p is not None], again, strict=True))
     size = sum(len(data) for blob in blobs for data in blob)
