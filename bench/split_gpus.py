@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ["SPECTRAL_DECODE"] = "eager"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
@@ -85,7 +84,7 @@ def main() -> None:
     options = parser.parse_args()
     if not options.check and torch.cuda.device_count() < 2:
         parser.error("this needs two GPUs; --check runs it on the CPU")
-    hf.lean = lambda model: []
+    os.environ["SPECTRAL_DECODE"], hf.lean = "eager", lambda model: []
     one = load_model(options.model, dtype=options.dtype, device="cpu" if options.check else "cuda:0")
     size = one.weights_nbytes
     single = {setting: answers(one, setting, options.tokens, options.squeeze) for setting in SETTINGS}
