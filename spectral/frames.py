@@ -16,6 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from spectral.aside import to_device
+
 
 class BlockFrame(torch.nn.Module):
     """Rotations between a model's keys and the frame of their block.
@@ -69,8 +71,8 @@ class BlockFrame(torch.nn.Module):
         if self._cos.shape[0] < blocks:
             count = max(blocks, 2 * self._cos.shape[0])
             angle = self.centre(np.arange(count))[:, None] * self._frequencies
-            self._cos = torch.tensor(np.cos(angle), dtype=torch.float32, device=self._device)
-            self._sin = torch.tensor(np.sin(angle), dtype=torch.float32, device=self._device)
+            self._cos = to_device(np.cos(angle), self._device, torch.float32)
+            self._sin = to_device(np.sin(angle), self._device, torch.float32)
         return self._cos, self._sin
 
     def reserve(self, pages: int) -> None:

@@ -115,7 +115,7 @@ class PageStore:
     def open(self) -> Row:
         """A new, empty sequence. Raises OutOfPages when its window does not fit."""
         if not self._free_slots:
-            self._grow_slots(max(1, min(8, self.slot_capacity)))
+            self._grow_slots(max(1, min(16, self.slot_capacity)))
         row = Row(self._free_slots.pop())
         for group in self.groups:
             group.clear(row.slot)
@@ -229,7 +229,8 @@ class PageStore:
                 self._grow_pages(missing)
 
     def _grow_pages(self, missing: int) -> None:
-        step = max(missing, 64, self.page_capacity // 4)
+        # By half as long as pools are small: whatever has been captured over them is to be captured again.
+        step = max(missing, 64, min(self.page_capacity // 2, 256), self.page_capacity // 4)
         spare = self._spare()
         if spare is not None and self._page_nbytes:
             step = max(missing, min(step, spare // self._page_nbytes // 4))  # other stores may need the rest

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from spectral.aside import to_device
 from spectral.bits import dct_matrix, frequency_classes
 from spectral.gains import decode_gains, side_energy
 from spectral.layout import PLANES, PageLayout, page_layout
@@ -116,7 +117,7 @@ def byte_fields(bits: int) -> np.ndarray:
 def _columns(array: np.ndarray, used: torch.Tensor) -> torch.Tensor:
     """Columns of a matrix as float32 on the device of `used`. The whole matrix goes there: picking columns of float64
     on the host takes fifty times as long."""
-    return torch.from_numpy(array).to(torch.float32).to(used.device).index_select(1, used)
+    return to_device(array, used.device, torch.float32).index_select(1, used)
 
 
 class UnitCodec(torch.nn.Module):
@@ -146,15 +147,15 @@ class UnitCodec(torch.nn.Module):
         split = count * key_dim
 
         def tensor(array: np.ndarray) -> torch.Tensor:
-            return torch.tensor(np.ascontiguousarray(array), dtype=torch.float32, device=device)
+            return to_device(array, device, torch.float32)
 
         self.class_deviation = class_deviation(unit, used)
         deviation = np.zeros((page_tokens, used.size))
         for rows, row_deviation in zip(frequency_classes(page_tokens), self.class_deviation, strict=True):
             deviation[list(rows)] = row_deviation
-        self.latents, self.used = used, torch.tensor(used, device=device)
+        self.latents, self.used = used, to_device(used, device)
         if finer is not None and np.isin(used, finer.latents).all():  # the same numbers are on the device already
-            place = torch.from_numpy(np.searchsorted(finer.latents, used)).to(device)
+            place = to_device(np.asarray(np.searchsorted(finer.latents, used)), device)
             project = finer.project.index_select(1, place)
             key, value = (x.index_select(2, place) for x in (finer.key_decode, finer.value_decode))
             before = finer.gains
@@ -193,7 +194,7 @@ class UnitCodec(torch.nn.Module):
         """Index tensors that take coefficients to the page's bytes and back."""
 
         def tensor(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-            return torch.tensor(np.ascontiguousarray(array), dtype=dtype, device=device)
+            return to_device(array, device, dtype)
 
         found = plane_index(self.layout)
         self._plane_bits = [plane.bits for plane in self.layout.planes]

@@ -34,6 +34,10 @@ PRESENT = (
 )  # fmt: skip
 """What a snapshot says about now; its other figures count since the start."""
 
+IDLE_KEEP_BYTES = 256 << 20
+"""Unused memory of the cache that an idle model's captured steps may keep: without it, every request after a pause
+would have to capture them again, half a second each, and some of the process's memory with every capture."""
+
 QUICK_SWITCH_S = 0.0005
 """After how long the inference thread lets another run while a setting is prepared; usually it is ten times that."""
 
@@ -114,11 +118,11 @@ class Engines:
 
     def trim(self) -> None:
         """Give back memory that no request uses, to the driver or the kernel too; to the kernel as often as costs a
-        twentieth of the time."""
+        twentieth of the time. A little stays under captured steps: a lease takes it where it is wanted."""
         from spectral.residency import give_back
 
         for engine in self.all:
-            engine.trim()
+            engine.trim(keep_bytes=IDLE_KEEP_BYTES)
         kind, now = self.current.loaded.device.type, time.monotonic()
         if kind == "cuda":
             give_back(kind)

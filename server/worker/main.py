@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 # Before torch is imported by anything: an OpenMP pool that spins would take the cores from other workers.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from server import heap
 from server.worker import child_sessions, child_wire
 from server.worker import messages as wire
 from server.worker.channel import SocketChannel
@@ -345,6 +346,7 @@ def serve(channel: SocketChannel, ahead: bool = False) -> int:
         writer.send(wire.LoadFailed(message, permanent))
         writer.finish()
         return EXIT_LOAD_FAILED
+    heap.keep()
     writer.send(ready)
     Worker(Engines(built), reader.inbox, writer).run()
     writer.finish()

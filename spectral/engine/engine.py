@@ -357,8 +357,10 @@ class Engine:
             self.scheduler.park(sequence)
         return len(running)
 
-    def trim(self, *, prefixes: bool = False) -> int:
-        """Give memory that nobody uses back to the device, idle prefixes too if asked; the bytes freed."""
+    def trim(self, *, prefixes: bool = False, keep_bytes: int = 0) -> int:
+        """Give back memory that nobody uses, idle prefixes too if asked; at most `keep_bytes` stay, under graphs."""
+        if self.runner.graphs is not None and self.lanes.unused_nbytes <= keep_bytes:
+            return 0
         before = self.lanes.nbytes
         if prefixes:
             self.lanes.free_idle(before)
@@ -388,8 +390,6 @@ class Engine:
     def check(self) -> None:
         """Assert all invariants, see spectral.engine.upkeep."""
         check(self)
-
-    # -- figures --------------------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
         """A snapshot of what runs, what the cache holds, and the counters."""

@@ -282,6 +282,11 @@ class Lanes:
         """Bytes allocated on the device, by all lanes."""
         return sum(lane.store.nbytes for lane in self.all)
 
+    @property
+    def unused_nbytes(self) -> int:
+        """Bytes allocated that nobody owns."""
+        return sum(lane.store.nbytes - lane.store.held_nbytes for lane in self.all)
+
     def spare(self) -> int | None:
         """Bytes that nobody owns; None for no limit."""
         most = self._limits.max_kv_bytes

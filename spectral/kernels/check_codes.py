@@ -47,10 +47,12 @@ def opened(layer: CodeLayer, pool: torch.Tensor, ids: torch.Tensor, first: int =
     return sides
 
 
-def expected(codec: LayerCodec, pool: torch.Tensor, ids: torch.Tensor, first: int = 0) -> list[torch.Tensor]:
-    """The same through the reference, float32."""
+def expected(
+    codec: LayerCodec, pool: torch.Tensor, ids: torch.Tensor, first: int = 0, *, plain: bool = False
+) -> list[torch.Tensor]:
+    """The same through the reference, float32. `plain`: as `LayerCodec.decode` has it."""
     numbers = torch.arange(first, first + ids.numel(), device=pool.device)
-    return [x.transpose(0, 1).flatten(1, 2) for x in codec.decode(pool[ids.long()], numbers)]
+    return [x.transpose(0, 1).flatten(1, 2) for x in codec.decode(pool[ids.long()], numbers, plain=plain)]
 
 
 def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -69,13 +71,14 @@ def code_error(layer: CodeLayer) -> str:
     ids = torch.randperm(PAGES, device=pool.device)[: PAGES // 2].int()
     found, wanted = opened(layer, pool, ids, 3), expected(codec, pool, ids, 3)
     errors = {"opening": max(relative(a, b) for a, b in zip(found, wanted, strict=True))}
+    wanted = expected(codec, pool, ids, 3, plain=True)  # what is encoded again: lengthened, it would have other codes
     half = wanted[0].shape[1] // 2 - 3
     held = torch.cat([x[:, :half] for x in wanted], -1)
     page = torch.arange(3, 3 + ids.numel(), device=pool.device, dtype=torch.int32)
     tokens = Tokens(held, wanted[0][:, half:], wanted[1][:, half:])
     again = torch.full_like(pool, 255)
     encode(layer, tokens, page, codec.frame.blocks(3 + ids.numel()), again, ids)
-    back = expected(codec, again, ids, 3)
+    back = expected(codec, again, ids, 3, plain=True)
     errors["encoding"] = max(relative(a, b) for a, b in zip(back, wanted, strict=True))
     rng = torch.Generator(pool.device).manual_seed(1)
     shapes = [(2 * codec.kv_heads, codec.key_dim), (codec.kv_heads, codec.key_dim), (codec.kv_heads, codec.value_dim)]

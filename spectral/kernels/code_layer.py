@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from spectral.aside import to_device
 from spectral.codec import LayerCodec
 from spectral.kernels.quads import Quads, byte_tables, page_quads
 
@@ -81,21 +82,21 @@ class CodeLayer:
         self.quads = [self._quads(quads, double) for double in (False, True)]
         self.fields = [
             FieldTable(
-                t.bits, torch.from_numpy(t.at).to(self.device), self._integers(np.stack([t.place, t.width, t.shift], 1))
+                t.bits, to_device(t.at, self.device), self._integers(np.stack([t.place, t.width, t.shift], 1))
             )
             for t in byte_tables(codec)
         ]
         self.keys, self.values = self._side("key"), self._side("value")
 
     def _integers(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array.astype(np.int32))).to(self.device)
+        return to_device(array.astype(np.int32), self.device)
 
     def _quads(self, quads: Quads, double: bool) -> QuadTable:
         some = quads.order[(quads.low[quads.order] >= 0) == double]
         high, low = quads.high[some], quads.low[some]
         low_word = np.where(low < 0, -1, low // 32)
         table = np.stack([high // 32, high % 32, quads.high_bits[some], low_word, low % 32, some])
-        zero = torch.from_numpy(((2.0 ** quads.width[some] - 1) / 2).astype(np.float32)).to(self.device)
+        zero = to_device(((2.0 ** quads.width[some] - 1) / 2).astype(np.float32), self.device)
         return QuadTable(double, self._integers(table), zero)
 
     def _side(self, name: str) -> Side:

@@ -17,6 +17,7 @@ from functools import cache
 import torch
 import triton
 
+from spectral.aside import to_device
 from spectral.codec import LayerCodec
 from spectral.errors import SettingError
 from spectral.kernels.combine import combine_kernel, finish_kernel, query_kernel, window_kernel
@@ -118,7 +119,7 @@ class LayerKernels:
         vectors = torch.zeros((codec.kv_heads, 8, codec.key_dim), device=device)
         for number, unit in enumerate(units):
             span = slice(*unit.heads)
-            below = torch.from_numpy(tables.offset[number]).to(device)  # [C, R]
+            below = to_device(tables.offset[number], device)  # [C, R]
             vectors[span, : self.classes] = torch.matmul(keys[span], below.T).transpose(1, 2)
             vectors[span, 7] = unit.key_mean[..., 0]
         self.vectors = vectors

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from spectral.aside import to_device
 from spectral.codec import LayerCodec
 from spectral.kernels.quads import SHIFT, SqueezeTable, squeeze_tables
 from spectral.layout import PLANE_ORDER
@@ -135,8 +136,8 @@ class SqueezeLayer:
             table.word // 4, table.bit, table.size, low, table.low_bit,
             table.scale, table.offset, table.top, table.shift,
         )  # fmt: skip
-        packed = torch.from_numpy(np.ascontiguousarray(np.stack(columns, 1).astype(np.int32)))
-        return _Launch(table.bits, table.double, torch.from_numpy(table.at).to(device), packed.to(device))
+        packed = np.stack(columns, 1).astype(np.int32)
+        return _Launch(table.bits, table.double, to_device(table.at, device), to_device(packed, device))
 
     def __call__(self, pages: torch.Tensor, out: torch.Tensor) -> None:
         """pages uint8 [n, old bytes] -> out uint8 [n, new bytes], both contiguous, on one device."""

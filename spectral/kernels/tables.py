@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
+from spectral.aside import to_device
 from spectral.bits import CHANNEL_GROUP
 from spectral.layout import PLANE_ORDER, PLANES, PageLayout, Strip, cell_runs
 from spectral.remember import digest, memory
@@ -58,7 +59,7 @@ class LayerTables:
     def to(self, device: torch.device | str) -> dict[str, torch.Tensor]:
         """The arrays as tensors on a device."""
         arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "outputs"}
-        return {name: torch.from_numpy(np.ascontiguousarray(array)).to(device) for name, array in arrays.items()}
+        return {name: to_device(array, device) for name, array in arrays.items()}
 
 
 def step_size(layout: PageLayout, deviation: np.ndarray, steps: dict[int, float]) -> np.ndarray:

@@ -218,3 +218,20 @@ def test_what_cannot_be_captured_is_launched_and_said_once(
         replayer.run("odd", (1,), waits)
     assert len(calls) == 5 and replayer.captures == 1
     assert [r.message.count("cannot be captured") for r in caplog.records] == [1]
+
+
+def test_a_pause_between_requests_keeps_the_memory_under_captured_steps() -> None:
+    """With the memory the captures would go, and every request after a pause would have to make them again."""
+    engine = tiny_engine(decode="static")
+    ask(engine, request("one", prompt(41, 1), 12))
+    store = engine.lanes.current.store
+    generation, unused = store.generation, engine.lanes.unused_nbytes
+    assert unused > 0
+    assert engine.trim(keep_bytes=unused) == 0 and store.generation == generation
+    again = ask(engine, request("two", prompt(41, 1), 12))
+    assert store.generation == generation  # what was there was enough
+    assert engine.trim(keep_bytes=unused - 1) > 0 and store.generation > generation
+    assert ask(engine, request("two", prompt(41, 1), 12)) == again
+    eager = tiny_engine(decode="eager")
+    ask(eager, request("one", prompt(41, 1), 12))
+    assert eager.trim(keep_bytes=1 << 30) > 0  # nothing is captured there

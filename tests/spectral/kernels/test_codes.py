@@ -303,3 +303,11 @@ def test_pages_sealed_between_steps_are_the_references(monkeypatch: pytest.Monke
         found.append(codes_of(codec, pool[pages]))
     apart = (found[0] - found[1]).abs()
     assert found[0].any() and apart.max() <= 1 and apart.float().mean() < 0.01
+
+
+def test_vectors_that_get_their_length_back_are_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gains lengthen what is decoded; encoded again as it is, it would have other codes, and no device be trusted."""
+    monkeypatch.setattr(check_codes, "PAGES", 8)
+    codec = random_codec(2, 16, [8, 6, 0, 0], page=16, device=DEVICE)
+    assert min(codec.units[0].gains) > 1.02
+    assert check_codes.code_error(CodeLayer(codec)) == ""
