@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -37,9 +36,6 @@ PRESENT = (
 IDLE_KEEP_BYTES = 256 << 20
 """Unused memory of the cache that an idle model's captured steps may keep: without it, every request after a pause
 would have to capture them again, half a second each, and some of the process's memory with every capture."""
-
-QUICK_SWITCH_S = 0.0005
-"""After how long the inference thread lets another run while a setting is prepared; usually it is ten times that."""
 
 NO_WORK = types.EngineStats(0, 0, 0, 0, 0, 0, 0, 0, {})
 
@@ -169,14 +165,10 @@ class Preparation:
         threading.Thread(target=self._run, name="setting", daemon=True).start()
 
     def _run(self) -> None:
-        usual = sys.getswitchinterval()
-        sys.setswitchinterval(QUICK_SWITCH_S)  # thousands of short calls, each of which gives the interpreter away
         try:
             self._lanes.prepare(self.command.setting)
         except Exception as error:  # see above
             log.debug("setting %s could not be prepared: %s", self.command.setting, error)
-        finally:
-            sys.setswitchinterval(usual)
         self._done(self)
 
 

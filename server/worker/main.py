@@ -39,6 +39,10 @@ from spectral.errors import ModelError, ProfileError, RequestError, SettingError
 
 log = logging.getLogger("spectral.worker")
 
+SWITCH_S = 0.0005
+"""After how long a thread lets another one run, usually 5 ms. Every call into torch gives the interpreter away, and the
+inference thread would wait so long for it each time while settings are foreseen, prompts tokenized or profiles read."""
+
 STATS_EVERY_S = 0.25
 IDLE_TRIM_S = 5.0
 LONG_PROMPT = 32_768
@@ -347,6 +351,7 @@ def serve(channel: SocketChannel, ahead: bool = False) -> int:
         writer.finish()
         return EXIT_LOAD_FAILED
     heap.keep()
+    sys.setswitchinterval(SWITCH_S)
     writer.send(ready)
     Worker(Engines(built), reader.inbox, writer).run()
     writer.finish()
