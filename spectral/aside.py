@@ -57,7 +57,7 @@ def to_device(array: np.ndarray, device: torch.device | str, dtype: torch.dtype 
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device, priority=-1)  # many short kernels, each of which would wait for a long one's blocks
+    return torch.cuda.Stream(device, priority=-1)  # for many short kernels: each would wait for a long one's blocks
 
 
 @contextmanager
