@@ -215,22 +215,16 @@ def word(p, NBYTES: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
-def store_numbers(p, a, b, c, d, keep, FAST: tl.constexpr):
+def store_numbers(p, a, b, c, d, keep):
     """Four fp32 numbers to sixteen aligned bytes, where `keep` is not zero."""
-    if FAST:
-        tl.inline_asm_elementwise(
-            "{.reg .pred p; setp.ne.b32 p, $6, 0; @p st.global.v4.f32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0;}",
-            "=r,l,f,f,f,f,r",
-            [p.to(tl.int64), a, b, c, d, keep],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        tl.store(p, a, mask=keep != 0)
-        tl.store(p + 1, b, mask=keep != 0)
-        tl.store(p + 2, c, mask=keep != 0)
-        tl.store(p + 3, d, mask=keep != 0)
+    tl.inline_asm_elementwise(
+        "{.reg .pred p; setp.ne.b32 p, $6, 0; @p st.global.v4.f32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0;}",
+        "=r,l,f,f,f,f,r",
+        [p.to(tl.int64), a, b, c, d, keep],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -344,19 +338,32 @@ def score_rows(c, x, a, BITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.conste
 
 
 @triton.jit
-def _half_rows(x, BITS: tl.constexpr, ROWS: tl.constexpr, quarter: tl.constexpr, row: tl.constexpr, f: tl.constexpr):
-    """Field f of rows `row` and row + 1 of a lane's quarter, as two halves."""
-    low = row_place(BITS, ROWS, quarter, row)
-    high = row_place(BITS, ROWS, quarter, row + 1)
-    if BITS == 8:
-        return byte(x[low // 4], f) | (byte(x[high // 4], f) << 16)
-    elif BITS == 4:
-        at: tl.constexpr = f // 2
-        y = byte(x[low // 4], low % 4 + at) | (byte(x[high // 4], high % 4 + at) << 16)
-        return y & (0x000F000F << 4 * (f % 2))
-    else:
-        y = byte(x[low // 4], low % 4) | (byte(x[high // 4], high % 4) << 16)
-        return y & ((2**BITS - 1) * 0x00010001 << BITS * f)
+def _fields(x, row: tl.constexpr, TILES: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr):
+    """What tensor cores take row `row` of a lane's four for in every tile: fp32 [lanes, TILES]."""
+    F: tl.constexpr = 8 if BITS == 1 else 4
+    n = tl.arange(0, TILES)[None, :]
+    field = x[0][:, None] * 0 + n * 0
+    for q in tl.static_range(TILES // F):
+        place: tl.constexpr = row_place(BITS, ROWS, q, row)
+        own = (x[place // 4][:, None] >> (8 * (place % 4) + BITS * (n % F))) & (2**BITS - 1)
+        field = tl.where(n // F == q, own, field)
+    position = 0 * n if BITS == 8 else BITS * (n % F) % 8
+    return field.to(tl.float32) * (1 << position).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
+
+
+@triton.jit
+def _mixed(c, x, a, BITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr):
+    """`mix_rows` in plain Triton, all tiles at once: c is two tensors [WARPS, 8, 8 columns, TILES], of heads g and of
+    heads g + 8."""
+    TILES: tl.constexpr = 8 if BITS == 8 else 16
+    top, low = c
+    for row in tl.static_range(4):
+        number = tl.reshape(_fields(x, row, TILES, BITS, ROWS), [WARPS, 1, 8, 4, TILES])
+        first = tl.reshape(half(a[row // 2 * 2], row % 2 == 1), [WARPS, 8, 1, 4, 1])
+        second = tl.reshape(half(a[row // 2 * 2 + 1], row % 2 == 1), [WARPS, 8, 1, 4, 1])
+        top += tl.sum(first * number, 3)
+        low += tl.sum(second * number, 3)
+    return top, low
 
 
 @triton.jit
@@ -364,12 +371,12 @@ def mix_rows(c, x, a, BITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexp
     """Add a lane's four rows of an item to the sums of its latents.
 
     Args:
-        c: fp32 sums, 4 for each tile (spectral.kernels.items); x: words of the rows; a: 4 words: weights of those rows
-        for heads g and g + 8.
+        c: fp32 sums, 4 for each tile (spectral.kernels.items); in plain Triton as `_mixed` has them. x: words of the
+        rows; a: 4 words: weights of those rows for heads g and g + 8.
     """
-    TILES: tl.constexpr = 8 if BITS == 8 else 16
     if FAST:
-        c = tl.inline_asm_elementwise(
+        TILES: tl.constexpr = 8 if BITS == 8 else 16
+        return tl.inline_asm_elementwise(
             mix_text(BITS, ROWS),
             constraints(4 * TILES, 4 * TILES, len(x) + 4),
             c + x + a,
@@ -378,13 +385,7 @@ def mix_rows(c, x, a, BITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexp
             pack=1,
         )
     else:
-        F: tl.constexpr = 8 if BITS == 1 else 4
-        for n in tl.static_range(TILES):
-            b0 = _half_rows(x, BITS, ROWS, n // F, 0, n % F)
-            b1 = _half_rows(x, BITS, ROWS, n // F, 2, n % F)
-            r = mma(c[4 * n], c[4 * n + 1], c[4 * n + 2], c[4 * n + 3], a[0], a[1], a[2], a[3], b0, b1, WARPS)
-            c = replace(c, r, 4 * n, 4 * TILES)
-    return c
+        return _mixed(c, x, a, BITS, ROWS, WARPS)
 
 
 @triton.jit

@@ -48,7 +48,7 @@ def _store_sums(
     BITS: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Sums over warps, stored: c holds 4 numbers of a lane for every tile: heads g, g, g + 8, g + 8 and columns 2 t, 2
-    t + 1, 2 t, 2 t + 1."""
+    t + 1, 2 t, 2 t + 1 (in plain Triton as spectral.kernels.lanes has it)."""
     TILES: tl.constexpr = item_tiles(BITS)
     if FAST:
         tl.static_assert(WARPS == 4)
@@ -68,17 +68,14 @@ def _store_sums(
             for k in tl.static_range(2):
                 column, cell = _column(8 * half + 4 * k, t, warp % 2, BITS)
                 p = out + ((g + warp // 2 * 8) * outputs + column)
-                store_numbers(p, x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3], (cell < cells).to(tl.int32), FAST)
+                store_numbers(p, x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3], (cell < cells).to(tl.int32))
     else:
-        i = tl.arange(0, 32)
-        for tile in tl.static_range(0, TILES, 4):
-            for k in tl.static_range(4):
-                column, cell = _column(tile, i % 4, k % 2, BITS)
-                p = out + (i // 4 + k // 2 * 8) * outputs + column
-                x = ()
-                for n in tl.static_range(4):
-                    x = x + (_all_warps(c[4 * (tile + n) + k], WARPS),)
-                store_numbers(p, x[0], x[1], x[2], x[3], (cell < cells).to(tl.int32), FAST)
+        head, column = tl.arange(0, 8)[:, None, None], tl.arange(0, 8)[None, :, None]
+        n = tl.arange(0, TILES)[None, None, :]
+        place, cell = _column(n // 4 * 4, column // 2, column % 2, BITS)
+        p = out + head * outputs + place + n % 4
+        tl.store(p, tl.sum(c[0], 0), mask=(cell < cells) & (head >= 0) & (n >= 0))
+        tl.store(p + 8 * outputs, tl.sum(c[1], 0), mask=(cell < cells) & (head >= 0) & (n >= 0))
 
 
 @triton.jit
@@ -102,7 +99,10 @@ def _mix(
     PER: tl.constexpr = PB // STEP
     AHEAD: tl.constexpr = min(PER, 2)
     N: tl.constexpr = 32 * WARPS
-    c = (tl.zeros([N], tl.float32),) * (4 * item_tiles(BITS))
+    if FAST:
+        c = (tl.zeros([N], tl.float32),) * (4 * item_tiles(BITS))
+    else:
+        c = (tl.zeros([WARPS, 8, 8, item_tiles(BITS)], tl.float32),) * 2
     total = (tl.zeros([N], tl.float32),) * 4
     lane = g * 4 + t
     base += lane_offset(g, t, BITS, CLASS)
