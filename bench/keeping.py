@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from spectral.files import write_atomically
 
 
 class Cut(Exception):
@@ -62,6 +63,4 @@ def write_json(path: Path | None, document: dict[str, Any], indent: int = 1) -> 
     """Write a document in one move: whoever ends the run meanwhile finds the one before. None: nowhere."""
     if path is None:
         return
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(document, indent=indent) + "\n", encoding="utf-8")
-    beside.replace(path)
+    write_atomically(path, (json.dumps(document, indent=indent) + "\n").encode(), mode=0o644)

@@ -44,6 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.keeping import Limit, write_json
 from bench.vram_clients import answer, percentile, running
 from bench.vram_scene import GIB, Foreign, Scene, Sizes, watching
+from spectral.provenance import command_line
 
 Part = dict[str, Any]
 CHECK = Sizes(
@@ -310,8 +311,7 @@ def main() -> None:
     sizes = CHECK if options.check else FULL
     folder = options.models or Path(tempfile.mkdtemp())
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
-    command = " ".join([Path(sys.argv[0]).name, *(x if x[:1] != "/" else Path(x).name for x in sys.argv[1:])])
-    document: Part = {"seed": 6, "command": command, "limit_s": options.limit, "sizes": vars(sizes)}
+    document: Part = {"seed": 6, "command": command_line(), "limit_s": options.limit, "sizes": vars(sizes)}
 
     def keep(out: Part) -> None:
         write_json(options.json, rounded(document | out))

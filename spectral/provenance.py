@@ -15,8 +15,7 @@ from spectral import __version__
 
 
 def provenance(device: str = "cpu") -> dict[str, Any]:
-    """JSON-ready facts about this process: `versions`, `commit` (None outside a checkout), `hardware`, `command`
-    (absolute paths by their last name: folders of one machine tell nobody else anything)."""
+    """JSON-ready facts about this process: `versions`, `commit` (None outside a checkout), `hardware`, `command`."""
     import torch
     import transformers
 
@@ -32,8 +31,14 @@ def provenance(device: str = "cpu") -> dict[str, Any]:
         },
         "commit": git_commit(),
         "hardware": hardware,
-        "command": " ".join([Path(sys.argv[0]).name, *(x if x[:1] != "/" else Path(x).name for x in sys.argv[1:])]),
+        "command": command_line(),
     }
+
+
+def command_line() -> str:
+    """How this process was started; absolute paths by their last name: folders of one machine tell nobody else
+    anything."""
+    return " ".join([Path(sys.argv[0]).name, *(x if x[:1] != "/" else Path(x).name for x in sys.argv[1:])])
 
 
 def config_sha256(config: Any) -> str:

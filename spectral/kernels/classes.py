@@ -47,3 +47,15 @@ def strip_plane(classes, number):
 @triton.constexpr_function
 def log2(x):
     return int(x).bit_length() - 1
+
+
+@triton.constexpr_function
+def item_quarters(bits):
+    """Quarters of a cell that a lane of the mix kernel has (spectral.kernels.items)."""
+    return 4 if int(bits) in (2, 4) else 2
+
+
+@triton.constexpr_function
+def item_tiles(bits):
+    """Tiles of eight columns, one a lane g, in an item: one for every field of a lane's row."""
+    return 8 if int(bits) == 8 else 16

@@ -11,20 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from spectral.kernels.classes import class_rows
+from spectral.kernels.classes import class_rows, item_quarters
 from spectral.kernels.lanes import two_words, word
-
-
-@triton.constexpr_function
-def item_quarters(bits):
-    """Quarters of a cell that a lane has."""
-    return 4 if int(bits) in (2, 4) else 2
-
-
-@triton.constexpr_function
-def item_tiles(bits):
-    """Tiles of eight columns, one a lane g, in an item: one for every field of a lane's row."""
-    return 8 if int(bits) == 8 else 16
 
 
 @triton.constexpr_function

@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from spectral.kernels.classes import item_quarters, item_tiles
+
 
 @triton.constexpr_function
 def _mma(accumulator: list[str], a: list[str], b: list[str]) -> str:
@@ -55,7 +57,7 @@ def _score_rows(bits: int, rows: int) -> str:
 def row_place(bits: int, rows: int, quarter: int, row: int) -> int:
     """Byte at which row `row` of a lane's four lies in its words (spectral.kernels.items.lane_rows), of its quarter
     `quarter`; rows: of the class."""
-    unit, quarters = max(1, bits // 2), 4 if bits in (2, 4) else 2
+    unit, quarters = max(1, bits // 2), item_quarters(bits)
     if rows >= 4:
         return (4 * quarter + row) * unit
     part = max(4, quarters * rows * unit)
@@ -65,7 +67,7 @@ def row_place(bits: int, rows: int, quarter: int, row: int) -> int:
 @triton.constexpr_function
 def _mix_rows(bits: int, rows: int) -> str:
     """Operands: out C [4 per tile]; in C, words, a [4]. A tile is a field of the lane's quarters, one after another."""
-    tiles, quarters = 8 if bits == 8 else 16, 4 if bits in (2, 4) else 2
+    tiles, quarters = item_tiles(bits), item_quarters(bits)
     words = max(2, 2 * bits) if bits < 8 else 8
     if bits == 1 and rows < 2:
         words = 4
@@ -104,14 +106,6 @@ def _mix_rows(bits: int, rows: int) -> str:
 
 
 @triton.constexpr_function
-def _sum_rows() -> str:
-    """Operands: out C [4]; in C, a [4]: the other operand is the smallest fp16 number everywhere."""
-    lines = ["{", ".reg .b32 b;", "mov.b32 b, 0x00010001;"] + [f"mov.b32 ${i}, ${4 + i};" for i in range(4)]
-    lines.append(_mma([f"${i}" for i in range(4)], [f"${8 + i}" for i in range(4)], ["b", "b"]))
-    return "\n".join([*lines, "}"])
-
-
-@triton.constexpr_function
 def score_text(bits, rows):
     return _score_rows(int(bits), int(rows))
 
@@ -123,7 +117,10 @@ def mix_text(bits, rows):
 
 @triton.constexpr_function
 def sum_text():
-    return _sum_rows()
+    """Operands: out C [4]; in C, a [4]: the other operand is the smallest fp16 number everywhere."""
+    lines = ["{", ".reg .b32 b;", "mov.b32 b, 0x00010001;"] + [f"mov.b32 ${i}, ${4 + i};" for i in range(4)]
+    lines.append(_mma([f"${i}" for i in range(4)], [f"${8 + i}" for i in range(4)], ["b", "b"]))
+    return "\n".join([*lines, "}"])
 
 
 @triton.constexpr_function
@@ -355,7 +352,7 @@ def _fields(x, row: tl.constexpr, TILES: tl.constexpr, BITS: tl.constexpr, ROWS:
 def _mixed(c, x, a, BITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr):
     """`mix_rows` in plain Triton, all tiles at once: c is two tensors [WARPS, 8, 8 columns, TILES], of heads g and of
     heads g + 8."""
-    TILES: tl.constexpr = 8 if BITS == 8 else 16
+    TILES: tl.constexpr = item_tiles(BITS)
     top, low = c
     for row in tl.static_range(4):
         number = tl.reshape(_fields(x, row, TILES, BITS, ROWS), [WARPS, 1, 8, 4, TILES])
@@ -375,7 +372,7 @@ def mix_rows(c, x, a, BITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexp
         rows; a: 4 words: weights of those rows for heads g and g + 8.
     """
     if FAST:
-        TILES: tl.constexpr = 8 if BITS == 8 else 16
+        TILES: tl.constexpr = item_tiles(BITS)
         return tl.inline_asm_elementwise(
             mix_text(BITS, ROWS),
             constraints(4 * TILES, 4 * TILES, len(x) + 4),

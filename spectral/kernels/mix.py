@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from spectral.kernels.classes import class_rows, first_row, log2
-from spectral.kernels.items import item_quarters, item_tiles, lane_offset, lane_rows, page_ids
+from spectral.kernels.classes import class_rows, first_row, item_quarters, item_tiles, log2
+from spectral.kernels.items import lane_offset, lane_rows, page_ids
 from spectral.kernels.lanes import four_words, mix_rows, product, store_numbers, sum_rows, twice, word
 from spectral.kernels.staging import held_float, hold_float, stage
 
@@ -74,8 +74,8 @@ def _store_sums(
         n = tl.arange(0, TILES)[None, None, :]
         place, cell = _column(n // 4 * 4, column // 2, column % 2, BITS)
         p = out + head * outputs + place + n % 4
-        tl.store(p, tl.sum(c[0], 0), mask=(cell < cells) & (head >= 0) & (n >= 0))
-        tl.store(p + 8 * outputs, tl.sum(c[1], 0), mask=(cell < cells) & (head >= 0) & (n >= 0))
+        tl.store(p, tl.sum(c[0], 0), mask=cell < cells)
+        tl.store(p + 8 * outputs, tl.sum(c[1], 0), mask=cell < cells)
 
 
 @triton.jit

@@ -99,19 +99,6 @@ def held_two(at):
 
 
 @triton.jit
-def held_four(at):
-    """Sixteen aligned bytes of shared memory as four words."""
-    return tl.inline_asm_elementwise(
-        "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];",
-        "=r,=r,=r,=r,r",
-        [at],
-        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def hold_float(at, x):
     """An fp32 number to four aligned bytes of shared memory."""
     tl.inline_asm_elementwise(
