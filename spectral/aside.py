@@ -45,6 +45,20 @@ class Staging:
 _current = threading.local()
 
 
+def fetch(x: torch.Tensor) -> torch.Tensor:
+    """A tensor on the CPU, once what makes it is done. For whoever waits long: a copy from a GPU to ordinary memory
+    waits inside CUDA with a lock held, and every call of every other thread waits with it; one to pinned memory does
+    not wait, and an event is waited for without that lock."""
+    if x.device.type != "cuda":
+        return x.cpu()
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    host.copy_(x, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record(torch.cuda.current_stream(x.device))
+    done.synchronize()
+    return host
+
+
 def to_device(array: np.ndarray, device: torch.device | str, dtype: torch.dtype | None = None) -> torch.Tensor:
     """An array as a tensor of its own on a device, of another type if wanted; inside `aside` without waiting."""
     x = torch.from_numpy(np.ascontiguousarray(array if array.flags.writeable else array.copy()))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from spectral.aside import fetch
 from spectral.engine.device_sampler import Memory, choose, kind_of, numbers_of
 from spectral.engine.sampler import sample
 from spectral.engine.static_step import Numbers, SealStep, StaticStep, bucket, most_pages, seals_of, table_width
@@ -95,7 +96,7 @@ class Replayer:
         self.replays += 1
 
     def _try(self, what: str, key: Key, launch: Callable[[], None]) -> Any:
-        while len(self.graphs) >= MAX_GRAPHS:
+        while len(self.graphs) >= MAX_GRAPHS:  # at least one stays, and with it the pool
             del self.graphs[next(iter(self.graphs))]
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
@@ -123,6 +124,8 @@ class Replayer:
         for what, key in [found for found in self._warm if gone(found[1])]:
             self._warm.discard((what, key))
             self.graphs.pop((what, key), None)
+        if not self.graphs:
+            self._pool = None  # a pool ends with its last graph, and a capture into one that has ended fails
 
     def clear(self) -> None:
         """Forget all of them."""
@@ -191,7 +194,7 @@ class DecodeGraphs:
             memory.follow(states)
         out = self._chosen[step.rows]
         self.replayer.run("sampling", (0, step.rows, kind), lambda: choose(step.numbers, kind, memory, out))
-        tokens, right = out.tolist()  # the step's one wait
+        tokens, right = fetch(out).tolist()  # the step's one wait
         if not all(right[: len(states)]):
             if memory is not None:
                 memory.forget()

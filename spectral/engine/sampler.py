@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from spectral.aside import fetch
 from spectral.engine.grammar import GrammarState
 from spectral.engine.types import Logprob, SamplingParams
 
@@ -121,9 +122,9 @@ def sample(logits: torch.Tensor, states: Sequence[SamplerState]) -> tuple[list[i
     """
     if all(s.greedy and s.plain and s.params.logprobs is None for s in states):
         best = logits.argmax(-1)
-        return torch.where(sound(logits, best), best, BROKEN).tolist(), [None] * len(states)
+        return fetch(torch.where(sound(logits, best), best, BROKEN)).tolist(), [None] * len(states)
     raw = logits.float()
-    good = sound(raw, raw.argmax(-1)).tolist()
+    good = fetch(sound(raw, raw.argmax(-1))).tolist()
     work = raw
     if not all(s.plain for s in states):
         work = raw.clone()
@@ -148,7 +149,7 @@ def sample(logits: torch.Tensor, states: Sequence[SamplerState]) -> tuple[list[i
 
 
 def _fill(tokens: list[int], rows: list[int], chosen: torch.Tensor) -> None:
-    for row, token in zip(rows, chosen.tolist(), strict=True):
+    for row, token in zip(rows, fetch(chosen).tolist(), strict=True):
         tokens[row] = token
 
 

@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import torch
 
-from spectral.aside import Staging, aside, to_device
+from spectral.aside import Staging, aside, fetch, to_device
 
 CPU = torch.device("cpu")
 
@@ -40,3 +40,8 @@ def test_staged_copies_outlive_the_memory_they_passed_through() -> None:
     for source, copy in zip(sources, copies, strict=False):
         assert copy.dtype == source.dtype and torch.equal(copy, source)
     assert copies[-2].shape == (3, 0) and copies[-1].sum() == 400  # nothing to copy; more than there is room for
+
+
+def test_what_is_fetched_is_on_the_cpu() -> None:
+    x = torch.arange(4)
+    assert fetch(x).tolist() == [0, 1, 2, 3] and fetch(x[::2]).tolist() == [0, 2]

@@ -235,3 +235,15 @@ def test_a_pause_between_requests_keeps_the_memory_under_captured_steps() -> Non
     eager = tiny_engine(decode="eager")
     ask(eager, request("one", prompt(41, 1), 12))
     assert eager.trim(keep_bytes=1 << 30) > 0  # nothing is captured there
+
+
+def test_a_pool_ends_with_its_last_graph() -> None:
+    """torch asserts where a capture goes into a pool whose graphs are all gone: nothing would be captured any more."""
+    replayer = Replayer(torch.device("cpu"), True)
+    replayer.graphs = {("step", (1, 8)): 1, ("sampling", (0, 8)): 2}
+    replayer._warm = {*replayer.graphs}
+    replayer._pool = (0, 7)
+    replayer.drop(lambda key: key[0] == 1)
+    assert list(replayer.graphs) == [("sampling", (0, 8))] and replayer._pool == (0, 7)
+    replayer.drop(lambda key: True)
+    assert not replayer.graphs and replayer._pool is None
