@@ -20,7 +20,7 @@ import numpy as np
 from spectral.kernels.quads import byte_tables, page_quads, squeeze_tables
 from spectral.kernels.tables import layer_tables
 from spectral.remember import memory
-from spectral.unit_codec import class_deviation, plane_index, unit_layout
+from spectral.unit_codec import class_deviation, unit_layout
 
 if TYPE_CHECKING:
     from spectral.codec import LayerCodec
@@ -80,8 +80,6 @@ def foresee(profile: SpectralProfile, setting: str) -> Iterator[str]:
             layer = _layer(profile, name, number)
             if layer is None:
                 continue
-            for unit in layer.units:
-                plane_index(unit.layout)
             page_quads(layer)
             byte_tables(layer)
             layer_tables([(unit.layout, unit.class_deviation) for unit in layer.units], layer.units[0].steps)

@@ -120,6 +120,56 @@ def _columns(array: np.ndarray, used: torch.Tensor) -> torch.Tensor:
     return to_device(array, used.device, torch.float32).index_select(1, used)
 
 
+def inverse_steps(step: np.ndarray) -> np.ndarray:
+    """One over steps float64 [...], 0 where there are no bits."""
+    return np.where(step > 0, 1 / np.maximum(step, 1e-30), 0.0)
+
+
+class Packing:
+    """What the reference needs to take coefficients to a page's bytes and back, on a device. The kernels have tables of
+    their own, so it is made when it is first asked for.
+
+    Attributes:
+        deviation, step, zero, inverse, top: float32 [P, R]: of a coefficient; one step of its code in standard
+            deviations, the code of zero, one over the step (0 without bits), the largest code.
+        plane_bits, places, shifts, position, source, mask, low_place, unit, low_unit: see `PlaneIndex`.
+        as_levels, as_coefficients: of `affine`, in standard deviations or not.
+    """
+
+    def __init__(self, layout: PageLayout, deviation: np.ndarray, step: np.ndarray, device: torch.device) -> None:
+        def tensor(array: np.ndarray, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return to_device(array, device, dtype)
+
+        width = layout.row_widths
+        self.deviation, self.step, self.zero = tensor(deviation), tensor(step), tensor((2.0**width - 1) / 2)
+        self.inverse = tensor(inverse_steps(step))
+        self.top = tensor(2.0**width - 1)
+        found = plane_index(layout)
+        self.plane_bits = [plane.bits for plane in layout.planes]
+        self.places = [tensor(place, torch.int64) for place in found.places]
+        self.shifts = [tensor(plane.shift, torch.uint8) for plane in layout.planes]
+        self.position = tensor(found.position, torch.int64)
+        self.source, self.mask = tensor(found.source, torch.int64), tensor(found.mask, torch.uint8)
+        self.low_place = tensor(found.low_place, torch.int64)
+        self.unit, self.low_unit = tensor(found.unit), tensor(found.low_unit)
+        self.as_levels = self.affine(self.step, layout.page_tokens)
+        self.as_coefficients = self.affine(self.step * self.deviation, layout.page_tokens)
+
+    def affine(self, size: torch.Tensor, page_tokens: int) -> list[torch.Tensor]:
+        """What codes are worth for steps of `size` [P, R]: an offset, a factor of high parts, one of low ones."""
+        wide = F.pad(size, (0, 1))
+        offset = F.pad(-self.zero * size, (0, 1))
+        offset[0, -1] = 1 / float(np.float32(dct_matrix(page_tokens)[0, 0]))  # the mean does not change within a page
+        low = wide.flatten().index_select(0, self.low_place) * self.low_unit
+        return [offset.flatten(), self.unit * wide.flatten(), low]
+
+    def fields(self, packed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Packed uint8 [n, bytes] -> codes or high parts of them, uint8 [n, P * (R + 1)], and low parts, each where
+        its byte has it."""
+        found = take(packed, self.source).bitwise_and_(self.mask)
+        return found.split_with_sizes([self.unit.numel(), self.low_unit.numel()], 1)
+
+
 class UnitCodec(torch.nn.Module):
     """One unit at one setting: projection, quantizer, packing. R below counts the latents with bits anywhere.
 
@@ -150,12 +200,10 @@ class UnitCodec(torch.nn.Module):
             return to_device(array, device, torch.float32)
 
         self.class_deviation = class_deviation(unit, used)
-        deviation = np.zeros((page_tokens, used.size))
-        for rows, row_deviation in zip(frequency_classes(page_tokens), self.class_deviation, strict=True):
-            deviation[list(rows)] = row_deviation
         self.latents, self.used = used, to_device(used, device)
-        if finer is not None and np.isin(used, finer.latents).all():  # the same numbers are on the device already
-            place = to_device(np.asarray(np.searchsorted(finer.latents, used)), device)
+        at = np.asarray(np.searchsorted(finer.latents if finer is not None else used, used))
+        if finer is not None and finer.rank and np.array_equal(finer.latents.take(at, mode="clip"), used):
+            place = to_device(at, device)  # the same numbers are on the device already
             project = finer.project.index_select(1, place)
             key, value = (x.index_select(2, place) for x in (finer.key_decode, finer.value_decode))
             before = finer.gains
@@ -176,42 +224,42 @@ class UnitCodec(torch.nn.Module):
         self.value_basis = torch.cat([value.transpose(1, 2), self.value_mean], 1)  # [h, R + 1, dv]
         self.key_decode: torch.Tensor = self.key_basis[..., :-1]  # [h, d, R]
         self.value_decode: torch.Tensor = self.value_basis[:, :-1].transpose(1, 2)  # [h, dv, R]
-        self.deviation = tensor(deviation)  # [P, R]
-        self.dct = tensor(dct_matrix(page_tokens))
-        self.inverse_dct = self.dct.T
         self.channels = unit.decode.shape[1]
-        # One step of a code in standard deviations, and the code of zero: [P, R], 0 where there are no bits.
-        width = self.layout.row_widths
-        steps = np.array([tables[w].step if w in tables else 0.0 for w in range(9)])
         self.steps = {w: table.step for w, table in tables.items()}
-        self._step, self._zero = tensor(steps[width]), tensor((2.0**width - 1) / 2)
-        self._inverse = tensor(np.where(width > 0, 1 / np.maximum(steps[width], 1e-30), 0.0))
-        self._top = tensor(2.0**width - 1)
-        self._index_planes(device)
-        self._as_levels, self._as_coefficients = self._affine(self._step), self._affine(self._step * self.deviation)
 
-    def _index_planes(self, device: torch.device | str) -> None:
-        """Index tensors that take coefficients to the page's bytes and back."""
+    @property
+    def row_deviation(self) -> np.ndarray:
+        """Deviations of all coefficients: float32 [P, R]."""
+        deviation: np.ndarray = np.zeros((self.page_tokens, self.rank), dtype=np.float32)
+        for rows, row_deviation in zip(frequency_classes(self.page_tokens), self.class_deviation, strict=True):
+            deviation[list(rows)] = row_deviation
+        return deviation
 
-        def tensor(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-            return to_device(array, device, dtype)
+    @property
+    def row_steps(self) -> np.ndarray:
+        """One step of every coefficient's code in standard deviations: float64 [P, R], 0 where there are no bits."""
+        steps = np.array([self.steps.get(w, 0.0) for w in range(9)])
+        found: np.ndarray = steps[self.layout.row_widths]
+        return found
 
-        found = plane_index(self.layout)
-        self._plane_bits = [plane.bits for plane in self.layout.planes]
-        self._places = [tensor(place, torch.int64) for place in found.places]
-        self._shifts = [tensor(plane.shift, torch.uint8) for plane in self.layout.planes]
-        self._position = tensor(found.position, torch.int64)
-        self._source, self._mask = tensor(found.source, torch.int64), tensor(found.mask, torch.uint8)
-        self._low_place = tensor(found.low_place, torch.int64)
-        self._unit, self._low_unit = tensor(found.unit, torch.float32), tensor(found.low_unit, torch.float32)
+    @cached_property
+    def dct(self) -> torch.Tensor:
+        """[P, P], rows are frequencies."""
+        return to_device(dct_matrix(self.page_tokens), self.mean.device, torch.float32)
 
-    def _affine(self, size: torch.Tensor) -> list[torch.Tensor]:
-        """What `_values` needs for steps of `size` [P, R]: an offset, a factor of high parts, one of low ones."""
-        wide = F.pad(size, (0, 1))
-        offset = F.pad(-self._zero * size, (0, 1))
-        offset[0, -1] = 1 / self.dct[0, 0]  # the mean does not change within a page
-        low = wide.flatten().index_select(0, self._low_place) * self._low_unit
-        return [offset.flatten(), self._unit * wide.flatten(), low]
+    @cached_property
+    def inverse_dct(self) -> torch.Tensor:
+        """[P, P]"""
+        return self.dct.T
+
+    @property
+    def deviation(self) -> torch.Tensor:
+        """Deviations of all coefficients, float32 [P, R]."""
+        return self._packing.deviation
+
+    @cached_property
+    def _packing(self) -> Packing:
+        return Packing(self.layout, self.row_deviation, self.row_steps, self.mean.device)
 
     @cached_property
     def width_places(self) -> dict[int, torch.Tensor]:
@@ -221,54 +269,52 @@ class UnitCodec(torch.nn.Module):
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """x [n, P, D] float32, keys in their frame -> packed uint8 [n, bytes]."""
-        return self.quantize(torch.matmul(self.dct, (x - self.mean) @ self.project) / self.deviation)
+        return self.quantize(torch.matmul(self.dct, (x - self.mean) @ self.project) / self._packing.deviation)
 
     def quantize(self, y: torch.Tensor) -> torch.Tensor:
         """Coefficients in standard deviations [n, P, R] -> packed uint8 [n, bytes]."""
-        code = (y * self._inverse).add_(self._zero + 0.5).floor_().clamp_(min=0).minimum(self._top)
+        how = self._packing
+        code = (y * how.inverse).add_(how.zero + 0.5).floor_().clamp_(min=0).minimum(how.top)
         return self.pack(code.to(torch.uint8).flatten(1))
 
     def pack(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes uint8 [n, P * R] -> packed uint8 [n, bytes]."""
         codes = F.pad(codes, (0, 1))  # what padding fields hold
-        parts = []
-        for bits, place, shift in zip(self._plane_bits, self._places, self._shifts, strict=True):
+        how, parts = self._packing, []
+        for bits, place, shift in zip(how.plane_bits, how.places, how.shifts, strict=True):
             parts.append(pack_fields((take(codes, place) >> shift) & (2**bits - 1), bits))
-        return take(F.pad(torch.cat(parts, 1), (0, 1)), self._position) if parts else codes[:, :0]
-
-    def _fields(self, packed: torch.Tensor) -> torch.Tensor:
-        """Packed uint8 [n, bytes] -> what `_index_planes` names, uint8 [n, P * (R + 1) + low parts], each field where
-        its byte has it."""
-        return take(packed, self._source).bitwise_and_(self._mask)
+        return take(F.pad(torch.cat(parts, 1), (0, 1)), how.position) if parts else codes[:, :0]
 
     def codes(self, packed: torch.Tensor) -> torch.Tensor:
         """Packed uint8 [n, bytes] -> codes uint8 [n, P * R], 0 where there are no bits."""
-        if not self._plane_bits:
+        how = self._packing
+        if not how.plane_bits:
             return packed.new_zeros((packed.shape[0], self.page_tokens * self.rank))
-        high, low = self._fields(packed).split_with_sizes([self._unit.numel(), self._low_unit.numel()], 1)
-        codes = high * self._unit
-        codes.index_add_(1, self._low_place, low * self._low_unit)
+        high, low = how.fields(packed)
+        codes = high * how.unit
+        codes.index_add_(1, how.low_place, low * how.low_unit)
         return codes.to(torch.uint8).unflatten(1, (self.page_tokens, -1))[..., :-1].flatten(1)
 
     def levels(self, packed: torch.Tensor) -> torch.Tensor:
         """Packed uint8 [n, bytes] -> coefficients in standard deviations [n, P, R] float32."""
-        return self._values(packed, *self._as_levels)[..., :-1]
+        return self._values(packed, *self._packing.as_levels)[..., :-1]
 
     def _values(
         self, packed: torch.Tensor, offset: torch.Tensor, factor: torch.Tensor, low_factor: torch.Tensor
     ) -> torch.Tensor:
-        """What codes stand for (see `_affine`), and the mean's coefficients: [n, P, R + 1] float32."""
-        if not self._plane_bits:
+        """What codes stand for (see `Packing.affine`), and the mean's coefficients: [n, P, R + 1] float32."""
+        how = self._packing
+        if not how.plane_bits:
             return offset.repeat(packed.shape[0], 1).view(-1, self.page_tokens, self.rank + 1)
-        high, low = self._fields(packed).split_with_sizes([factor.numel(), low_factor.numel()], 1)
+        high, low = how.fields(packed)
         y = torch.addcmul(offset, high, factor)
         if low_factor.numel():
-            y.index_add_(1, self._low_place, low * low_factor)
+            y.index_add_(1, how.low_place, low * low_factor)
         return y.view(-1, self.page_tokens, self.rank + 1)
 
     def opened(self, packed: torch.Tensor) -> torch.Tensor:
         """Packed uint8 [n, bytes] -> what attention reads: coefficients with those of the mean, [n, P, R + 1]."""
-        return self._values(packed, *self._as_coefficients)
+        return self._values(packed, *self._packing.as_coefficients)
 
     def coefficients(self, packed: torch.Tensor) -> torch.Tensor:
         """Packed uint8 [n, bytes] -> DCT coefficients of the latents [n, P, R] float32."""
@@ -277,7 +323,7 @@ class UnitCodec(torch.nn.Module):
     def decode(self, packed: torch.Tensor, *, plain: bool = False) -> torch.Tensor:
         """Packed uint8 [n, bytes] -> x [n, P, D] float32, keys still in their frame. `plain`: without the gains, which
         `encode` turns into the same codes again."""
-        latents = torch.matmul(self.dct.T, self.coefficients(packed))
+        latents = torch.matmul(self.inverse_dct, self.coefficients(packed))
         sides = [self.key_decode, self.value_decode]
         if plain:
             sides = [side / gain for side, gain in zip(sides, self.gains, strict=True)]

@@ -10,6 +10,7 @@ import torch
 from spectral.aside import to_device
 from spectral.codec import LayerCodec
 from spectral.kernels.quads import Quads, byte_tables, page_quads
+from spectral.unit_codec import inverse_steps
 
 TILE = 16
 """Tokens that a program transforms at once: one page of 16 or two of 8."""
@@ -75,8 +76,10 @@ class CodeLayer:
         heads = [unit.heads[1] - unit.heads[0] for unit in units]
         self.spans = [int(s) for s in np.cumsum([0, *(h * (codec.key_dim + codec.value_dim) for h in heads)])]
         self.numbers = self.spans[-1]
-        self.size = torch.cat([unit._step * unit.deviation for unit in units], 1).flatten()
-        self.gain = torch.cat([unit._inverse / unit.deviation for unit in units], 1).flatten()
+        step = np.concatenate([unit.row_steps for unit in units], 1)
+        deviation = np.concatenate([unit.row_deviation for unit in units], 1)
+        self.size = to_device((step.astype(np.float32) * deviation).ravel(), self.device)
+        self.gain = to_device((inverse_steps(step).astype(np.float32) / deviation).ravel(), self.device)
         pages = TILE // codec.page_tokens
         self.transform = torch.block_diag(*[units[0].dct] * pages).contiguous()
         self.quads = [self._quads(quads, double) for double in (False, True)]

@@ -117,3 +117,20 @@ def test_contexts_of_models_that_load_together_are_told_when_the_last_has_loaded
     ledger.hold("b", "cuda:0", Holding(weights=5 * GIB, settle=GIB))
     assert ledger.observe([gpu(11 * GIB)]) == {}
     assert [ledger.of(name)["cuda:0"].context for name in "ab"] == [GIB // 2, GIB // 2]
+
+
+def test_what_a_model_gives_back_is_neither_foreign_nor_shown_twice() -> None:
+    ledger = Ledger()
+    ledger.observe([gpu(3 * GIB)])
+    ledger.hold("a", "cuda:0", Holding(weights=8 * GIB, kv=4 * GIB))
+    ledger.hold("b", "cuda:0", Holding(weights=2 * GIB))
+    assert ledger.observe([gpu(17 * GIB)]) == {}
+    with ledger.giving("a"):
+        for used in (15, 13, 9, 5):  # its report comes when all is done
+            assert ledger.observe([gpu(used * GIB)]) == {}
+            row = ledger.snapshot()[0]
+            assert row["foreign_bytes"] == 3 * GIB and row["free_bytes"] == (24 - used) * GIB
+            assert sum(part["bytes"] for part in row["segments"]) + row["foreign_bytes"] == used * GIB
+            assert sum(part["bytes"] for part in row["segments"] if part["model"] == "b") == 2 * GIB
+        ledger.hold("a", "cuda:0", Holding())
+    assert ledger.observe([gpu(4 * GIB)]) == {"cuda:0": -GIB}  # and this is somebody else's

@@ -365,3 +365,17 @@ async def test_what_a_model_takes_beside_weights_and_cache_is_planned_with_as_so
         assert (held.workspace, held.context) == (3 * GIB, GIB // 2)
         known = manager.measured.get(Measured.key(slot.settings, "card"))
         assert known is not None and known.overhead == 2 * GIB + GIB // 2
+
+
+async def test_who_looks_sees_what_the_devices_hold_now(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async with serving(monkeypatch, tmp_path, Scripted(12), model("a", 4), tick_seconds=10.0) as server:
+        memory = server.scheduler.memory
+        server.devices.foreign = 5 * GIB
+        await asyncio.sleep(0.05)
+        stale, views = memory.vram(), await asyncio.gather(*(memory.vram_now() for _ in range(3)))
+        assert [row["foreign_bytes"] for row in stale["devices"] if row["device"] == "cuda:0"] == [0]
+        for view in views:
+            assert [row["foreign_bytes"] for row in view["devices"] if row["device"] == "cuda:0"] == [5 * GIB]
+        assert memory._tick() == 10.0
+        memory.steward.wards["a"].moving = memory.steward.wards["a"].now
+        assert memory._tick() <= 0.05

@@ -68,7 +68,7 @@ def rounding(layer: CodeLayer) -> torch.Tensor:
     parts = []
     for number, unit in enumerate(layer.codec.units):
         reach = layer.projection(number).float().norm(dim=0)  # of a number, in latents
-        parts.append((2.0**-11 * reach * unit._inverse / unit.deviation).flatten())
+        parts.append((2.0**-11 * reach * unit._packing.inverse / unit.deviation).flatten())
     return torch.cat(parts)
 
 
