@@ -10,7 +10,8 @@ The file is written whenever a row is there; a run that its --limit or somebody 
 
 load     all three from disk at once, then each setting of each model used once; kernels are compiled before,
          by processes beside those that make the models (bench/vram_compile.py)
-squeeze  eight streams of long contexts; the cache's setting is made coarser twice: milliseconds per GiB that NVML shows
+squeeze  eight streams of long contexts; the cache's setting is made coarser twice: milliseconds per GiB that NVML
+         shows, beside two hot models and with these asleep, when the cache is several times as large
 foreign  eight streams on each model; another process takes 10 GiB and gives them back
 wake     keep_alive 0 puts a model to sleep, the next request wakes it: bytes per second against a copy in the same run
 ttft     time to the first token of a resident model, alone and while another loads from disk, falls asleep or wakes
@@ -48,8 +49,8 @@ from spectral.provenance import command_line
 
 Part = dict[str, Any]
 CHECK = Sizes(
-    ("tiny-a", "tiny-b", "tiny-c"), "cpu", budget=2.0, foreign=0.25, prompt=300, answer=40, long=1500, hold_s=4.0,
-    probes=30, threads=1, together=1,
+    ("tiny-a", "tiny-b", "tiny-c"), "cpu", budget=2.0, foreign=0.25, prompt=300, answer=40, long=1500, longest=1500,
+    hold_s=4.0, probes=30, threads=1, together=1,
 )  # fmt: skip
 FULL = Sizes(("8b", "4b", "1.7b"), "cuda:0")
 COMPILE_S = 150.0
@@ -78,29 +79,43 @@ async def load(scene: Scene, out: Part) -> None:
 
 
 async def squeeze(scene: Scene, out: Part) -> None:
-    """Coarser by command, twice, while streams run: what the worker says, and what NVML shows at once."""
-    rows = out["rows"] = []
-    out["to_reach"] = "<= 300 ms per GiB"
-    for name in (scene.sizes.models[0], scene.sizes.models[-1]):
-        slot = scene.scheduler.slots[name]
-        async with running(scene, [name], prompt=scene.sizes.long, answer=10**6) as clients:
-            await clients.started()
-            await asyncio.sleep(1.0)
-            for setting in ("8x", "16x"):
-                before, held = scene.used(), slot.stats.kv_bytes_allocated
-                was, began = slot.ready.setting, time.perf_counter()
-                print_ = await scene.set_setting(slot, setting)
-                took = time.perf_counter() - began
-                shown = before - scene.used()
-                row = {"model": name, "from": was, "to": setting, "held_gib": held / GIB, "command_s": took}
-                row |= {"worker_s": print_.seconds, "freed_gib": print_.freed_bytes / GIB, "nvml_gib": shown / GIB}
-                row["ms_per_gib"] = took * 1e3 / (shown / GIB) if shown > 0 else None
-                rows.append(row | {"longest_pause_s": await clients.longest_pause(3.0)})
-                good = [row["ms_per_gib"] for row in rows if row["ms_per_gib"] is not None]
-                out["ms_per_gib_max"] = max(good, default=None)
-                scene.tell(rows[-1])
-            rows[-1]["streams_broken"] = await clients.cancel()
-        await scene.set_setting(slot, "4x")
+    """Coarser by command, twice, while streams run: what the worker says, and what NVML shows at once. First beside two
+    other hot models, then, alone, with the contexts that the memory of all allows."""
+    sizes, rows = scene.sizes, []
+    out |= {"rows": rows, "to_reach": "<= 300 ms per GiB"}
+    for name in (sizes.models[0], sizes.models[-1]):
+        await squeezed(scene, name, sizes.long, out, rows)
+    if scene.device != "cpu":  # models on a CPU do not sleep
+        for name in sizes.models[1:]:
+            await answer(scene, name, 16, 2, keep_alive=0.0)
+            await scene.state(scene.scheduler.slots[name], "asleep", 60.0)
+        await squeezed(scene, sizes.models[0], sizes.longest, out, rows)
+        for name in sizes.models[1:]:
+            await answer(scene, name, 16, 2, keep_alive=-1.0)
+
+
+async def squeezed(scene: Scene, name: str, prompt: int, out: Part, rows: list[Part]) -> None:
+    """Eight streams of one model, whose cache is squeezed to 8x and to 16x; a row of each."""
+    slot = scene.scheduler.slots[name]
+    async with running(scene, [name], prompt=prompt, answer=10**6) as clients:
+        await clients.started()
+        await asyncio.sleep(1.0)
+        for setting in ("8x", "16x"):
+            before, held, reserved = scene.used(), slot.stats.kv_bytes_allocated, slot.stats.reserved_bytes
+            was, began = slot.ready.setting, time.perf_counter()
+            print_ = await scene.set_setting(slot, setting)
+            took = time.perf_counter() - began
+            shown = before - scene.used()
+            row = {"model": name, "from": was, "to": setting, "held_gib": held / GIB, "command_s": took}
+            row |= {"worker_s": print_.seconds, "freed_gib": print_.freed_bytes / GIB, "nvml_gib": shown / GIB}
+            row["reserve_freed_gib"] = (reserved - print_.reserved_bytes) / GIB
+            row["ms_per_gib"] = took * 1e3 / (shown / GIB) if shown > 0 else None
+            rows.append(row | {"longest_pause_s": await clients.longest_pause(3.0)})
+            good = [row["ms_per_gib"] for row in rows if row["ms_per_gib"] is not None]
+            out["ms_per_gib_max"] = max(good, default=None)
+            scene.tell(rows[-1])
+        rows[-1]["streams_broken"] = await clients.cancel()
+    await scene.set_setting(slot, "4x")
 
 
 async def foreign(scene: Scene, out: Part) -> None:

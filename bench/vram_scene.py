@@ -62,9 +62,9 @@ for line in sys.stdin:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured. budget, foreign: GiB; prompt, answer: tokens of a stream; long: of one whose cache is squeezed;
-    hold_s: how long foreign memory is held; probes: requests of one measurement of times to first token; threads: of a
-    worker; together: processes that prepare at once."""
+    """What is measured. budget, foreign: GiB; prompt, answer: tokens of a stream; long, longest: of one whose cache is
+    squeezed, beside other models and alone; hold_s: how long foreign memory is held; probes: requests of one
+    measurement of times to first token; threads: of a worker; together: processes that prepare at once."""
 
     models: tuple[str, ...]
     device: str
@@ -73,6 +73,7 @@ class Sizes:
     prompt: int = 1500
     answer: int = 400
     long: int = 8000
+    longest: int = 24000
     hold_s: float = 10.0
     probes: int = 150
     threads: int = 4
@@ -165,7 +166,8 @@ class Scene:
         self._devices, self._state = Devices(), tempfile.TemporaryDirectory()
         self.base = reading(self._devices, self.device)
         self.budget = int(sizes.budget * GIB) if self.device != "cpu" else self.base + int(sizes.budget * GIB)
-        limits = {"max_concurrency": STREAMS, "context_length": 2 * sizes.long, "longest_wait_seconds": 120}
+        context = sizes.long + max(sizes.long, sizes.longest)
+        limits = {"max_concurrency": STREAMS, "context_length": context, "longest_wait_seconds": 120}
         given = [
             {
                 "name": name, "path": str(folder / name), "profile": str(folder / name / "profile.safetensors"),
@@ -276,7 +278,8 @@ async def watching(scene: Scene) -> AsyncIterator[dict[str, Any]]:
 async def _sample(scene: Scene, samples: list[dict[str, Any]]) -> None:
     while True:
         used = scene.used()
-        row = scene.scheduler.memory.ledger._row(scene.account)
+        rows = (await scene.scheduler.memory.vram_now())["devices"]  # as GET /admin/vram
+        row = next(row for row in rows if row["device"] == scene.device)
         ours = sum(part["bytes"] for part in row["segments"])
         # On a CPU other programs come and go: nobody knows what is foreign there.
         known = not scene.foreign.changing and scene.device != "cpu"

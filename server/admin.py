@@ -266,9 +266,9 @@ class Admin:
         except (errors.ApiError, StateUnusable) as error:
             log.error("the configuration was not read again: %s", error)
 
-    def memory(self) -> dict[str, Any]:
-        """Who holds which bytes on which device: the ledger, with the setting of every cache beside its bytes."""
-        view = self.scheduler.memory.vram()
+    async def memory(self) -> dict[str, Any]:
+        """Who holds which bytes on which device now: the ledger, with the setting of every cache beside its bytes."""
+        view = await self.scheduler.memory.vram_now()
         for device in view["devices"]:
             for part in device["segments"]:
                 slot = self.scheduler.slots.get(part["model"])

@@ -111,6 +111,10 @@ class ClusterMemory(MemoryManager):
     def requested(self, slot: Slot, keep_alive: float | None = None) -> None:
         """Nodes count their own requests; a request's own keep_alive is theirs to keep as configured."""
 
+    async def vram_now(self) -> dict[str, Any]:
+        """As the nodes told last."""
+        return self.vram()
+
     def vram(self) -> dict[str, Any]:
         """The devices of all nodes, named "node/device"."""
         rows: list[dict[str, Any]] = []

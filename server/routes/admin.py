@@ -50,14 +50,14 @@ async def status(request: Request, actor: Actor) -> Response:
         models[name] = {**slot_info(slot), **chosen}
     jobs = [job for job in await admin.jobs.rows() if job["state"] not in OVER]
     body = {"actor": actor, "durable": admin.state.durable, "models": models, "jobs": jobs}
-    return JSONResponse({**body, **admin.memory(), "nodes": nodes_of(admin.scheduler)})
+    return JSONResponse({**body, **await admin.memory(), "nodes": nodes_of(admin.scheduler)})
 
 
 @router.get("/vram")
 async def vram(request: Request, actor: Actor) -> Response:
     """Who holds which bytes on which device: segments by kind and model, foreign and free bytes; `leases` of hot
     models, and `notes` on what cannot be known here."""
-    return JSONResponse(admin_of(request).memory())
+    return JSONResponse(await admin_of(request).memory())
 
 
 # ---------------------------------------------------------------------------------------------- models

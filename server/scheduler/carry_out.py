@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 import uuid
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("spectral.memory")
 COMMAND_S = 30.0
 MOVE_S = 120.0
+GIVING = (messages.SetSetting, messages.SetLease, messages.Sleep)
+"""Commands after which a worker may hold less."""
 SQUEEZE_S = 1.0
 """A squeeze that takes longer is not waited for: what can be given back without it is."""
 
@@ -58,7 +61,8 @@ class Moves:
         }[action.kind]
         began, failed = time.monotonic(), ""
         try:
-            after, lease = await how(slot, action, before, lease)
+            with self._memory.ledger.giving(slot.name) if action.kind in ("evict", "move") else nullcontext():
+                after, lease = await how(slot, action, before, lease)
         except (Refused, asyncio.TimeoutError) as error:
             failed = str(error) or f"no answer within {COMMAND_S:g} s"
             after, lease = self._where(slot, before), ward.lease
@@ -98,9 +102,11 @@ class Moves:
         ident = uuid.uuid4().hex
         answer: asyncio.Future[messages.Footprint | None] = asyncio.get_running_loop().create_future()
         slot.commands[ident] = answer
-        slot.worker.send(make(ident))
+        message = make(ident)
+        slot.worker.send(message)
         try:
-            return await within(within_s, asyncio.shield(answer))
+            with self._memory.ledger.giving(slot.name) if isinstance(message, GIVING) else nullcontext():
+                return await within(within_s, asyncio.shield(answer))
         except asyncio.TimeoutError:
             raise
         except Exception as error:

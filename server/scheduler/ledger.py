@@ -2,7 +2,8 @@
 
 Three sources are reconciled: readings of the devices (the truth about used and free), workers' own reports
 (attribution: weights, cache), and predictions (for a load that is under way). What is used and not explained is
-foreign; while a model loads, growth up to its prediction counts as the model's and not as foreign.
+foreign; while a model loads, growth up to its prediction counts as the model's and not as foreign, and while one gives
+bytes back (`giving`), what is gone from the device counts as the model's, for its report comes later.
 
     budget of a GPU = min(max_vram, total - reserve) - foreign         bytes that may be ours, everything included
     budget of host memory = min(max_host, total - reserve - foreign)
@@ -12,7 +13,9 @@ foreign; while a model loads, growth up to its prediction counts as the model's 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,6 +86,7 @@ class Ledger:
     def __init__(self, caps: Mapping[str, int | None] | None = None, reserves: Mapping[str, int] | None = None) -> None:
         self._caps, self._reserves = dict(caps or {}), dict(reserves or {})
         self.accounts: dict[str, Account] = {}
+        self._giving: Counter[str] = Counter()
 
     def observe(self, readings: Iterable[Reading], *, per_process: bool = False) -> dict[str, int]:
         """Take new readings; returns by how many bytes foreign use changed, for the devices where it did.
@@ -136,9 +140,10 @@ class Ledger:
         """Used bytes that nobody of ours explains."""
         unexplained = account.reading.used - account.ours
         loading = sum(max(0, h.expected - h.total) for h in account.holdings.values() if h.expected)
+        gone = sum(h.total for model, h in account.holdings.items() if self._giving[model])
         # A model that loads holds something between what it reported and what is expected of it. What was foreign
-        # before stays foreign as long as the growth can be the model's.
-        low, high = max(0, unexplained - loading), max(0, unexplained)
+        # before stays foreign as long as the growth can be the model's, or the loss that of one that gives back.
+        low, high = max(0, unexplained - loading), max(0, unexplained + gone)
         return min(max(account.foreign, low), high)
 
     def hold(self, model: str, device: str, holding: Holding, pid: int = 0) -> None:
@@ -164,6 +169,15 @@ class Ledger:
         if device in self.accounts:
             self.accounts[device].holdings.pop(model, None)
 
+    @contextmanager
+    def giving(self, model: str) -> Iterator[None]:
+        """Inside, a model gives bytes back."""
+        self._giving[model] += 1
+        try:
+            yield
+        finally:
+            self._giving[model] -= 1
+
     def of(self, model: str) -> dict[str, Holding]:
         """What a model holds, by device."""
         return {a.name: a.holdings[model] for a in self.accounts.values() if model in a.holdings}
@@ -185,13 +199,16 @@ class Ledger:
         return [self._row(account) for account in self.accounts.values()]
 
     def _row(self, account: Account) -> dict[str, Any]:
-        used = max(account.reading.used, account.ours)
-        rest = max(0, used - account.ours - account.foreign)
+        ours = self._reported(account)
+        known = sum(size for sizes in ours.values() for size in sizes.values())
+        used = max(account.reading.used, known)
+        foreign = min(account.foreign, used - known)
+        rest = used - known - foreign
         segments = []
-        for model, holding in sorted(account.holdings.items()):
+        for model, sizes in ours.items():
+            holding = account.holdings[model]
             growth = min(rest, max(0, holding.expected - holding.total)) if holding.expected else 0
             rest -= growth
-            sizes = {kind: getattr(holding, kind) for kind in KINDS}
             sizes["workspace"] += growth
             segments += [{"model": model, "kind": k, "bytes": n} for k, n in sizes.items() if n or k != "context"]
         return {
@@ -202,7 +219,22 @@ class Ledger:
             "max_vram_bytes": account.cap,
             "reserve_bytes": account.reserve,
             "free_bytes": max(0, account.reading.total - used),
-            "foreign_bytes": min(account.foreign, max(0, used - account.ours)) + rest,
+            "foreign_bytes": foreign + rest,
             "stale": account.stale,
             "segments": segments,
         }
+
+    def _reported(self, account: Account) -> dict[str, dict[str, int]]:
+        """Bytes by model and kind. Where models report more than the device says is in use beside foreign bytes, those
+        that give back have given that much already: the cache first, then the rest."""
+        found = {
+            model: {kind: getattr(holding, kind) for kind in KINDS}
+            for model, holding in sorted(account.holdings.items())
+        }
+        over = account.ours + account.foreign - account.reading.used
+        for model in (model for model in found if self._giving[model]):
+            for kind in ("kv", "workspace", "weights"):
+                gone = max(0, min(over, found[model][kind]))
+                found[model][kind] -= gone
+                over -= gone
+        return found

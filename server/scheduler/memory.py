@@ -42,6 +42,10 @@ log = logging.getLogger("spectral.memory")
 
 WAITS = "waits for memory"
 TOLD_BYTES = 256 << 20
+MOVING_TICK_S = 0.05
+"""The devices are read so often while a model loads, sleeps, wakes or changes its setting."""
+FRESH_S = 0.02
+"""A reading so old will do for whoever looks."""
 """A change of foreign memory that people are told of; drivers take and give back about 100 MiB by themselves."""
 
 
@@ -220,18 +224,28 @@ class MemoryManager:
     # ------------------------------------------------------------------------------------------ the loop
 
     async def _run(self) -> None:
-        tick = self._scheduler.settings.memory.tick_seconds
         while True:
+            tick = self._tick()
             with contextlib.suppress(asyncio.TimeoutError):
                 await within(tick, self._wake.wait())
             self._wake.clear()
             try:
-                if time.monotonic() - self._read_at >= tick:
-                    self._observe(await self._reader.read(self.devices.read))
+                await self._read(tick)
                 self._decide()
             except Exception:  # whatever it is, models go on as they are and the next tick tries again
                 log.exception("the memory loop failed once")
                 await asyncio.sleep(tick)
+
+    def _tick(self) -> float:
+        """Seconds until the devices are read again: fewer while a model moves, for gigabytes come and go then."""
+        tick = self._scheduler.settings.memory.tick_seconds
+        moving = self._grants or any(ward.moving is not None for ward in self.steward.wards.values())
+        return min(tick, MOVING_TICK_S) if moving else tick
+
+    async def _read(self, age: float) -> None:
+        """Read the devices, unless what is known is younger than `age` seconds."""
+        if time.monotonic() - self._read_at >= age:
+            self._observe(await self._reader.read(self.devices.read))
 
     def _observe(self, readings: list[Reading] | None) -> None:
         self._read_at = time.monotonic()
@@ -302,6 +316,12 @@ class MemoryManager:
             self.spawn(self.moves.carry_out(slot, action))
 
     # ------------------------------------------------------------------------------------------ views
+
+    async def vram_now(self) -> dict[str, Any]:
+        """`vram`, of devices that are read for it."""
+        await self._read(FRESH_S)
+        self.look()
+        return self.vram()
 
     def vram(self) -> dict[str, Any]:
         """GET /admin/vram, `spectral top`: devices by kind and model, leases, and what cannot be known."""

@@ -25,13 +25,15 @@ class PatientReader:
         """What `look` returns, or None where there is nothing after `seconds`. Raises what it raises."""
         if self._reading is None:
             self._reading = _on_thread(look)
-        done, _ = await asyncio.wait({self._reading}, timeout=self._seconds)
+        reading = self._reading  # another may wait for it too, and be served first
+        done, _ = await asyncio.wait({reading}, timeout=self._seconds)
         if not done:
             if not self._stuck:
                 log.warning("the devices could not be read within %g s; their last figures are used", self._seconds)
             self._stuck = True
             return None
-        reading, self._reading, self._stuck = self._reading, None, False
+        if self._reading is reading:
+            self._reading, self._stuck = None, False
         return reading.result()
 
 
