@@ -228,7 +228,7 @@ def memory(scene: Scene) -> Row:
         reserved = torch.cuda.memory_reserved(scene.device) if scene.device.type == "cuda" else 0
         return reserved, process.memory_info().rss, engine.lanes.nbytes
 
-    early = (0, 0, 0)
+    early, series = (0, 0, 0), []
     for number in range(sizes.requests):
         length = int(torch.randint(2, 200, (1,), generator=rng))
         engine.submit(GenerateRequest(f"m{number}", "", greedy(6)), scene.tokens(length, number))
@@ -236,6 +236,9 @@ def memory(scene: Scene) -> Row:
             engine.cancel(f"m{number}")
         while len(engine.scheduler.waiting) > 32:
             step(engine)
+        if number % max(1, sizes.requests // 16) == 0:
+            graphs = engine.runner.graphs.replayer.graphs if engine.runner.graphs is not None else {}
+            series.append([number, process.memory_info().rss, len(graphs)])
         if number + 1 == sizes.requests // 3:
             early = now()
     late = now()
@@ -243,7 +246,7 @@ def memory(scene: Scene) -> Row:
     return row(
         "memory", f"memory after {sizes.requests} requests, bytes, against after a third of them", "within 1 %",
         figure, against, lambda ratio: abs(ratio - 1) <= 0.01, host=late[1], host_early=early[1], cache=late[2],
-        cache_early=early[2],
+        cache_early=early[2], host_and_graphs=series, **counts(engine),
     )  # fmt: skip
 
 

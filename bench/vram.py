@@ -185,11 +185,14 @@ async def ttft(scene: Scene, out: Part) -> None:
 
     async def probe(what: str, until: asyncio.Task[Any] | None = None) -> None:
         """Requests until something has ended, or as many as are wanted."""
-        count = 0
-        while not until.done() if until is not None else count < least:
-            times[what].append(await answer(scene, name, 32, 2))
-            count += 1
+        began, found = time.monotonic(), []
+        while not until.done() if until is not None else len(found) < least:
+            found.append((time.monotonic() - began, await answer(scene, name, 32, 2)))
+        times[what] += [took for _, took in found]
         out.update(times_of(times))
+        if until is not None and found:  # when the slowest came: a load is several things after one another
+            slow = sorted(found, key=lambda pair: -pair[1])[: max(3, len(found) // 50)]
+            out.setdefault("slowest_at_s", {}).setdefault(what, []).append(sorted(slow))
         scene.tell({what: out[what]} if what in out else {})
 
     for _ in range(least // 5):
