@@ -316,4 +316,7 @@ def counts(engine: Engine) -> dict[str, Any]:
     if graphs is None:
         return {}
     replayer = graphs.replayer
-    return {"captures": replayer.captures, "replays": replayer.replays, "not_captured": replayer.refused}
+    return {
+        "captures": replayer.captures, "replays": replayer.replays, "not_captured": replayer.refused,
+        "decode_steps": graphs.steps, "chunk_steps": graphs.chunk_steps,
+    }  # fmt: skip

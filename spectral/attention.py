@@ -2,7 +2,8 @@
 
 `attend` appends a forward's new keys and values to the store and answers its queries. The forward is flattened: one
 batch dimension of size 1 whose N tokens belong to the step's rows in order. Rows with one new token (decode) run as
-one batch, through the kernels or the reference (spectral.dispatch); rows with more run one by one (spectral.prefill).
+one batch, through the kernels or the reference (spectral.dispatch); rows with more run one by one (spectral.prefill),
+or a row for each token, where they are few (spectral.engine.chunk_step).
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ class DecodePlan:
     counts, firsts, lengths: per row its pages, the oldest token that only the ring holds, and its tokens before this
         step.
     step, bias: what the kernels and the reference make of these; bias: [B, 1, 1, m*P + capacity], 0 or -inf.
+    visible: bool [B, B], where rows are tokens of chunks (spectral.engine.chunk_step): whose new token a row sees, its
+        own among them. They lie behind the window's places then, also in `bias`. None: its own only, in its place.
     """
 
     slot: torch.Tensor
@@ -54,6 +57,7 @@ class DecodePlan:
     views: dict[int, tuple[int, tuple[torch.Tensor, ...]]] = field(default_factory=dict)
     step: StepTables | None = None
     bias: torch.Tensor | None = None
+    visible: torch.Tensor | None = None
 
     @cached_property
     def flat_table(self) -> torch.Tensor:
@@ -249,9 +253,9 @@ def _decode_on_codes(
     from spectral.kernels.decode import StepTables, decode_attention
 
     if plan.step is None:
-        rows = [plan.counts, plan.lengths, plan.firsts]
-        count, length, first = torch.tensor(rows, dtype=torch.int32).to(pool.device).unbind(0)
-        plan.step = StepTables(plan.table.int(), count, plan.slot.int(), length, first)
+        rows = [plan.counts, plan.lengths, plan.firsts, [0] * len(plan.counts)]
+        count, length, first, before = torch.tensor(rows, dtype=torch.int32).to(pool.device).unbind(0)
+        plan.step = StepTables(plan.table.int(), count, plan.slot.int(), length, first, before)
     q, k, v = (x.transpose(0, 1) for x in (query, key, value))
     return decode_attention(kernels, pool, window, plan.step, q, k, v, scaling=scaling, softcap=softcap)
 
@@ -282,6 +286,11 @@ def _window_view(batch: StepBatch, layer: int, plan: DecodePlan, new: torch.Tens
         first, views = at, group.read(at, min(at + most, len(group.windows)), plan.slot).unbind(0)
         plan.views[number] = first, views
     view = views[at - first]
+    if plan.visible is not None:
+        _keep(batch, layer, plan, new)
+        # Not hidden by a weight of 0 alone: another sequence's may be NaN.
+        seen = new.float().transpose(0, 1).where(plan.visible[:, None, :, None], 0.0)  # [B, H, B, d + dv]
+        return torch.cat([view, seen], 2)
     if plan.rows is None:
         view.select(2, plan.write_first).copy_(new)
     else:

@@ -14,7 +14,7 @@ from spectral.engine.chat import encode_prompt
 from spectral.engine.detokenize import longest_token, make_decoder
 from spectral.engine.faults import Faults
 from spectral.engine.grammar import GrammarCompiler
-from spectral.engine.graphs import DecodeGraphs, decode_choice
+from spectral.engine.graphs import decode_graphs
 from spectral.engine.lanes import Lanes
 from spectral.engine.runner import Runner
 from spectral.engine.sampler import BROKEN, SamplerState
@@ -85,9 +85,9 @@ class Engine:
         self._longest_token = longest_token(loaded.tokenizer)
         self._decode = make_decoder(loaded.tokenizer)
         self._grammars = GrammarCompiler(loaded.tokenizer, self.vocab_size, loaded.eos_token_ids)
-        mode = decode_choice(loaded.device, decode, split=loaded.split)
-        self.runner = Runner(loaded, None if mode == "eager" else DecodeGraphs(loaded, self.lanes.stores, mode))
-        self.scheduler = Scheduler(self.lanes, self.limits, decode_apart=mode != "eager", clock=clock)
+        graphs = decode_graphs(loaded, self.lanes.stores, decode)
+        self.runner = Runner(loaded, graphs)
+        self.scheduler = Scheduler(self.lanes, self.limits, divide=graphs.divide if graphs else None, clock=clock)
         self.faults = Faults(self.lanes)
         self._live: dict[str, list[Sequence]] = {}
         self._session_of: dict[str, tuple[str, str]] = {}

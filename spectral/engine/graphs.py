@@ -1,8 +1,8 @@
 """Decode steps as CUDA graphs: captured once for a bucket of rows and page-table widths, replayed from then on.
 
-SPECTRAL_DECODE=auto|eager|static|graph says how steps in which every row gets one token run. eager: the model's forward
-as for any other step. static: over buffers that stay where they are, launched one by one. graph: the same, captured.
-auto is graph on a GPU and eager elsewhere.
+SPECTRAL_DECODE=auto|eager|static|graph says how steps in which every row gets one token run, and short chunks of
+prompts (spectral.engine.chunk_step). eager: the model's forward as for any other step. static: over buffers that stay
+where they are, launched one by one. graph: the same, captured. auto is graph on a GPU and eager elsewhere.
 
 A step that cannot be captured is launched one by one, and the log says once why. Graphs point to the store's tensors
 and the weights: when those move (pools grow, a squeeze, sleep), they are dropped and captured anew.
@@ -13,18 +13,21 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from spectral.aside import fetch
+from spectral.engine.chunk_step import Bounds, ChunkStep, chunk_rows
 from spectral.engine.device_sampler import Memory, choose, kind_of, numbers_of
-from spectral.engine.sampler import sample
-from spectral.engine.static_step import Numbers, SealStep, StaticStep, bucket, most_pages, seals_of, table_width
+from spectral.engine.sampler import sample, sound
+from spectral.engine.static_step import BLANK, Numbers, SealStep, StaticStep, bucket, most_pages, seals_of, table_width
 from spectral.errors import SettingError
 
 if TYPE_CHECKING:
-    from spectral.engine.scheduler import Part
+    from spectral.engine.device_sampler import Kind
+    from spectral.engine.sampler import SamplerState
+    from spectral.engine.scheduler import Part, Work
     from spectral.engine.sequence import Sequence
     from spectral.engine.types import Logprob
     from spectral.hf import LoadedModel
@@ -37,11 +40,13 @@ MAX_GRAPHS = 48
 RESERVED_PAGES = 32
 """Pages for each row that a store is given before a step is captured: pools that grow soon would undo the capture."""
 
-BLANK: tuple[list[int], list[float]] = [0, 0], [1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0]
-"""What the device's sampler is told of rows that it does not choose for."""
+DECODE, CHUNK, ORDINARY = "decode", "chunk", ""
+"""How a sequence's tokens run in a step."""
 
 Key = tuple[Any, ...]
-"""Its first part: the generation of the store that it depends on, or 0."""
+"""Its first part: the generation of the store that it depends on, or 0. The others say what is launched."""
+
+Step = TypeVar("Step", bound=StaticStep)
 
 Chosen = tuple["list[Sequence]", list[int], "list[Logprob | None]"]
 
@@ -63,15 +68,17 @@ def decode_choice(device: torch.device, name: str | None = None, *, split: bool 
 
 
 class Replayer:
-    """Runs functions that only launch work on fixed tensors; from the third time on as a captured graph.
+    """Runs functions that only launch work on fixed tensors; from the second time on as a captured graph.
 
-    The first time compiles and loads what the function launches, which a capture may not do.
+    The first time compiles and loads what the function launches, which a capture may not do. What has run so over
+    tensors that are somewhere else now (a pool has grown) is captured at once.
     """
 
     def __init__(self, device: torch.device, capture: bool) -> None:
         self._device, self._capture = device, capture
         self.graphs: dict[Key, Any] = {}
         self._warm: set[Key] = set()
+        self._known: set[Key] = set()  # the same without generations
         self.refused: dict[str, str] = {}
         """What cannot be captured, and why."""
         self._pool: Any = None
@@ -84,18 +91,20 @@ class Replayer:
             return
         graph = self.graphs.get((what, key))
         if graph is None:
-            if (what, key) not in self._warm:
-                self._warm.add((what, key))
+            launched = (what, key) in self._warm
+            self._warm.add((what, key))
+            if not launched and (what, key[1:]) not in self._known:
+                self._known.add((what, key[1:]))
                 launch()
                 return
-            graph = self._try(what, key, launch)
+            graph = self._try(what, key, launch, launched)
             if graph is None:
                 launch()
                 return
         graph.replay()
         self.replays += 1
 
-    def _try(self, what: str, key: Key, launch: Callable[[], None]) -> Any:
+    def _try(self, what: str, key: Key, launch: Callable[[], None], launched: bool) -> Any:
         while len(self.graphs) >= MAX_GRAPHS:  # at least one stays, and with it the pool
             del self.graphs[next(iter(self.graphs))]
         if self._pool is None:
@@ -111,8 +120,10 @@ class Replayer:
             log.warning("no memory to capture the %s; it is launched one by one this time", what)
             return None
         except Exception as error:  # whatever a model's code does that a graph may not
-            self.refused[what] = f"{type(error).__name__}: {error}".split("\n")[0]
             torch.cuda.synchronize(self._device)
+            if not launched:  # perhaps something was to be compiled after all
+                return None
+            self.refused[what] = f"{type(error).__name__}: {error}".split("\n")[0]
             log.warning("the %s cannot be captured and is launched one by one: %s", what, self.refused[what])
             return None
         self.graphs[what, key] = graph
@@ -129,13 +140,26 @@ class Replayer:
 
     def clear(self) -> None:
         """Forget all of them."""
-        self.graphs.clear()
-        self._warm.clear()
+        for kept in (self.graphs, self._warm, self._known):
+            kept.clear()  # type: ignore[attr-defined]
         self._pool = None
 
 
+def _key(store: PageStore, *sizes: int) -> Key:
+    """Other settings launch other kernels."""
+    return store.generation, store.codebook.profile_hash, store.codebook.setting, *sizes
+
+
+def decode_graphs(
+    loaded: LoadedModel, stores: Callable[[], list[PageStore]], name: str | None
+) -> DecodeGraphs | None:
+    """What runs decode steps in the way that is chosen (see `decode_choice`), None where that is eager."""
+    mode = decode_choice(loaded.device, name, split=loaded.split)
+    return None if mode == "eager" else DecodeGraphs(loaded, stores, mode)
+
+
 class DecodeGraphs:
-    """Decode steps of one model over its stores.
+    """Decode steps and short chunks of one model over its stores.
 
     Args:
         stores: those in use now; steps of others are forgotten.
@@ -145,85 +169,160 @@ class DecodeGraphs:
     def __init__(self, loaded: LoadedModel, stores: Callable[[], list[PageStore]], mode: str) -> None:
         self._loaded, self._stores = loaded, stores
         self.replayer = Replayer(loaded.device, mode == "graph")
-        self._steps: dict[tuple[int, int, int], StaticStep] = {}
-        self._seals: dict[tuple[int, int], SealStep] = {}
+        self._steps: dict[Key, StaticStep] = {}
+        self._seals: dict[Key, SealStep] = {}
+        self._bounds: dict[int, Bounds] = {}
         self._numbers: dict[int, Numbers] = {}
         self._chosen: dict[int, torch.Tensor] = {}
         self._memory: dict[int, Memory] = {}
         self._known = 0
-        self.steps = 0
+        self.steps = self.chunk_steps = 0
+
+    def way(self, sequence: Sequence, count: int) -> str:
+        """How a sequence's next `count` tokens run: DECODE, CHUNK, or ORDINARY, in a forward like any other. It depends
+        on the sequence and the model alone: whatever else runs, its numbers are the same."""
+        store = sequence.lane.store
+        if sequence.scores is not None or sequence.row.length < store.codebook.sinks:
+            return ORDINARY
+        if count == 1 and sequence.pending == 1:
+            return DECODE
+        return CHUNK if self._bounds_of(store).hold([(sequence, count)]) else ORDINARY
+
+    def divide(self, work: Work) -> list[Work]:
+        """The forwards that work on one store becomes: one for all that decode, some for short chunks, one for more."""
+        by_way: dict[str, Work] = {DECODE: [], CHUNK: [], ORDINARY: []}
+        for sequence, count in work:
+            by_way[self.way(sequence, count)].append((sequence, count))
+        packs: list[Work] = []
+        for item in by_way[CHUNK]:
+            if packs and self._bounds_of(item[0].lane.store).hold([*packs[-1], item]):
+                packs[-1].append(item)
+            else:
+                packs.append([item])
+        return [part for part in (by_way[DECODE], *packs, by_way[ORDINARY]) if part]
+
+    def _bounds_of(self, store: PageStore) -> Bounds:
+        if store.generation not in self._bounds:
+            self._bounds[store.generation] = Bounds(self._loaded, store)
+        return self._bounds[store.generation]
 
     def fits(self, part: Part) -> bool:
-        """Whether a part is a decode step that can run here."""
-        sinks = part.work[0][0].lane.store.codebook.sinks
-        return all(
-            count == 1
-            and sequence.row.length >= sinks
-            and sequence.pending == 1
-            and sequence.scores is None
-            and sequence.sound is None
-            for sequence, count in part.work
-        )
+        """Whether a part is a decode step, or one of short chunks, that can run here."""
+        ways = {self.way(sequence, count) for sequence, count in part.work}
+        if ways == {CHUNK}:
+            return self._bounds_of(part.batch.store).hold(part.work)
+        return ways == {DECODE}
 
     def run(self, part: Part) -> Chosen:
-        """One step of a part that `fits`: its sequences, their tokens, and log probabilities where wanted."""
+        """One step of a part that `fits`: the sequences that get a token, the tokens, and log probabilities where
+        wanted."""
         count = len(self._stores())
         if count < self._known:  # what steps of a store that has ended hold is to go: its setting's tables
             self.prune()
         self._known = count
+        if self.way(*part.work[0]) == CHUNK:
+            return self._run_chunks(part)
         sequences = [sequence for sequence, _ in part.work]
         states = [sequence.sampler for sequence in sequences]
         store, fresh = sequences[0].lane.store, part.batch.new_pages
         kind = kind_of(states)
         longest = max(len(s.row.pages) + len(pages) for s, pages in zip(sequences, fresh, strict=True))
-        step = self._step(store, len(sequences), longest)
+        rows = bucket(len(sequences))
+        step = self._step(StaticStep, store, rows, rows, longest, rows)
         seals = seals_of(store, sequences, fresh)
         step.fill(sequences, fresh, [BLANK if kind is None else numbers_of(state) for state in states])
         if seals and step.seals_first:
             self._seal(store, seals)
-        self.replayer.run("decode step", (store.generation, step.rows, step.width), step.forward)
+        self.replayer.run("decode step", _key(store, step.rows, step.width), step.forward)
         if seals and not step.seals_first:
             self._seal(store, seals)
         self.steps += 1
+        return self._choose(step.numbers, sequences, kind)
+
+    def _run_chunks(self, part: Part) -> Chosen:
+        granted = zip(part.work, part.batch.new_pages, strict=True)
+        # Those whose prompt ends come first: the sampler's rows are the first ones.
+        ordered = sorted(granted, key=lambda item: item[0][1] < item[0][0].pending)
+        work, fresh = [item for item, _ in ordered], [pages for _, pages in ordered]
+        ending = [sequence for sequence, count in work if count == sequence.pending]
+        states = [sequence.sampler for sequence in ending]
+        store, kind = part.batch.store, kind_of(states)
+        rows, answers = chunk_rows(work)
+        step = self._step(ChunkStep, store, rows, answers, max(len(s.row.pages) for s, _ in work), len(work))
+        seals = seals_of(store, [sequence for sequence, _ in work], fresh)
+        step.fill_chunks(work, [BLANK if kind is None else numbers_of(state) for state in states])
+        if seals:
+            self._seal(store, seals)
+        self.replayer.run("chunk step", _key(store, rows, step.width, answers), step.forward)
+        self.chunk_steps += 1
         assert step.numbers.logits is not None
-        logits = step.numbers.logits[: len(sequences)]
+        if len(ending) < len(work):
+            passed = step.numbers.logits[len(ending) : len(work)]
+            for (sequence, _), good in zip(work[len(ending) :], sound(passed, passed.argmax(-1)), strict=True):
+                sequence.sound = good if sequence.sound is None else sequence.sound & good
+        if ending:
+            return self._choose(step.numbers, ending, kind)
+        if store.device.type == "cuda":  # the next step may use the same buffers on the host
+            torch.cuda.current_stream(store.device).synchronize()
+        return [], [], []
+
+    def _choose(self, numbers: Numbers, sequences: list[Sequence], kind: Kind | None) -> Chosen:
+        """Tokens of the first rows' logits; BROKEN for sequences of which an earlier chunk was not finite."""
+        assert numbers.logits is not None
+        states, logits = [sequence.sampler for sequence in sequences], numbers.logits[: len(sequences)]
+        for at, sequence in enumerate(sequences):
+            if sequence.sound is not None:
+                logits[at].copy_(logits[at].where(sequence.sound, float("nan")))
+        chosen = self._sampled(numbers, logits, states, kind)
+        for sequence in sequences:
+            sequence.sound = None
+        return (sequences, *chosen)
+
+    def _sampled(
+        self, numbers: Numbers, logits: torch.Tensor, states: list[SamplerState], kind: Kind | None
+    ) -> tuple[list[int], list[Logprob | None]]:
         if kind is None:
-            return (sequences, *sample(logits, states))
-        memory = self._memory_of(step.numbers, kind.penalised)
+            return sample(logits, states)
+        memory, rows = self._memory_of(numbers, kind.penalised), numbers.rows
         if memory is not None:
             memory.follow(states)
-        out = self._chosen[step.rows]
-        self.replayer.run("sampling", (0, step.rows, kind), lambda: choose(step.numbers, kind, memory, out))
+        out = self._chosen[rows]
+        self.replayer.run("sampling", (0, rows, kind), lambda: choose(numbers, kind, memory, out))
         tokens, right = fetch(out).tolist()  # the step's one wait
         if not all(right[: len(states)]):
             if memory is not None:
                 memory.forget()
-            return (sequences, *sample(logits, states))
+            return sample(logits, states)
         del tokens[len(states) :]
         for state, token in zip(states, tokens, strict=True):
             state.record(token)
-        return sequences, tokens, [None] * len(states)
+        return tokens, [None] * len(states)
 
-    def _step(self, store: PageStore, rows: int, pages: int) -> StaticStep:
-        rows, width = bucket(rows), table_width(pages)
-        found = self._steps.get((store.generation, rows, width))
+    def _step(
+        self, kind: type[Step], store: PageStore, rows: int, answers: int, pages: int, sequences: int
+    ) -> Step:
+        """The step of so many rows, `answers` of them with logits, each with up to `pages` pages."""
+        width = table_width(pages)
+        found = self._steps.get((store.generation, kind, rows, width, answers))
         if found is None:
             self.prune()
             with torch.inference_mode(False):  # others write to its tensors too
-                store.reserve(RESERVED_PAGES * rows)
-            if rows not in self._numbers:
-                self._numbers[rows] = Numbers(rows, self._loaded.device)
-                self._chosen[rows] = torch.zeros((2, rows), dtype=torch.int64, device=self._loaded.device)
-            found = StaticStep(self._loaded, store, rows, width, self._numbers[rows])
-            self._steps[store.generation, rows, width] = found
+                store.reserve(RESERVED_PAGES * sequences)
+            if answers not in self._numbers:
+                self._numbers[answers] = Numbers(answers, self._loaded.device)
+                self._chosen[answers] = torch.zeros((2, answers), dtype=torch.int64, device=self._loaded.device)
+            found = kind(self._loaded, store, rows, width, self._numbers[answers])
+            self._steps[store.generation, kind, rows, width, answers] = found
+        assert isinstance(found, kind)
         return found
 
     def _seal(self, store: PageStore, seals: list[tuple[int, int, int, int]]) -> None:
-        key = store.generation, bucket(len(seals))
+        pages = bucket(len(seals))
+        key = _key(store, pages)
         found = self._seals.get(key)
         if found is None:
             bound = most_pages(self._loaded.context_length, store.codebook.page_tokens)
-            found = self._seals[key] = SealStep(store, key[1], bound)
+            found = self._seals[key] = SealStep(store, pages, bound)
         found.fill(seals)
         self.replayer.run("sealing of pages", key, found.run)
 
@@ -241,10 +340,11 @@ class DecodeGraphs:
         live = {store.generation for store in self._stores()}
         self._steps = {key: step for key, step in self._steps.items() if key[0] in live}
         self._seals = {key: seal for key, seal in self._seals.items() if key[0] in live}
+        self._bounds = {key: found for key, found in self._bounds.items() if key in live}
         self.replayer.drop(lambda key: key[0] not in {0, *live})
 
     def clear(self) -> None:
         """Forget everything: the weights are somewhere else, or the memory is wanted."""
-        for kept in (self._steps, self._seals, self._numbers, self._chosen, self._memory):
-            kept.clear()
+        for kept in (self._steps, self._seals, self._bounds, self._numbers, self._chosen, self._memory):
+            kept.clear()  # type: ignore[attr-defined]
         self.replayer.clear()

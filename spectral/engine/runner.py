@@ -16,12 +16,12 @@ from spectral.lean_cpu import lean_decoding
 
 
 class Runner:
-    """Runs a step's parts on a model. `graphs`: how decode steps run, None for as any other."""
+    """Runs a step's parts on a model. `graphs`: how decode steps and short chunks run, None for as any other."""
 
     def __init__(self, loaded: LoadedModel, graphs: DecodeGraphs | None = None) -> None:
         self.graphs = graphs
         self.unsure = False
-        """A decode step broke off after it may have written into windows."""
+        """A decode step, or one of short chunks, broke off after it may have written into windows."""
         self._model = loaded.model
         lean_decoding(loaded.model)
         self._device = loaded.device

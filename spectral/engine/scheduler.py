@@ -57,6 +57,10 @@ class Lanes(Protocol):
         """Find bytes without touching sequences; False if there are none."""
 
 
+Work = list[tuple[Sequence, int]]
+"""Sequences, and how many tokens each of them runs."""
+
+
 @dataclass(slots=True)
 class Part:
     """One forward over one store: (sequence, new tokens) in flattened order, and the store's batch for it."""
@@ -86,7 +90,8 @@ class Scheduler:
        take turns at it.
     6. A sequence that is alone and does not fit fails.
 
-    `decode_apart`: decoding sequences run in a forward of their own, beside the prompts' (for CUDA graphs).
+    `divide`: which forwards the work on one store becomes, in this order; a sequence must run in the same way whatever
+    else there is. None: one.
     """
 
     def __init__(
@@ -94,10 +99,11 @@ class Scheduler:
         lanes: Lanes,
         limits: EngineLimits,
         *,
-        decode_apart: bool = False,
+        divide: Callable[[Work], list[Work]] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.lanes, self.limits, self._apart, self.clock = lanes, limits, decode_apart, clock
+        self.lanes, self.limits, self.clock = lanes, limits, clock
+        self._divide = divide or (lambda work: [work])
         self.chunk = chunk_length(limits)
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
@@ -156,15 +162,14 @@ class Scheduler:
             self._began = self.clock()
             return parts
 
-    def _begin(self, work: list[tuple[Sequence, int]]) -> list[Part]:
+    def _begin(self, work: Work) -> list[Part]:
         """Reserve the work of every lane, or raise OutOfPages with nothing reserved."""
-        by_forward: dict[tuple[int, bool], list[tuple[Sequence, int]]] = {}
+        by_lane: dict[int, Work] = {}
         for sequence, count in work:
-            forward = id(sequence.lane), self._apart and sequence.pending == 1
-            by_forward.setdefault(forward, []).append((sequence, count))
+            by_lane.setdefault(id(sequence.lane), []).append((sequence, count))
         parts: list[Part] = []
         try:
-            for items in by_forward.values():
+            for items in (items for found in by_lane.values() for items in self._divide(found)):
                 store = items[0][0].lane.store
                 parts.append(Part(items, store.begin([(sequence.row, count) for sequence, count in items])))
         except OutOfPages:

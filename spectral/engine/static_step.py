@@ -25,9 +25,13 @@ from spectral.prefill import encode_pages, read_tokens
 
 if TYPE_CHECKING:
     from spectral.engine.sequence import Sequence
+    from spectral.kernels.decode import StepTables
 
-INTEGERS = ("token", "position", "slot", "pages", "source", "top_k", "choice")
+INTEGERS = ("token", "position", "slot", "pages", "source", "before", "last", "top_k", "choice")
 FLOATS = ("temperature", "top_p", "min_p", "uniform", "repetition", "frequency", "presence")
+BLANK: tuple[list[int], list[float]] = [0, 0], [1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0]
+"""What the device's sampler is told of rows that it does not choose for: top_k and choice, and FLOATS."""
+
 BLOCK_PAGES = 32
 """A page table's width is this times a bucket."""
 
@@ -50,11 +54,14 @@ def most_pages(context: int, page_tokens: int) -> int:
 class Numbers:
     """What rows are told of a step: one host and one device buffer, by field [rows] each.
 
-    choice: 0 for greedy, 1 for a draw from everything, 2 for one from a shortlist; source: the row whose new token is
-    written. Floats are the same 64 bits as the integers, seen as float64.
+    source: the row whose new token is written; before: how many rows right before this one are tokens of the same
+    chunk; last: the first ones name the rows whose logits are wanted (both for spectral.engine.chunk_step); choice: 0
+    for greedy, 1 for a draw from everything, 2 for one from a shortlist. Floats are the same 64 bits as the integers,
+    seen as float64.
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
+        self.rows = rows
         shape = (len(INTEGERS) + len(FLOATS), rows)
         self._host = torch.zeros(shape, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._device = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -65,7 +72,7 @@ class Numbers:
         self.logits: torch.Tensor | None = None
         """float32 [rows, V], from the first forward on: what the last one left."""
 
-    def send(self, integers: list[tuple[int, ...]], floats: list[tuple[float, ...]]) -> None:
+    def send(self, integers: Rows[Rows[int]], floats: Rows[Rows[float]]) -> None:
         """By row the fields' values; the copy to the device does not wait."""
         self._integers.T[:] = integers
         self._floats.T[:] = floats
@@ -74,17 +81,20 @@ class Numbers:
 
 class StaticStep:
     """A decode step of up to `rows` rows with up to `width` pages each in one store, as long as the store's tensors
-    stay where they are. `numbers`: of so many rows, shared with the sampler.
+    stay where they are. `numbers`: of so many rows, shared with the sampler; its logits are what the step leaves.
     """
 
     def __init__(self, loaded: LoadedModel, store: PageStore, rows: int, width: int, numbers: Numbers) -> None:
         self.store, self.rows, self.width, self.numbers = store, rows, width, numbers
+        self.inputs = numbers
+        """What the model's rows are told."""
         self._model = loaded.model
         self._device = store.device
         self._host = torch.zeros((rows, width), dtype=torch.int32, pin_memory=self._device.type == "cuda")
         self._array = self._host.numpy()
         self._pages = torch.zeros((rows, width), dtype=torch.int32, device=self._device)
         self._order = torch.arange(rows, device=self._device)
+        self._alone = torch.zeros(rows, dtype=torch.int32, device=self._device)
         self._written: list[tuple[Row | None, int]] = [(None, 0)] * rows  # by row of the table: whose, how many pages
         self._no_mask = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=self._device)
         self.seals_first = bool(store.codebook.window)
@@ -116,7 +126,7 @@ class StaticStep:
             row = sequence.row
             count = len(row.pages) + (len(fresh) if self.seals_first else 0)
             changed |= self._fill_table(at, row, fresh if self.seals_first else [])
-            integers.append((sequence.tokens[row.length], row.length, row.slot, count, at, *whole))
+            integers.append((sequence.tokens[row.length], row.length, row.slot, count, at, 0, 0, *whole))
             floats.append(tuple(real))
         spare = self.rows - len(sequences)
         if spare:
@@ -145,7 +155,7 @@ class StaticStep:
 
     def plans(self) -> dict[str, object]:
         """What spectral.attention asks for by kind of layer, made of the buffers on the device."""
-        field = self.numbers.field
+        field = self.inputs.field
         slot, position, pages = field["slot"], field["position"], field["pages"]
         found: dict[str, object] = {}
         for name, (layer, by_kernels, by_reference) in self._kinds.items():
@@ -159,12 +169,10 @@ class StaticStep:
                 seal_page=None, seal_index=None, rows=self._order, write_first=0, counts=[], firsts=[], lengths=[],
             )  # fmt: skip
             if by_kernels:
-                from spectral.kernels.decode import StepTables
-
-                plan.step = StepTables(self._pages, pages.int(), slot.int(), position.int(), first.int())
+                plan.step = self.tables(first)
             if by_reference:
                 paged = 0 if codec is None else codec.page_tokens * self.width
-                held = _held(position, first, sinks, ring, codec is None)
+                held = self.held(plan, first, sinks, ring, codec is None)
                 if paged:
                     within = torch.arange(paged, device=self._device) < (first - sinks)[:, None]
                     held = torch.cat([within, held], 1)
@@ -173,9 +181,25 @@ class StaticStep:
             found[name] = plan
         return found
 
+    def tables(self, first: torch.Tensor) -> StepTables:
+        """What the kernels are told; `first`: [B] the oldest tokens that only the ring holds."""
+        from spectral.kernels.decode import StepTables
+
+        field = self.inputs.field
+        pages, slot, position = (field[name].int() for name in ("pages", "slot", "position"))
+        return StepTables(self._pages, pages, slot, position, first.int(), self._alone)
+
+    def held(self, plan: DecodePlan, first: torch.Tensor, sinks: int, ring: int, sliding: bool) -> torch.Tensor:
+        """Places that rows may see behind their pages, for the reference: bool [B, sinks + ring]."""
+        return held_places(self.inputs.field["position"], first, sinks, ring, sliding)
+
+    def wanted(self) -> Any:
+        """The rows whose logits are wanted, as transformers' `logits_to_keep`: 0 is its word for all."""
+        return 0
+
     def forward(self) -> None:
         """Run the model on the buffers: logits, and the new tokens into the windows. Launches only."""
-        field = self.numbers.field
+        field = self.inputs.field
         batch = StepBatch(self.store, [(Row(0), 1)] * self.rows, [[]] * self.rows)
         batch.plans = self.plans()
         with attending(self._model, batch):
@@ -184,7 +208,7 @@ class StaticStep:
                 attention_mask=self._no_mask,
                 position_ids=field["position"][None],
                 use_cache=False,
-                logits_to_keep=0,
+                logits_to_keep=self.wanted(),
             )
         if self.numbers.logits is None:
             self.numbers.logits = out.logits[0].float()
@@ -200,7 +224,7 @@ class StaticStep:
                 group.write(at, slot, place, new[None], recent=True)
 
 
-def _held(position: torch.Tensor, first: torch.Tensor, sinks: int, ring: int, sliding: bool) -> torch.Tensor:
+def held_places(position: torch.Tensor, first: torch.Tensor, sinks: int, ring: int, sliding: bool) -> torch.Tensor:
     """Places of a window that a row may see, its new token included: bool [B, sinks + ring].
 
     position: [B] the new token's; first: [B] the oldest that only the ring holds.

@@ -81,7 +81,7 @@ def warm_up(engine: Engine) -> None:
     """Run a prompt and decode steps; leaves nothing behind. Raises what the model raises.
 
     On a GPU the prompt is long enough for a page, so that the kernels that read pages are compiled before any request,
-    for few pages and for many, and there are as many decode steps as it takes to capture one.
+    for few pages and for many; a short chunk and as many decode steps follow as it takes to capture one.
     """
     store = engine.store
     if store.device.type != "cuda":
@@ -94,18 +94,18 @@ def warm_up(engine: Engine) -> None:
     with sharing(0):
         _warm(engine, length, 2)
     engine.runner.trim(everything=True)  # a step that was launched so must not be captured so
-    _warm(engine, length, 4)
+    _warm(engine, length, 5, chunk=3)
     warm_codes(store.codebook)  # chunks over codes, and squeezing
 
 
-def _warm(engine: Engine, length: int, steps: int) -> None:
-    """A prompt of `length` tokens, and `steps` steps in all."""
+def _warm(engine: Engine, length: int, steps: int, chunk: int = 1) -> None:
+    """A prompt of `length` tokens, and `steps` steps in all, the second one with `chunk` tokens."""
     store = engine.store
     row: Any = store.open()
     sampler = SamplerState(SamplingParams(temperature=0), [])
-    prompt = [0] * min(length, engine.context_length - steps)
+    prompt = [0] * min(length, engine.context_length - steps - chunk)
     sequence = Sequence("warm-up", 0, 0, prompt, 1, row=row, lane=engine.lanes.current, sampler=sampler)
-    for _ in range(steps):
+    for number in range(steps):
         batch = store.begin([(row, sequence.pending)])
         try:
             _, tokens, _ = engine.runner.step(Part([(sequence, sequence.pending)], batch))
@@ -114,6 +114,6 @@ def _warm(engine: Engine, length: int, steps: int) -> None:
             store.close(row)
             raise
         batch.commit()
-        sequence.tokens.append(tokens[0])
+        sequence.tokens += [tokens[0]] * (1 if number else chunk)
     store.close(row)
     store.trim()

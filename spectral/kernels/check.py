@@ -17,7 +17,8 @@ class Case:
     """Rows of equal length on a layer, with random codes, window and tokens.
 
     Args:
-        group: query heads of a KV head; context: tokens, the new one included.
+        group: query heads of a KV head; context: tokens, the new one included; chunk: the rows are tokens of one
+            chunk, `context` being the first one's.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class Case:
         sinks: int = 4,
         recent: int = 112,
         window_bits: int = 8,
+        chunk: bool = False,
     ) -> None:
         codec, device = kernels.codec, kernels.key_basis.device
         self.kernels, self.group = kernels, group
@@ -53,7 +55,11 @@ class Case:
         ids = torch.randperm(rows * pages, generator=rng, device=device).view(rows, pages).int()
         slots = torch.arange(rows, dtype=torch.int32, device=device)
         first = sinks + pages * codec.page_tokens
-        self.step = StepTables(ids, column(pages), slots, column(context - 1), column(first))
+        if chunk:
+            ids, slots, before = ids[:1].expand(rows, -1).contiguous(), column(0), slots
+        else:
+            before = column(0)
+        self.step = StepTables(ids, column(pages), slots, column(context - 1), column(first), before)
         heads = codec.kv_heads
         sides = ((heads * group, codec.key_dim), (heads, codec.key_dim), (heads, codec.value_dim))
         self.query, self.key, self.value = (
@@ -70,29 +76,31 @@ class Case:
         )
 
     def error(self) -> float:
-        """Relative error of the first row's answer."""
+        """Relative error of the last row's answer."""
         codec, window = self.kernels.codec, self.window
-        ids = self.step.pages[0].long()
+        ids, before = self.step.pages[-1].long(), int(self.step.before[-1])
         keys, values = codec.decode(self.pool[ids], torch.arange(len(ids), device=ids.device))
         k, v = (x.double().transpose(0, 1).flatten(1, 2) for x in (keys, values))  # [H, t, d]
-        length, first = int(self.step.length[0]), int(self.step.first[0])
+        length, first = int(self.step.length[-1]), int(self.step.first[-1])
         recent = [p for p in range(length) if p < window.sinks or p >= first]
         place = torch.tensor([[window.index(p) for p in recent]], device=ids.device)
-        held = window.read_places(torch.tensor([0], device=ids.device), place)[0].double()
-        k = torch.cat([k, held[..., : codec.key_dim], self.key[0, :, None].double()], 1)
-        v = torch.cat([v, held[..., codec.key_dim :], self.value[0, :, None].double()], 1)
-        q = self.query[0].double().view(codec.kv_heads, self.group, -1) * codec.key_dim**-0.5
+        held = window.read_places(self.step.slot[-1:].long(), place)[0].double()
+        new = slice(len(self.key) - before - 1, None)
+        k = torch.cat([k, held[..., : codec.key_dim], self.key[new].double().transpose(0, 1)], 1)
+        v = torch.cat([v, held[..., codec.key_dim :], self.value[new].double().transpose(0, 1)], 1)
+        q = self.query[-1].double().view(codec.kv_heads, self.group, -1) * codec.key_dim**-0.5
         expected = ((q @ k.transpose(1, 2)).softmax(-1) @ v).flatten(0, 1)
-        return float((self.run()[0].double() - expected).norm() / expected.norm())
+        return float((self.run()[-1].double() - expected).norm() / expected.norm())
 
 
 def relative_error(kernels: LayerKernels, group: int, dtype: torch.dtype) -> float:
-    """Error of one row of a block and a half of pages, whose scores are shared, and of one whose are not."""
+    """Error of one row of a block and a half of pages, whose scores are shared, and of the second of two tokens of a
+    chunk, whose are not."""
     pages = block_pages(kernels.codec) * 3 // 2
-    case = Case(kernels, 1, 116 + pages * kernels.codec.page_tokens, group, dtype)
     errors = []
-    for blocks in (1 << 30, 0):
+    for rows, blocks in ((1, 1 << 30), (2, 0)):
         with sharing(blocks):
+            case = Case(kernels, rows, 116 + pages * kernels.codec.page_tokens, group, dtype, chunk=rows > 1)
             errors.append(case.error())
     return max(errors)
 

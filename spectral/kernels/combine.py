@@ -84,18 +84,20 @@ def _attend(q, k, v, held, top, total, mixed, SOFTCAP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["heads", "kv_heads", "sinks", "ring"])
 def window_kernel(
-    q_ptr, k_ptr, v_ptr, sink_ptr, high_ptr, low_ptr, scale_ptr, slot_ptr, length_ptr, first_ptr,
+    q_ptr, k_ptr, v_ptr, sink_ptr, high_ptr, low_ptr, scale_ptr, slot_ptr, length_ptr, first_ptr, before_ptr,
     top_ptr, sum_ptr, out_ptr,
     q_row, heads, kv_heads, sinks, ring, scale,
     GROUP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, E: tl.constexpr, DIM: tl.constexpr, VDIM: tl.constexpr,
     BITS: tl.constexpr, SCALE: tl.constexpr, T: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one KV head's queries over one row's exact window and its own new token.
+    """Attention of one KV head's queries over one row's exact window, its own new token and those of the rows before it
+    that are of the same chunk.
 
-    length_ptr: int32 [sequences]: tokens before the new one; first_ptr: the oldest that the ring must answer for.
-    k_ptr, v_ptr: the new tokens [sequences, KV heads, DIM or VDIM]. sum_ptr, top_ptr: fp32 [sequences, query heads];
-    out_ptr: fp32 [sequences, query heads, VDIM]: sums of weight times value, not divided. First the places that are
-    held as numbers (sinks, the new token, and the ring of 16 bits), 16 at a time; then a ring of integers, T at a time.
+    length_ptr: int32 [sequences]: tokens before the step; first_ptr: the oldest that the ring must answer for;
+    before_ptr: how many of the rows right before this one it reads. k_ptr, v_ptr: the new tokens [sequences, KV heads,
+    DIM or VDIM]. sum_ptr, top_ptr: fp32 [sequences, query heads]; out_ptr: fp32 [sequences, query heads, VDIM]: sums of
+    weight times value, not divided. First the places that are held as numbers (sinks, the ring of 16 bits, new tokens),
+    16 at a time; then a ring of integers, T at a time.
     """
     W: tl.constexpr = DIM + VDIM
     kv = tl.program_id(0)
@@ -106,6 +108,7 @@ def window_kernel(
     slot = tl.load(slot_ptr + seq)
     length = tl.load(length_ptr + seq)
     first = tl.load(first_ptr + seq)
+    before = tl.load(before_ptr + seq)
     real = g < GROUP
     head = seq * heads + kv * GROUP + g
     q = tl.load(
@@ -116,22 +119,23 @@ def window_kernel(
     mixed = tl.zeros([G, E], tl.float32)
     kd = (d < DIM)[None, :]
     ve = (e < VDIM)[None, :]
-    new = (seq * kv_heads + kv).to(tl.int64)
     own = (slot * kv_heads + kv).to(tl.int64)
     behind = ring * (1 + first // ring) - first
     stored = sinks + ring if BITS == 16 else sinks
-    for tile in range((stored + 16) // 16):
+    for tile in range((stored + before + 16) // 16):
         at = tile * 16 + tl.arange(0, 16)
-        held = (at < tl.minimum(sinks, length)) | (at == stored)
+        back = stored + before - at  # new tokens lie behind what is stored, this row's own last
+        fresh = (at >= stored) & (back >= 0)
+        held = (at < tl.minimum(sinks, length)) | fresh
         if BITS == 16:  # age: of a ring place's token after the first that counts
             held = held | ((at >= sinks) & (at < stored) & ((at + behind) % ring < length - first))
         row = sink_ptr + (own * stored + at)[:, None] * W
         kept = (held & (at < stored))[:, None]  # what is not held may be an earlier row's NaN: 0 times it is no 0
         k = tl.load(row + d[None, :], mask=kept & kd, other=0.0).to(tl.float32)
         v = tl.load(row + DIM + e[None, :], mask=kept & ve, other=0.0).to(tl.float32)
-        this = (at == stored)[:, None]
-        k += tl.load(k_ptr + new * DIM + d[None, :] + at[:, None] * 0, mask=this & kd, other=0.0).to(tl.float32)
-        v += tl.load(v_ptr + new * VDIM + e[None, :] + at[:, None] * 0, mask=this & ve, other=0.0).to(tl.float32)
+        new = ((seq - back) * kv_heads + kv).to(tl.int64)[:, None]
+        k += tl.load(k_ptr + new * DIM + d[None, :], mask=fresh[:, None] & kd, other=0.0).to(tl.float32)
+        v += tl.load(v_ptr + new * VDIM + e[None, :], mask=fresh[:, None] & ve, other=0.0).to(tl.float32)
         top, total, mixed = _attend(q, k, v, held, top, total, mixed, SOFTCAP)
     if BITS < 16:
         for tile in range((ring + T - 1) // T):

@@ -80,8 +80,9 @@ class StepTables:
 
     Attributes:
         pages: int32 [B, m] page ids (any where a row has fewer); count: int32 [B] pages of a row, the one sealed in
-            this step included; slot: int32 [B]; length: int32 [B] tokens before the new one; first: int32 [B] the
-            oldest token that only the ring holds.
+            this step included; slot: int32 [B]; length: int32 [B] tokens before the step; first: int32 [B] the
+            oldest token that only the ring holds; before: int32 [B] how many of the rows right before a row hold
+            tokens of the same chunk before its own, which it reads as they are (0 in decoding).
     """
 
     pages: torch.Tensor
@@ -89,6 +90,7 @@ class StepTables:
     slot: torch.Tensor
     length: torch.Tensor
     first: torch.Tensor
+    before: torch.Tensor
 
 
 class LayerKernels:
@@ -155,7 +157,8 @@ def decode_attention(
     scaling: float,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """Attention of one new token of each of B rows over sinks, pages, recent tokens and itself.
+    """Attention of one new token of each of B rows over sinks, pages, recent tokens, those before it in its chunk, and
+    itself.
 
     Args:
         pool: uint8 [pages, page_nbytes], contiguous, with spectral.layout.POOL_SLACK readable bytes behind it.
@@ -230,7 +233,7 @@ def _check(
             raise ValueError(
                 f"{name} must be {query.dtype} [{rows}, {codec.kv_heads}, {dim}], got {x.dtype} {list(x.shape)}"
             )
-    tables = (step.pages, step.count, step.slot, step.length, step.first)
+    tables = (step.pages, step.count, step.slot, step.length, step.first, step.before)
     if any(x.dtype != torch.int32 or x.shape[0] != rows or x.device != query.device for x in tables):
         raise ValueError(f"step tables must be int32 with {rows} rows on {query.device}")
     if pool.device != query.device:
@@ -249,7 +252,7 @@ def _window(
     total: torch.Tensor,
     mixed: torch.Tensor,
 ) -> None:
-    """Over window and new token, fp32: into top and total the largest score and the sum of weights [B, Hq], into mixed
+    """Over window and new tokens, fp32: into top and total the largest score and the sum of weights [B, Hq], into mixed
     the weighted sum of values [B, Hq, dv]."""
     rows, heads, dim = query.shape
     kv_heads, value_dim = key.shape[1], value.shape[2]
@@ -259,8 +262,8 @@ def _window(
         high, low, scales, bits, group = window.high, window.low, window.scale, window.bits, window.groups
     tile = 32 if max(dim, value_dim) <= 128 else 16  # what fits a consumer card's shared memory
     window_kernel[(kv_heads, rows)](
-        query, key, value, window.store, high, low, scales, step.slot, step.length, step.first, top, total, mixed,
-        dim, heads, kv_heads, window.sinks, window.ring, scale,
+        query, key, value, window.store, high, low, scales, step.slot, step.length, step.first, step.before,
+        top, total, mixed, dim, heads, kv_heads, window.sinks, window.ring, scale,
         GROUP=heads // kv_heads, G=max(16, triton.next_power_of_2(heads // kv_heads)),
         D=max(16, triton.next_power_of_2(dim)), E=max(16, triton.next_power_of_2(value_dim)), DIM=dim, VDIM=value_dim,
         BITS=bits, SCALE=group, T=tile, SOFTCAP=cap,

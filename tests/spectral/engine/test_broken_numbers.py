@@ -79,7 +79,7 @@ def test_nothing_begins_from_a_prefix_that_led_to_it(setting: str) -> None:
 
 
 @pytest.mark.parametrize("setting", ["test", "exact"])
-def test_a_last_chunk_of_one_token_is_not_taken_for_a_decode_step(setting: str) -> None:
+def test_a_last_chunk_of_one_token_knows_of_the_chunks_before_it(setting: str) -> None:
     engine = engine_with_a_bad_token(float("nan"), setting=setting, decode="static")
     engine.submit(request("a", [BAD, *GOOD[:64]]))
     assert any(isinstance(event, Failed) for event in run(engine))

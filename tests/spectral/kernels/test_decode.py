@@ -12,7 +12,7 @@ from spectral.attention import attend
 from spectral.codec import LayerCodec
 from spectral.errors import SettingError
 from spectral.kernels.check import TOLERANCE, Case, relative_error
-from spectral.kernels.decode import LayerKernels, sharing
+from spectral.kernels.decode import LayerKernels, StepTables, decode_attention, sharing
 from spectral.pages import LayerShape, ModelShape, PageStore, Row
 from tests.spectral.helpers import random_codebook
 from tests.spectral.kernels.chunks import random_sides, run_chunk
@@ -113,6 +113,54 @@ def test_pages_may_lie_anywhere_in_a_pool(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("SPECTRAL_ATTENTION", "triton")
     got = step(store, rows, 2, 5, None, commit=False)
     assert (got - expected).norm() / expected.norm() < 4e-3
+
+
+@pytest.mark.parametrize(
+    ("bits", "softcap", "lengths", "counts"),
+    [(8, None, (20, 7), (18, 2)), (16, 5.0, (20, 7), (18, 2)), (10, None, (60,), (2,))],
+)
+def test_tokens_of_a_chunk_see_those_before_them(
+    monkeypatch: pytest.MonkeyPatch,
+    bits: int,
+    softcap: float | None,
+    lengths: tuple[int, ...],
+    counts: tuple[int, ...],
+) -> None:
+    """Chunks as rows of one step, some of more tokens than a tile has, without pages and with one; and a spare row,
+    which reads none."""
+    store = store_of(1, 16, 2, [4, 1], bits)
+    rows = [store.open() for _ in counts]
+    monkeypatch.setenv("SPECTRAL_ATTENTION", "reference")
+    for i, (row, tokens) in enumerate(zip(rows, lengths, strict=True)):
+        run_chunk(store, row, tokens, 2, i)
+    sides = random_sides(store, sum(counts), 2, 9)
+    each = [(row, before) for row, count in zip(rows, counts, strict=True) for before in range(count)]
+    width = max(len(row.pages) for row in rows)
+
+    def column(values: list[int]) -> torch.Tensor:
+        return torch.tensor([*values, values[0]], dtype=torch.int32, device=DEVICE)
+
+    pages = [row.pages + [0] * (width - len(row.pages)) for row, _ in each]
+    step = StepTables(
+        torch.tensor([*pages, pages[0]], dtype=torch.int32, device=DEVICE).view(len(each) + 1, width),
+        column([len(row.pages) for row, _ in each]),
+        column([row.slot for row, _ in each]),
+        column([row.length for row, _ in each]),
+        column([4 + 16 * len(row.pages) for row, _ in each]),
+        column([before for _, before in each]),
+    )
+    step.count[-1], step.first[-1] = 0, 4
+    codec, pool = store.codebook.layers[0], store.pools[0]
+    assert isinstance(codec, LayerCodec) and pool is not None and width == (max(lengths) > 52)
+    query, key, value = (torch.cat([x[0], x[0, :, :1]], 1).transpose(0, 1) for x in sides)
+    got = decode_attention(
+        LayerKernels(codec), pool, store.windows[0], step, query, key, value, scaling=0.25, softcap=softcap
+    )
+    batch = store.begin(list(zip(rows, counts, strict=True)))
+    expected = attend(batch, 0, *sides, scaling=0.25, softcap=softcap)[0]
+    batch.abort()
+    assert got.isfinite().all()
+    assert (got[:-1] - expected).norm() / expected.norm() < 4e-3
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")  # numpy's, of the row that is broken

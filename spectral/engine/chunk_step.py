@@ -1,0 +1,130 @@
+"""A short chunk of a prompt as rows of a decode step: a second request with the same prefix has few tokens to compute.
+
+An ordinary forward of twenty tokens is dozens of launches from the host for every layer; a captured step is one. Each
+token is a row, with its chunk's slot and page table. What a row sees is what it would see in an ordinary forward: pages
+and window as they were before the chunk, and the chunk's earlier tokens exactly as the model made them (`before` of
+them, the rows right before it). So nothing is written before all layers have run, a ring keeps what its rows read, and
+pages that the chunk completes are encoded ahead, where nobody reads them yet: their tokens all lie in the ring, since a
+chunk is no longer than the exact window.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from spectral.attention import DecodePlan
+from spectral.dispatch import kernels_for
+from spectral.engine.static_step import BLANK, Numbers, StaticStep, bucket, held_places, table_width
+
+if TYPE_CHECKING:
+    from spectral.engine.sequence import Sequence
+    from spectral.hf import LoadedModel
+    from spectral.kernels.decode import StepTables
+    from spectral.pages import PageStore
+
+    Work = list[tuple[Sequence, int]]
+
+MOST_TOKENS = 64
+"""Rows of a step: up to here it costs hardly more than one with a single row, which reads the same weights."""
+MOST_CHUNKS = 8
+FEW_ROWS = 8
+MOST_READ = 1 << 17
+"""Rows times the width of their page tables: above, reading pages row by row takes longer than launching a forward."""
+MOST_COPIED = 256 << 20
+"""Bytes of one layer's pages and window that the reference makes for all rows."""
+
+
+def chunk_rows(work: Work) -> tuple[int, int]:
+    """Rows of the step for chunks, and how many of their last tokens have logits: few numbers, each a capture."""
+    if len(work) > 1:
+        return MOST_TOKENS, MOST_CHUNKS
+    return max(FEW_ROWS, bucket(work[0][1])), 1
+
+
+class Bounds:
+    """How long chunks over one store may be to run like this.
+
+    A store without an exact window has none: a page there can be full with the chunk's own tokens.
+    """
+
+    def __init__(self, loaded: LoadedModel, store: PageStore) -> None:
+        book, dtype = store.codebook, next(loaded.model.parameters()).dtype
+        self.tokens = min(MOST_TOKENS, book.window)
+        self._page = self._window = self._token = 0
+        for window, codec in zip(store.windows, book.layers, strict=True):
+            if codec is None:
+                self.tokens = min(self.tokens, window.ring)
+            if kernels_for(codec, book.window, loaded.shape.query_heads // window.shape.kv_heads, dtype) is None:
+                size = 4 * window.shape.kv_heads * window.shape.head_numbers
+                self._token = max(self._token, size)
+                self._page = max(self._page, 0 if codec is None else size * codec.page_tokens)
+                self._window = max(self._window, size * (window.sinks + window.ring))
+
+    def hold(self, work: Work) -> bool:
+        """Whether these chunks may run as one step."""
+        rows, _ = chunk_rows(work)
+        tokens = sum(count for _, count in work)
+        if len(work) > MOST_CHUNKS or tokens > rows or any(count > self.tokens for _, count in work):
+            return False
+        width = table_width(max(len(sequence.row.pages) for sequence, _ in work))
+        copied = rows * (width * self._page + self._window + rows * self._token)
+        return rows * width <= MOST_READ and copied <= MOST_COPIED
+
+
+class ChunkStep(StaticStep):
+    """A step for chunks of up to `rows` tokens together, as `StaticStep`. `numbers`: of as many rows as chunks have
+    logits, shared with the sampler."""
+
+    def __init__(self, loaded: LoadedModel, store: PageStore, rows: int, width: int, numbers: Numbers) -> None:
+        super().__init__(loaded, store, rows, width, numbers)
+        self.inputs = Numbers(rows, store.device)
+        self._answers = numbers.rows
+
+    def fill_chunks(self, work: Work, sampling: list[tuple[list[int], list[float]]]) -> None:
+        """Tell the device of this step's chunks; `sampling`: for the first of them their top_k and choice, and their
+        floats."""
+        whole, real = BLANK
+        integers: list[list[int]] = []
+        last: list[int] = []
+        for sequence, count in work:
+            row, at = sequence.row, len(integers)
+            pages = len(row.pages)
+            self._array[at : at + count, :pages] = row.pages
+            tokens = sequence.tokens[row.length : row.length + count]
+            integers += [
+                [token, row.length + i, row.slot, pages, at + i, i, 0, *whole] for i, token in enumerate(tokens)
+            ]
+            last.append(at + count - 1)
+        first = integers[0]  # spare rows are another first token, which reads no pages
+        integers += [[*first[:3], 0, *first[4:]] for _ in range(self.rows - len(integers))]
+        for at in range(self._answers):
+            integers[at][6] = last[at] if at < len(last) else last[0]
+        self.inputs.send(integers, [real] * self.rows)
+        self._pages.copy_(self._host, non_blocking=True)
+        known = [*sampling, *[BLANK] * (self._answers - len(sampling))]
+        self.numbers.send([(0,) * 7 + tuple(whole) for whole, _ in known], [real for _, real in known])
+
+    def wanted(self) -> Any:
+        """As `StaticStep.wanted`: the chunks' last tokens."""
+        return self.inputs.field["last"][: self._answers]
+
+    def tables(self, first: torch.Tensor) -> StepTables:
+        """As `StaticStep.tables`."""
+        tables, before = super().tables(first), self.inputs.field["before"].int()
+        tables.length, tables.before = tables.length - before, before
+        return tables
+
+    def held(self, plan: DecodePlan, first: torch.Tensor, sinks: int, ring: int, sliding: bool) -> torch.Tensor:
+        """As `StaticStep.held`, and the step's new tokens behind it: bool [B, sinks + ring + B]."""
+        position, before = self.inputs.field["position"], self.inputs.field["before"]
+        newest = position - before - 1  # in the window
+        back = self._order[:, None] - self._order
+        plan.visible = (back >= 0) & (back <= before[:, None])
+        if sliding:  # a token sees ring - 1 others
+            age = (newest[:, None] - torch.arange(ring, device=position.device)) % ring
+            past = (age <= newest[:, None]) & (age < (ring - 1 - before)[:, None])
+        else:
+            past = held_places(newest, first, sinks, ring, False)
+        return torch.cat([past, plan.visible], 1)
