@@ -16,7 +16,7 @@ import torch
 
 from spectral.attention import DecodePlan
 from spectral.dispatch import kernels_for
-from spectral.engine.static_step import BLANK, Numbers, StaticStep, bucket, held_places, table_width
+from spectral.engine.static_step import BLANK, Numbers, StaticStep, held_places, table_width
 
 if TYPE_CHECKING:
     from spectral.engine.sequence import Sequence
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 MOST_TOKENS = 64
 """Rows of a step: up to here it costs hardly more than one with a single row, which reads the same weights."""
 MOST_CHUNKS = 8
-FEW_ROWS = 8
+FEW_ROWS = 16
 MOST_READ = 1 << 17
 """Rows times the width of their page tables: above, reading pages row by row takes longer than launching a forward."""
 MOST_COPIED = 256 << 20
@@ -37,10 +37,11 @@ MOST_COPIED = 256 << 20
 
 
 def chunk_rows(work: Work) -> tuple[int, int]:
-    """Rows of the step for chunks, and how many of their last tokens have logits: few numbers, each a capture."""
+    """Rows of the step for chunks, and how many of their last tokens have logits. Few different ones: each is a
+    capture, and spare rows cost little."""
     if len(work) > 1:
         return MOST_TOKENS, MOST_CHUNKS
-    return max(FEW_ROWS, bucket(work[0][1])), 1
+    return max(FEW_ROWS, 1 << (work[0][1] - 1).bit_length()), 1
 
 
 class Bounds:

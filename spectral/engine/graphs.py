@@ -263,7 +263,9 @@ class DecodeGraphs:
         if ending:
             return self._choose(step.numbers, ending, kind)
         if store.device.type == "cuda":  # the next step may use the same buffers on the host
-            torch.cuda.current_stream(store.device).synchronize()
+            done = torch.cuda.Event()
+            done.record(torch.cuda.current_stream(store.device))
+            done.synchronize()
         return [], [], []
 
     def _choose(self, numbers: Numbers, sequences: list[Sequence], kind: Kind | None) -> Chosen:
