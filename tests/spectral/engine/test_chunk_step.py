@@ -171,7 +171,7 @@ def test_through_the_kernels_logits_are_those_of_the_reference(monkeypatch: pyte
         monkeypatch.setattr(engine.runner, "run", ordinary)
         found.append(first_logits(engine, prompt(34, 2), monkeypatch))
         assert graphs(engine).chunk_steps == 1
-    assert (found[1] - found[0]).norm() < 0.02 * found[0].norm()
+    assert (found[1] - found[0]).norm() < 3e-3 * found[0].norm()  # 5e-4 here; what one stale place adds is 8e-3
 
 
 @pytest.mark.usefixtures("float_windows")
