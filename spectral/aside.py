@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import cache
+from math import prod
 
 import numpy as np
 import torch
 
+PARCEL_ALIGN = 64
+"""Bytes: kernels are compiled for addresses that are multiples of 16."""
 STAGED_BYTES = 16 << 20
 """Pinned host memory from which arrays are copied while a thread works aside."""
 
@@ -67,6 +71,38 @@ def to_device(array: np.ndarray, device: torch.device | str, dtype: torch.dtype 
     x = x.to(dtype or x.dtype)
     staging: Staging | None = getattr(_current, "staging", None)
     return x.to(device) if staging is None else staging.copy(x, device)
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """Arrays behind one another, so that one copy brings all of them to a device.
+
+    Attributes:
+        data: uint8; parts: of each array its place, type and shape.
+    """
+
+    data: np.ndarray
+    parts: tuple[tuple[int, torch.dtype, tuple[int, ...]], ...]
+
+    @classmethod
+    def of(cls, arrays: Sequence[np.ndarray]) -> Parcel:
+        """Arrays of types that torch knows."""
+        parts, end = [], 0
+        for array in arrays:
+            parts.append((end, torch.from_numpy(np.empty(0, array.dtype)).dtype, array.shape))
+            end += -(-array.nbytes // PARCEL_ALIGN) * PARCEL_ALIGN
+        data: np.ndarray = np.zeros(end, dtype=np.uint8)
+        for (at, _, _), array in zip(parts, arrays, strict=True):
+            data[at : at + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        return cls(data, tuple(parts))
+
+    def to(self, device: torch.device | str) -> list[torch.Tensor]:
+        """The arrays as tensors on a device, views of one storage there."""
+        there, out = to_device(self.data, device), []
+        for at, dtype, shape in self.parts:
+            size = prod(shape) * dtype.itemsize
+            out.append(there[at : at + size].view(dtype).view(shape))
+        return out
 
 
 @cache

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from spectral.kernels.quads import byte_tables, page_quads, squeeze_tables
+from spectral.kernels.quads import code_parcels, squeeze_parcels
 from spectral.kernels.tables import layer_tables
 from spectral.remember import memory
 from spectral.unit_codec import class_deviation, unit_layout
@@ -80,13 +80,12 @@ def foresee(profile: SpectralProfile, setting: str) -> Iterator[str]:
             layer = _layer(profile, name, number)
             if layer is None:
                 continue
-            page_quads(layer)
-            byte_tables(layer)
+            code_parcels(layer)
             layer_tables([(unit.layout, unit.class_deviation) for unit in layer.units], layer.units[0].steps)
             before = _layer(profile, setting, number) if setting in names else None
             if before is not None:
                 with suppress(ValueError):  # the kernel cannot map them, and the reference will
-                    squeeze_tables(before, layer)
+                    squeeze_parcels(before, layer)
             if memory.nbytes > 0.9 * memory.max_bytes:
                 return
             yield name

@@ -120,6 +120,21 @@ def _columns(array: np.ndarray, used: torch.Tensor) -> torch.Tensor:
     return to_device(array, used.device, torch.float32).index_select(1, used)
 
 
+def row_deviation(class_deviation: np.ndarray, page_tokens: int) -> np.ndarray:
+    """Deviations of all coefficients of a page from those of classes [C, R]: float32 [P, R]."""
+    deviation: np.ndarray = np.zeros((page_tokens, class_deviation.shape[1]), dtype=np.float32)
+    for rows, one in zip(frequency_classes(page_tokens), class_deviation, strict=True):
+        deviation[list(rows)] = one
+    return deviation
+
+
+def row_steps(layout: PageLayout, steps: Mapping[int, float]) -> np.ndarray:
+    """One step of every coefficient's code in standard deviations, from those by width: float64 [P, R], 0 where there
+    are no bits."""
+    found: np.ndarray = np.array([steps.get(w, 0.0) for w in range(9)])[layout.row_widths]
+    return found
+
+
 def inverse_steps(step: np.ndarray) -> np.ndarray:
     """One over steps float64 [...], 0 where there are no bits."""
     return np.where(step > 0, 1 / np.maximum(step, 1e-30), 0.0)
@@ -227,21 +242,6 @@ class UnitCodec(torch.nn.Module):
         self.channels = unit.decode.shape[1]
         self.steps = {w: table.step for w, table in tables.items()}
 
-    @property
-    def row_deviation(self) -> np.ndarray:
-        """Deviations of all coefficients: float32 [P, R]."""
-        deviation: np.ndarray = np.zeros((self.page_tokens, self.rank), dtype=np.float32)
-        for rows, row_deviation in zip(frequency_classes(self.page_tokens), self.class_deviation, strict=True):
-            deviation[list(rows)] = row_deviation
-        return deviation
-
-    @property
-    def row_steps(self) -> np.ndarray:
-        """One step of every coefficient's code in standard deviations: float64 [P, R], 0 where there are no bits."""
-        steps = np.array([self.steps.get(w, 0.0) for w in range(9)])
-        found: np.ndarray = steps[self.layout.row_widths]
-        return found
-
     @cached_property
     def dct(self) -> torch.Tensor:
         """[P, P], rows are frequencies."""
@@ -259,7 +259,8 @@ class UnitCodec(torch.nn.Module):
 
     @cached_property
     def _packing(self) -> Packing:
-        return Packing(self.layout, self.row_deviation, self.row_steps, self.mean.device)
+        deviation, step = row_deviation(self.class_deviation, self.page_tokens), row_steps(self.layout, self.steps)
+        return Packing(self.layout, deviation, step, self.mean.device)
 
     @cached_property
     def width_places(self) -> dict[int, torch.Tensor]:

@@ -9,8 +9,7 @@ import torch
 
 from spectral.aside import to_device
 from spectral.codec import LayerCodec
-from spectral.kernels.quads import Quads, byte_tables, page_quads
-from spectral.unit_codec import inverse_steps
+from spectral.kernels.quads import code_parcels, unit_columns
 
 TILE = 16
 """Tokens that a program transforms at once: one page of 16 or two of 8."""
@@ -71,36 +70,18 @@ class CodeLayer:
         self.codec = codec
         units = list(codec.units)
         self.device = units[0].mean.device
-        quads = page_quads(codec)
-        self.latents, self.columns = quads.latents, [int(c) for c in quads.columns]
+        self.columns = [int(c) for c in unit_columns(codec)]
+        self.latents = self.columns[-1]
         heads = [unit.heads[1] - unit.heads[0] for unit in units]
         self.spans = [int(s) for s in np.cumsum([0, *(h * (codec.key_dim + codec.value_dim) for h in heads)])]
         self.numbers = self.spans[-1]
-        step = np.concatenate([unit.row_steps for unit in units], 1)
-        deviation = np.concatenate([unit.row_deviation for unit in units], 1)
-        self.size = to_device((step.astype(np.float32) * deviation).ravel(), self.device)
-        self.gain = to_device((inverse_steps(step).astype(np.float32) / deviation).ravel(), self.device)
+        found = code_parcels(codec)
+        self.size, self.gain, *rest = found.parcel.to(self.device)
         pages = TILE // codec.page_tokens
         self.transform = torch.block_diag(*[units[0].dct] * pages).contiguous()
-        self.quads = [self._quads(quads, double) for double in (False, True)]
-        self.fields = [
-            FieldTable(
-                t.bits, to_device(t.at, self.device), self._integers(np.stack([t.place, t.width, t.shift], 1))
-            )
-            for t in byte_tables(codec)
-        ]
+        self.quads = [QuadTable(double, *rest[2 * double : 2 * double + 2]) for double in (False, True)]
+        self.fields = [FieldTable(bits, *rest[4 + 2 * i : 6 + 2 * i]) for i, (bits, _) in enumerate(found.kinds)]
         self.keys, self.values = self._side("key"), self._side("value")
-
-    def _integers(self, array: np.ndarray) -> torch.Tensor:
-        return to_device(array.astype(np.int32), self.device)
-
-    def _quads(self, quads: Quads, double: bool) -> QuadTable:
-        some = quads.order[(quads.low[quads.order] >= 0) == double]
-        high, low = quads.high[some], quads.low[some]
-        low_word = np.where(low < 0, -1, low // 32)
-        table = np.stack([high // 32, high % 32, quads.high_bits[some], low_word, low % 32, some])
-        zero = to_device(((2.0 ** quads.width[some] - 1) / 2).astype(np.float32), self.device)
-        return QuadTable(double, self._integers(table), zero)
 
     def _side(self, name: str) -> Side:
         """Keys or values of all heads."""
@@ -114,7 +95,8 @@ class CodeLayer:
         bases = [getattr(unit, f"{name}_decode") for unit in self.codec.units]
         spread = torch.cat([basis.square().sum(2) for basis in bases]).sqrt().clamp(1e-6, 1e6)
         spread = torch.exp2(spread.log2().round())
-        return Side(self._integers(np.array(columns)), torch.cat(means).contiguous(), spread.contiguous())
+        column = to_device(np.array(columns, dtype=np.int32), self.device)
+        return Side(column, torch.cat(means).contiguous(), spread.contiguous())
 
     def basis(self, number: int) -> torch.Tensor:
         """A unit's latents to numbers: fp16 [numbers of the unit, R]."""

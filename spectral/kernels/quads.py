@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from spectral.aside import Parcel
 from spectral.bits import frequency_classes
 from spectral.layout import PLANES, PageLayout, Strip, cell_runs, quarter_nbytes
 from spectral.remember import digest, memory
+from spectral.unit_codec import inverse_steps, row_deviation, row_steps
 
 if TYPE_CHECKING:
     from spectral.codec import LayerCodec
@@ -224,12 +226,60 @@ def linear_map(old: int, new: int, steps: dict[int, float]) -> tuple[int, int]:
     raise ValueError(f"no line maps codes of {old} bits to {new} bits with steps {steps}")
 
 
+@dataclass(frozen=True)
+class Parcels:
+    """What kernels are told of one layer. kinds: of every part; parcel: their arrays, one part's after another's."""
+
+    kinds: tuple[tuple[int, bool], ...]
+    parcel: Parcel
+
+
+def squeeze_parcels(old: LayerCodec, new: LayerCodec) -> Parcels:
+    """How the pages of `new` come from those of `old`, kept: by size of a field and whether old codes have two planes,
+    at int32 [m] and table int32 [Q, 9, m] (word, bit, size, low word, low bit, scale, offset, top, shift of a
+    `SqueezeTable`; words by number). Raises ValueError where runs of latents differ in extent."""
+    return memory.get(("squeeze", _content(old), _content(new)), lambda: _squeeze_parcels(squeeze_tables(old, new)))
+
+
+def _squeeze_parcels(tables: list[SqueezeTable]) -> Parcels:
+    arrays: list[np.ndarray] = []
+    for table in tables:
+        low = np.where(table.low_word < 0, -1, table.low_word // 4)
+        columns: tuple[np.ndarray, ...] = (
+            table.word // 4, table.bit, table.size, low, table.low_bit,
+            table.scale, table.offset, table.top, table.shift,
+        )  # fmt: skip
+        arrays += [table.at, np.stack(columns, 1).astype(np.int32)]
+    return Parcels(tuple((table.bits, table.double) for table in tables), Parcel.of(arrays))
+
+
+def code_parcels(codec: LayerCodec) -> Parcels:
+    """What `CodeLayer` has of a codec on its device, kept. First size and gain, float32 [P * S] each; then quads of one
+    plane and of two, int32 [6, m] and float32 [m] each; then the byte tables' at, int32 [m], and table, int32 [Q, 3,
+    m]. kinds: of the byte tables."""
+    deviation = tuple(digest(unit.class_deviation) for unit in codec.units)
+    return memory.get(("code", deviation, *_content(codec)), lambda: _code_parcels(codec))
+
+
+def _code_parcels(codec: LayerCodec) -> Parcels:
+    units, quads, tables = list(codec.units), page_quads(codec), byte_tables(codec)
+    step = np.concatenate([row_steps(unit.layout, unit.steps) for unit in units], 1)
+    deviation = np.concatenate([row_deviation(unit.class_deviation, codec.page_tokens) for unit in units], 1)
+    inverse: np.ndarray = inverse_steps(step).astype(np.float32)
+    arrays: list[np.ndarray] = [(step.astype(np.float32) * deviation).ravel(), (inverse / deviation).ravel()]
+    for double in (False, True):
+        some = quads.order[(quads.low[quads.order] >= 0) == double]
+        high, low = quads.high[some], quads.low[some]
+        low_word = np.where(low < 0, -1, low // 32)
+        table = np.stack([high // 32, high % 32, quads.high_bits[some], low_word, low % 32, some])
+        arrays += [table.astype(np.int32), ((2.0 ** quads.width[some] - 1) / 2).astype(np.float32)]
+    for one in tables:
+        arrays += [one.at, np.stack([one.place, one.width, one.shift], 1).astype(np.int32)]
+    return Parcels(tuple((table.bits, False) for table in tables), Parcel.of(arrays))
+
+
 def squeeze_tables(old: LayerCodec, new: LayerCodec) -> list[SqueezeTable]:
     """How the pages of `new` come from those of `old`. Raises ValueError where runs of latents differ in extent."""
-    return memory.get(("squeeze", _content(old), _content(new)), lambda: _squeeze_tables(old, new))
-
-
-def _squeeze_tables(old: LayerCodec, new: LayerCodec) -> list[SqueezeTable]:
     quads = page_quads(old)
     source = _source_quads(old, new, quads)
     row = int(unit_columns(new)[-1]) // 4

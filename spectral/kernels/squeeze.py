@@ -10,14 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 
-from spectral.aside import to_device
 from spectral.codec import LayerCodec
-from spectral.kernels.quads import SHIFT, SqueezeTable, squeeze_tables
+from spectral.kernels.quads import SHIFT, squeeze_parcels
 from spectral.layout import PLANE_ORDER
 
 LANES = 128
@@ -128,16 +126,9 @@ class SqueezeLayer:
             raise ValueError("both settings must have one page size and the same units")
         self.old_nbytes, self.new_nbytes = old.page_nbytes, new.page_nbytes
         device = old.units[0].mean.device
-        self.launches = [self._launch(table, device) for table in squeeze_tables(old, new)]
-
-    def _launch(self, table: SqueezeTable, device: torch.device) -> _Launch:
-        low = np.where(table.low_word < 0, -1, table.low_word // 4)
-        columns: tuple[np.ndarray, ...] = (
-            table.word // 4, table.bit, table.size, low, table.low_bit,
-            table.scale, table.offset, table.top, table.shift,
-        )  # fmt: skip
-        packed = np.stack(columns, 1).astype(np.int32)
-        return _Launch(table.bits, table.double, to_device(table.at, device), to_device(packed, device))
+        found = squeeze_parcels(old, new)
+        tensors = found.parcel.to(device)
+        self.launches = [_Launch(*kind, *tensors[2 * i : 2 * i + 2]) for i, kind in enumerate(found.kinds)]
 
     def __call__(self, pages: torch.Tensor, out: torch.Tensor) -> None:
         """pages uint8 [n, old bytes] -> out uint8 [n, new bytes], both contiguous, on one device."""

@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import torch
 
-from spectral.aside import Staging, aside, fetch, to_device
+from spectral.aside import Parcel, Staging, aside, fetch, to_device
 
 CPU = torch.device("cpu")
 
@@ -45,3 +45,14 @@ def test_staged_copies_outlive_the_memory_they_passed_through() -> None:
 def test_what_is_fetched_is_on_the_cpu() -> None:
     x = torch.arange(4)
     assert fetch(x).tolist() == [0, 1, 2, 3] and fetch(x[::2]).tolist() == [0, 2]
+
+
+def test_a_parcel_brings_all_arrays_as_they_were() -> None:
+    arrays = [np.arange(7, dtype=np.int32), np.ones((2, 0, 3)), np.arange(6, dtype=np.float32).reshape(2, 3).T]
+    parcel = Parcel.of(arrays)
+    found = parcel.to("cpu")
+    for array, tensor in zip(arrays, found, strict=True):
+        assert tensor.numpy().dtype == array.dtype and np.array_equal(tensor.numpy(), array)
+        assert (tensor.data_ptr() - found[0].data_ptr()) % 64 == 0 or not array.size
+    parcel.data[:] = 0
+    assert found[0].tolist() == [*range(7)]
