@@ -58,7 +58,7 @@ class Books:
                 self._measure(slot, device, stats.beside_bytes)
 
     def footprint(self, slot: Slot, message: messages.Footprint) -> None:
-        """A worker's own report of its bytes, after a command: its allocator holds nothing in reserve then."""
+        """A worker's own report of its bytes, after a command; where it is settled it holds nothing in reserve."""
         device = self.device_of(slot)
         if device != HOST:
             workspace = max(0, message.reserved_bytes - message.weights_bytes - message.kv_bytes)
@@ -69,7 +69,7 @@ class Books:
             if len(shares) == 1:
                 context = self._ledger.of(slot.name)[device].context
                 self._steward.wards[slot.name].residue = context + (0 if message.weights_bytes else workspace)
-                if message.weights_bytes:
+                if message.weights_bytes and message.settled:
                     self._measure(slot, device, workspace)
         if message.host_bytes:
             self._ledger.hold(slot.name, HOST, Holding(weights=message.host_bytes))

@@ -33,6 +33,7 @@ class MemoryControl:
         self._coarsest = ""
         self._sleeper: Any = None
         self._kv, self._beside = -1, 0
+        self._settled = True
 
     @property
     def asleep(self) -> bool:
@@ -44,7 +45,7 @@ class MemoryControl:
         from spectral.residency import Timer
 
         assert isinstance(message, COMMANDS)
-        timer = Timer()
+        timer, self._settled = Timer(), True
         try:
             if isinstance(message, wire.SetLease):
                 answers, freed = self._set_lease(message)
@@ -93,6 +94,7 @@ class MemoryControl:
             kv_bytes=0 if self.asleep else self._engines.stats().kv_bytes_allocated,
             freed_bytes=freed,
             seconds=seconds,
+            settled=self._settled,
         )
 
     def _set_lease(self, message: wire.SetLease) -> tuple[list[wire.ToParent], int]:
@@ -102,7 +104,10 @@ class MemoryControl:
         bounds = [size for size in (message.max_bytes, self._configured) if size is not None]
         lease = min(bounds) if bounds else None
         freed = sum(set_lease(engine, lease) for engine in self._engines.all)
-        give_back(self._engines.current.loaded.device.type)
+        # One that may have more keeps what torch holds in reserve: the next prompt would ask the driver for it again.
+        self._settled = self._lease is None or (lease is not None and lease < self._lease)
+        if self._settled:
+            give_back(self._engines.current.loaded.device.type)
         self._lease, self._coarsest = lease, message.coarsest
         for engine in self._engines.all:
             engine.faults.relief = self._relieve

@@ -41,7 +41,8 @@ class Wake(msgspec.Struct, tag="wake", frozen=True):
 
 class Footprint(msgspec.Struct, tag="footprint", frozen=True):
     """What a worker holds, after a memory command. Bytes; `reserved_bytes`: all that torch holds on the device;
-    `host_bytes`: weights that sleep. `freed_bytes` and `seconds` are the command's."""
+    `host_bytes`: weights that sleep. `freed_bytes` and `seconds` are the command's. `settled`: what torch held unused
+    was given back, so the rest is what the model needs."""
 
     lease: int | None = None
     context_length: int = 0
@@ -51,6 +52,7 @@ class Footprint(msgspec.Struct, tag="footprint", frozen=True):
     kv_bytes: int = 0
     freed_bytes: int = 0
     seconds: float = 0.0
+    settled: bool = True
 
 
 class SetProfile(msgspec.Struct, tag="set_profile", frozen=True):
