@@ -121,6 +121,8 @@ class Replayer:
             return None
         except Exception as error:  # whatever a model's code does that a graph may not
             torch.cuda.synchronize(self._device)
+            if not self.graphs:
+                self._pool = None
             if not launched:  # perhaps something was to be compiled after all
                 return None
             self.refused[what] = f"{type(error).__name__}: {error}".split("\n")[0]
@@ -248,7 +250,8 @@ class DecodeGraphs:
         states = [sequence.sampler for sequence in ending]
         store, kind = part.batch.store, kind_of(states)
         rows, answers = chunk_rows(work)
-        step = self._step(ChunkStep, store, rows, answers, max(len(s.row.pages) for s, _ in work), len(work))
+        # Decoding follows, which reserves pages too: one more, so that the store does not grow for that.
+        step = self._step(ChunkStep, store, rows, answers, max(len(s.row.pages) for s, _ in work), len(work) + 1)
         seals = seals_of(store, [sequence for sequence, _ in work], fresh)
         step.fill_chunks(work, [BLANK if kind is None else numbers_of(state) for state in states])
         if seals:

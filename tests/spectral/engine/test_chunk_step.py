@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -270,6 +271,41 @@ def test_what_is_not_finite_stays_with_its_sequence() -> None:
         assert [event.request_id for event in events if isinstance(event, Failed)] == ["a"]
         assert answer(events, "b") == answer(events, "c") == right
         assert {event.request_id for event in events if isinstance(event, Finished)} == {"b", "c"}
+
+
+class Recorded:
+    """In place of a CUDA graph: a capture runs nothing, a replay runs what was captured."""
+
+    def __init__(self, launch: Callable[[], None]) -> None:
+        self.replay = launch
+
+
+def test_behind_a_reused_prefix_everything_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that grows between prefixes ends what was captured; the first request captures it anew, and the second
+    with the same prefix captures nothing."""
+    prefixes, tails = [prompt(PREFIX, 20 + i) for i in range(3)], [prompt(20, i) for i in range(2)]
+    texts = [[*prefix, *tail] for prefix in prefixes for tail in tails]
+    plain = engine_of()
+    wanted = [ask(plain, request("a", text, 4))["a"] for text in texts]
+    engine = engine_of()
+    replayer, captured = graphs(engine).replayer, []
+
+    def capture(what: str, key: Any, launch: Any, launched: bool) -> Recorded:
+        captured.append(what)
+        replayer.graphs[what, key] = Recorded(launch)
+        return replayer.graphs[what, key]
+
+    monkeypatch.setattr(replayer, "_capture", True)
+    monkeypatch.setattr(replayer, "_try", capture)
+    each = []
+    for number, (text, expected) in enumerate(zip(texts, wanted, strict=True)):
+        if number in (2, 4):
+            engine.store._grow_pages(1)
+        captured.clear()
+        assert ask(engine, request("a", text, 4))["a"] == expected
+        each.append(captured.count("chunk step"))
+    assert each == [0, 1, 1, 0, 1, 0] and captured == []
+    assert graphs(engine).chunk_steps == 6
 
 
 def test_which_chunks_run_like_this() -> None:
