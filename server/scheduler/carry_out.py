@@ -127,18 +127,29 @@ class Moves:
         self._scheduler.note("load", reason, slot, setting=ready.setting, lease_bytes=lease)
         slot.granted = None
         if lease:
-            self._memory.spawn(self.set_lease(slot, lease))
+            self._memory.spawn(self.set_lease(slot, lease, settle=True))
 
-    def lease_message(self, slot: Slot, lease: int) -> Callable[[str], messages.SetLease]:
-        """A lease, and the coarsest setting that the worker may fall back to when its device is out of memory."""
+    def lease_message(self, slot: Slot, lease: int, settle: bool = False) -> Callable[[str], messages.SetLease]:
+        """A lease, and the coarsest setting that the worker may fall back to when its device is out of memory.
+
+        Who holds more than is planned for it, or is told to `settle`, gives back what torch holds unused: others keep
+        it, for the next prompt would ask the driver for it again.
+        """
         ward = self._memory.steward.wards[slot.name]
         allowed = [r.name for r in ward.facts.rungs if ward.wishes.max_kl is None or r.kl <= ward.wishes.max_kl]
-        return partial(messages.SetLease, max_bytes=lease, coarsest=allowed[-1] if len(allowed) > 1 else "")
+        held, places = self._memory.ledger.of(slot.name), self._memory.books.shares_of(slot)
+        over = sum(held[name].total for name in places if name in held) - lease - ward.facts.weights
+        return partial(
+            messages.SetLease,
+            max_bytes=lease,
+            coarsest=allowed[-1] if len(allowed) > 1 else "",
+            settle=settle or over > len(places) * ward.facts.overhead,
+        )
 
-    async def set_lease(self, slot: Slot, lease: int) -> bool:
+    async def set_lease(self, slot: Slot, lease: int, settle: bool = False) -> bool:
         """Tell a worker its lease; whether it took it. One that does not is told again when leases change."""
         try:
-            await self.send(slot, self.lease_message(slot, lease))
+            await self.send(slot, self.lease_message(slot, lease, settle))
         except (Refused, asyncio.TimeoutError) as error:
             log.warning("model %s: its lease of %s was not taken: %s", slot.name, human(lease), error or "no answer")
             return False
@@ -168,7 +179,7 @@ class Moves:
         lease = max(action.lease, min(ward.lease, round(1.1 * held)))
         self._scheduler.note("lease", f"{slot.name} is to give back what it does not use: its squeeze takes long", slot)
         before, ward.lease = ward.lease, lease  # should the squeeze fail, this is what the model has
-        if not await self.set_lease(slot, lease):
+        if not await self.set_lease(slot, lease, settle=True):
             ward.lease = before
 
     async def _relax(self, slot: Slot, action: Action, before: Placement, lease: int) -> tuple[Placement, int]:

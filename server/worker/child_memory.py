@@ -104,9 +104,8 @@ class MemoryControl:
         bounds = [size for size in (message.max_bytes, self._configured) if size is not None]
         lease = min(bounds) if bounds else None
         freed = sum(set_lease(engine, lease) for engine in self._engines.all)
-        # One that may have more keeps what torch holds in reserve: the next prompt would ask the driver for it again.
-        self._settled = self._lease is None or (lease is not None and lease < self._lease)
-        if self._settled:
+        self._settled = message.settle
+        if message.settle:
             give_back(self._engines.current.loaded.device.type)
         self._lease, self._coarsest = lease, message.coarsest
         for engine in self._engines.all:

@@ -9,13 +9,14 @@ import msgspec
 
 
 class SetLease(msgspec.Struct, tag="set_lease", frozen=True):
-    """The cache may hold so many bytes (None: no limit); what is not needed goes back to the device. `coarsest`: the
-    setting that the worker may go down to by itself when the device is out of memory; "" for none. Answered by
-    Footprint and Done, like the next three."""
+    """The cache may hold so many bytes (None: no limit). `coarsest`: the setting that the worker may go down to by
+    itself when the device is out of memory; "" for none. `settle`: what torch holds unused goes back to the device.
+    Answered by Footprint and Done, like the next three."""
 
     command_id: str
     max_bytes: int | None = None
     coarsest: str = ""
+    settle: bool = True
 
 
 class SetSetting(msgspec.Struct, tag="set_setting", frozen=True):

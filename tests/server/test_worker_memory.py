@@ -65,18 +65,17 @@ def test_a_lease_is_taken_reported_and_bounded_by_the_configuration(loaded: Load
     assert "max_kv_bytes" in done(said, "tiny").error
 
 
-def test_a_larger_lease_leaves_the_allocator_what_it_has(
+def test_a_lease_leaves_the_allocator_what_it_has_unless_that_is_wanted_back(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[str] = []
     monkeypatch.setattr("spectral.residency.give_back", given.append)
     control = MemoryControl(Engines(build(loaded)), None, lambda *messages: None)
-    counts = []
-    for size in (3_000_000, 4_000_000, 4_000_000, 2_000_000, None):
-        print_, _ = control.handle(wire.SetLease("l", size))
+    for size, settle in ((3_000_000, True), (2_000_000, False), (None, True)):
+        before = len(given)
+        print_, _ = control.handle(wire.SetLease("l", size, settle=settle))
         assert isinstance(print_, wire.Footprint) and print_.lease == size
-        counts.append((len(given), print_.settled))
-    assert counts == [(1, True), (1, False), (1, False), (2, True), (2, False)]
+        assert (len(given) - before, print_.settled) == (int(settle), settle)
 
 
 def test_what_cannot_be_done_is_refused_and_nothing_ends(loaded: LoadedModel) -> None:

@@ -379,3 +379,17 @@ async def test_who_looks_sees_what_the_devices_hold_now(monkeypatch: pytest.Monk
         assert memory._tick() == 10.0
         memory.steward.wards["a"].moving = memory.steward.wards["a"].now
         assert memory._tick() <= 0.05
+
+
+async def test_who_holds_more_than_is_planned_gives_its_reserve_back(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async with serving(monkeypatch, tmp_path, Scripted(12), model("a", 4)) as server:
+        await server.ask("a")
+        memory, slot = server.scheduler.memory, server.scheduler.slots["a"]
+        facts = memory.steward.wards["a"].facts
+        for spare, settle in ((facts.overhead, False), (facts.overhead + 1, True)):
+            memory.ledger.hold("a", "cuda:0", Holding(facts.weights, spare, 0, GIB))
+            assert memory.moves.lease_message(slot, GIB)("x").settle is settle
+        assert memory.moves.lease_message(slot, 2 * GIB)("x").settle is False
+        assert memory.moves.lease_message(slot, 2 * GIB, settle=True)("x").settle is True
