@@ -123,10 +123,12 @@ class Replayer:
             torch.cuda.synchronize(self._device)
             if not self.graphs:
                 self._pool = None
+            reason = f"{type(error).__name__}: {error}".split("\n")[0]
             if not launched:  # perhaps something was to be compiled after all
+                log.info("the %s is launched once before it is captured again: %s", what, reason)
                 return None
-            self.refused[what] = f"{type(error).__name__}: {error}".split("\n")[0]
-            log.warning("the %s cannot be captured and is launched one by one: %s", what, self.refused[what])
+            self.refused[what] = reason
+            log.warning("the %s cannot be captured and is launched one by one: %s", what, reason)
             return None
         self.graphs[what, key] = graph
         self.captures += 1
