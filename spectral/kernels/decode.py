@@ -8,6 +8,7 @@ Nothing here waits for the device; launch shapes depend on the sizes of the tens
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,6 +22,7 @@ from spectral.aside import to_device
 from spectral.codec import LayerCodec
 from spectral.errors import SettingError
 from spectral.kernels.combine import combine_kernel, finish_kernel, query_kernel, window_kernel
+from spectral.kernels.joint import joint_runs, joint_score_kernel
 from spectral.kernels.mix import factor_kernel, mix_kernel
 from spectral.kernels.score import held_runs, score_kernel
 from spectral.kernels.shares import gather_kernel, share_kernel
@@ -292,14 +294,17 @@ class _Scoring:
         layer, step = self.layer, self.step
         rows, units, parts, blocks, _ = self.largest.shape
         pages, runs, fast = block_pages(layer.codec), layer.rank // 16, not interpreted()
-        score_kernel[(units * parts, blocks, rows)](
-            self.projected, self.const, self.pool, step.pages, step.count, self.unit, layer.tables["strip"],
-            layer.tables["entry"], self.weight, self.largest,
+        warps, joint = pages // 8, layer.tables["joint"]
+        old = os.environ.get("SPECTRAL_SCORES") == "old"
+        kernel, table = (score_kernel, layer.tables["entry"]) if old else (joint_score_kernel, joint)
+        kernel[(units * parts, blocks, rows)](
+            self.projected, self.const, self.pool, step.pages, step.count, self.unit, layer.tables["strip"], table,
+            self.weight, self.largest,
             step.pages.stride(0), layer.codec.page_nbytes, self.projected.stride(0), runs, blocks, blocks * pages,
-            units, self.const.shape[2],
+            units, self.const.shape[2], *(() if old else (joint.stride(0),)),
             GROUPS=parts, GROUP=self.group, CLASSES=layer.classes, P=layer.codec.page_tokens,
-            HOLD=held_runs(runs, pages // 8), SOFTCAP=self.cap, WARPS=pages // 8, FAST=fast, num_warps=pages // 8,
-            num_stages=1, **({"maxnreg": 128} if fast else {}),
+            HOLD=(held_runs if old else joint_runs)(runs, warps), SOFTCAP=self.cap, WARPS=warps, FAST=fast,
+            num_warps=warps, num_stages=1, **({"maxnreg": 128} if fast else {}),
         )  # fmt: skip
 
     def by_shares(self) -> None:

@@ -42,7 +42,7 @@ def held_runs(runs: int, warps: int) -> int:
 
 
 @triton.jit
-def _quarter_rows(at, page, BITS: tl.constexpr, ROWS: tl.constexpr, FAST: tl.constexpr):
+def quarter_rows(at, page, BITS: tl.constexpr, ROWS: tl.constexpr, FAST: tl.constexpr):
     """All rows of the lane's quarter of a cell, as words; at: its address in shared memory; page: its pointer."""
     NBYTES: tl.constexpr = ROWS * max(1, BITS // 2)
     if FAST:
@@ -63,7 +63,7 @@ def _quarter_rows(at, page, BITS: tl.constexpr, ROWS: tl.constexpr, FAST: tl.con
 
 
 @triton.jit
-def _query(at, q0, q1, offset, HOLD: tl.constexpr, FAST: tl.constexpr):
+def query_words(at, q0, q1, offset, HOLD: tl.constexpr, FAST: tl.constexpr):
     """The query's latents 4 t .. of a run, heads g and g + 8: from shared memory, or by the lane's pointers.
 
     offset: 32 times the run's first latent.
@@ -78,7 +78,7 @@ def _query(at, q0, q1, offset, HOLD: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
-def _scaled(a, entry, FAST: tl.constexpr):
+def scaled(a, entry, FAST: tl.constexpr):
     """A run's operands times what its fields stand for."""
     return (
         product(a[0], entry[0], FAST),
@@ -141,14 +141,14 @@ def _cells(
     x = ()
     q = ()
     for k in tl.static_range(COUNT):
-        x = x + (_quarter_rows(at + k * SIZE, page + k * SIZE, BITS, ROWS, FAST),)
+        x = x + (quarter_rows(at + k * SIZE, page + k * SIZE, BITS, ROWS, FAST),)
     for k in tl.static_range(COUNT * RUNS):
-        q = q + (_query(held_q, q0, q1, e[k][2], HOLD, FAST),)
+        q = q + (query_words(held_q, q0, q1, e[k][2], HOLD, FAST),)
     ops += 16 * COUNT * RUNS
     new = ()
     a = ()
     for k in tl.static_range(COUNT * RUNS):
-        a = a + (_scaled(q[k], e[k], FAST),)
+        a = a + (scaled(q[k], e[k], FAST),)
     for k in tl.static_range(4):
         if k + COUNT * RUNS < 4:
             new = new + (e[k + COUNT * RUNS],)
@@ -195,7 +195,7 @@ def _strip(
 
 
 @triton.jit
-def _class_part(c, FIRST: tl.constexpr, ROWS: tl.constexpr):
+def part_of(c, FIRST: tl.constexpr, ROWS: tl.constexpr):
     out = ()
     for i in tl.static_range(4 * ROWS):
         out = out + (c[4 * FIRST + i],)
@@ -203,7 +203,7 @@ def _class_part(c, FIRST: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _with_part(c, part, FIRST: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr):
+def with_part(c, part, FIRST: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr):
     out = ()
     for i in tl.static_range(4 * P):
         if i < 4 * FIRST or i >= 4 * (FIRST + ROWS):
@@ -228,11 +228,11 @@ def all_strips(
     for s in tl.static_range(4 * CLASSES):
         cells = tl.load(cells_ptr + (strip_class(CLASSES, s) * 4 + strip_plane(CLASSES, s)) * STRIDE)
         d, off, ops, e = _strip(
-            _class_part(c, first_row(strip_class(CLASSES, s)), class_rows(strip_class(CLASSES, s))),
+            part_of(c, first_row(strip_class(CLASSES, s)), class_rows(strip_class(CLASSES, s))),
             off, cells, held, page, copies, chunks, held_q, q0, q1, ops, e, lane,
             strip_bits(CLASSES, s), class_rows(strip_class(CLASSES, s)), WARPS, HOLD, FAST,
         )  # fmt: skip
-        c = _with_part(c, d, first_row(strip_class(CLASSES, s)), class_rows(strip_class(CLASSES, s)), P)
+        c = with_part(c, d, first_row(strip_class(CLASSES, s)), class_rows(strip_class(CLASSES, s)), P)
     return c
 
 
@@ -276,7 +276,7 @@ def hold_query(held_q, q_lane, i, runs, WARPS: tl.constexpr):
 
 
 @triton.jit
-def _leave_weights(
+def leave_weights(
     c, const0, const1, number, count, first, pages_max, weights, tops, i,
     CLASSES: tl.constexpr, P: tl.constexpr, SOFTCAP: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
@@ -363,7 +363,7 @@ def score_kernel(
             lane, 4, CLASSES, P, WARPS, HOLD, FAST,
         )  # fmt: skip
         where = (seq * units + unit) * GROUPS + part
-        _leave_weights(
+        leave_weights(
             c, const + head0 * 8, const + head1 * 8, i // 32 * 8 + 2 * t, count, blk * PB, pages_max,
             weight_ptr + where.to(tl.int64) * pages_max * (16 * P), max_ptr + (where * blocks + blk) * 16, i,
             CLASSES, P, SOFTCAP, WARPS, FAST,

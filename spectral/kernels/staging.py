@@ -98,6 +98,49 @@ def held_two(at):
     )
 
 
+@triton.constexpr_function
+def _chunk_text(pieces: int) -> str:
+    copy = "cp.async.cg.shared.global"
+    lines = ["{.reg .pred p; setp.ne.b32 p, $3, 0;"]
+    lines += [f"{copy} [$1+{64 * k}], [$2+{64 * k}], 16;" for k in range(int(pieces))]
+    return " ".join([*lines, f"@p {copy} [$1+{64 * int(pieces)}], [$2+{64 * int(pieces)}], 16;", "mov.b32 $0, 0;}"])
+
+
+@triton.jit
+def copy_part(to, source, last, PIECES: tl.constexpr):
+    """Ask for PIECES pieces of sixteen bytes, 64 bytes apart, and where `last` is not zero for another; they go to as
+    far behind `to` as they lie behind `source` (int64 address)."""
+    tl.inline_asm_elementwise(
+        _chunk_text(PIECES), "=r,r,l,r", [to, source, last], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def hold_four(at, a, b, c, d):
+    """Four words to sixteen aligned bytes of shared memory."""
+    tl.inline_asm_elementwise(
+        "st.shared.v4.b32 [$1], {$2, $3, $4, $5};\nmov.b32 $0, 0;",
+        "=r,r,r,r,r,r",
+        [at, a, b, c, d],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def held_four(at):
+    """Sixteen aligned bytes of shared memory as four words."""
+    return tl.inline_asm_elementwise(
+        "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];",
+        "=r,=r,=r,=r,r",
+        [at],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+        is_pure=False,
+        pack=1,
+    )
+
+
 @triton.jit
 def hold_float(at, x):
     """An fp32 number to four aligned bytes of shared memory."""

@@ -18,6 +18,10 @@ ITEM_CELLS = {8: 4, 4: 8, 2: 8, 1: 4}
 RUN_SLACK = 8
 """Entries behind the last run, which the score kernel asks for ahead of time."""
 
+JOINT_CHUNK, JOINT_STEP = 256, 4
+"""Bytes of a page that spectral.kernels.joint has in shared memory at once, and entries that it multiplies with at
+once."""
+
 SHARES = 8
 """Programs that share the scores of eight pages where a launch would leave most of a GPU idle."""
 
@@ -34,6 +38,8 @@ class LayerTables:
         entry: int32 [runs + RUN_SLACK, 4, 4]: for every run of every cell in the order of storage, and every quarter t
             of it: what the lowest bit of fields 4 t .. stands for, over 2^position, times SCORE_UNIT (four fp16; 0 for
             padding), 32 times the run's first latent, 0.
+        joint: int32 [units, entries, 4, 4]: `entry` for spectral.kernels.joint: by unit, and with empty ones where what a
+            chunk of a page has of a strip does not fill its last step, and behind a unit's last.
         first_run: int32 [units]: a unit's first entry.
         share: int32 [units, SHARES, 4 + 4 C]: a unit's cells in SHARES parts of about equal work: offset of the part's
             first cell in the unit's page, of its end, its first entry, how many entries it has, and how many cells of
@@ -48,6 +54,7 @@ class LayerTables:
 
     strip: np.ndarray
     entry: np.ndarray
+    joint: np.ndarray
     first_run: np.ndarray
     share: np.ndarray
     item: np.ndarray
@@ -92,11 +99,13 @@ def _layer_tables(units: list[tuple[PageLayout, np.ndarray]], steps: dict[int, f
     run: list[np.ndarray] = [np.zeros(0, np.int32)]
     factor: list[np.ndarray] = [np.zeros((0, CHANNEL_GROUP))]
     item: list[list[int]] = []
+    joint: list[np.ndarray] = []
     first_run: list[int] = []
     outputs = runs = start = 0
     for u, (layout, deviation) in enumerate(units):
         size = step_size(layout, deviation, steps)
         first_run.append(runs)
+        steps_of: list[np.ndarray] = []
         offset[u, :, : layout.channels] = size * (2.0 ** layout.widths.astype(np.float64) - 1) / 2
         for s in layout.strips:
             plane, width = PLANE_ORDER.index(s.bits), cell_runs(s.bits)
@@ -104,6 +113,7 @@ def _layer_tables(units: list[tuple[PageLayout, np.ndarray]], steps: dict[int, f
             first, value = _strip_runs(s, layout, size)
             run.append(first)
             factor.append(value * SCORE_UNIT)
+            steps_of += _in_steps(s, _entries(first, value * SCORE_UNIT, 0))
             for k, latent in enumerate(s.runs):
                 side = int(source[u, s.number, 0, latent // CHANNEL_GROUP] >= 0)
                 source[u, s.number, side, latent // CHANNEL_GROUP] = outputs + CHANNEL_GROUP * k
@@ -116,6 +126,7 @@ def _layer_tables(units: list[tuple[PageLayout, np.ndarray]], steps: dict[int, f
             outputs += CHANNEL_GROUP * first.size
         if not any(entry[:2] == [u, 0] for entry in item):  # the sum of weights of class 0 is always needed
             item.append([u, 0, PLANE_ORDER.index(2), start, 0, 0, 0, 0])
+        joint.append(np.concatenate([np.zeros((0, 4, 4), np.int32), *steps_of]))
         start += layout.nbytes
     item.sort(key=lambda entry: -entry[1])  # the longest first
     seen = set()
@@ -124,7 +135,8 @@ def _layer_tables(units: list[tuple[PageLayout, np.ndarray]], steps: dict[int, f
         seen.add((entry[0], entry[1]))
     return LayerTables(
         strip,
-        _entries(np.concatenate(run), np.concatenate(factor)),
+        _entries(np.concatenate(run), np.concatenate(factor), RUN_SLACK),
+        _together(joint),
         np.array(first_run, dtype=np.int32),
         np.stack([_shares(layout, run) for (layout, _), run in zip(units, first_run, strict=True)]),
         np.array(item, dtype=np.int32),
@@ -155,12 +167,29 @@ def _shares(layout: PageLayout, first_run: int) -> np.ndarray:
     return share
 
 
-def _entries(run: np.ndarray, factor: np.ndarray) -> np.ndarray:
-    """`entry` from first latents [runs] and factors [runs, 16]."""
-    entry: np.ndarray = np.zeros((len(run) + RUN_SLACK, 4, 4), dtype=np.int32)
+def _entries(run: np.ndarray, factor: np.ndarray, slack: int) -> np.ndarray:
+    """`entry` from first latents [runs] and factors [runs, 16], and `slack` empty ones."""
+    entry: np.ndarray = np.zeros((len(run) + slack, 4, 4), dtype=np.int32)
     entry[: len(run), :, :2] = factor.astype(np.float16).reshape(-1, 4, 4).view(np.int32)
     entry[: len(run), :, 2] = 32 * run[:, None]
     return entry
+
+
+def _in_steps(s: Strip, entry: np.ndarray) -> list[np.ndarray]:
+    """A strip's entries [runs, 4, 4] as those of every chunk that it lies in, filled to whole steps."""
+    width, out, cell = cell_runs(s.bits), [], 0
+    while cell < s.cells:
+        here = (JOINT_CHUNK - (s.start + cell * s.cell_nbytes) % JOINT_CHUNK) // s.cell_nbytes
+        part = entry[cell * width : (cell + here) * width]
+        out.append(np.pad(part, ((0, -len(part) % JOINT_STEP), (0, 0), (0, 0))))
+        cell += here
+    return out
+
+
+def _together(joint: list[np.ndarray]) -> np.ndarray:
+    """`joint` from every unit's entries, with three steps behind the last, which are asked for ahead of time."""
+    most = max(map(len, joint)) + 3 * JOINT_STEP
+    return np.stack([np.pad(own, ((0, most - len(own)), (0, 0), (0, 0))) for own in joint])
 
 
 def _strip_runs(s: Strip, layout: PageLayout, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
