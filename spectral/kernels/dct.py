@@ -6,7 +6,42 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from spectral.kernels.classes import log2
 from spectral.kernels.lanes import constraints, floats
+
+
+@triton.constexpr_function
+def _sums(out, x, matrix):
+    """out = matrix x, [outputs, inputs], as lines of PTX; names of registers."""
+    lines = []
+    for name, row in zip(out, matrix, strict=True):
+        for k, factor in enumerate(row):
+            value = _float_word(factor)
+            lines.append(
+                f"mul.f32 {name}, {x[k]}, {value};" if k == 0 else f"fma.rn.f32 {name}, {x[k]}, {value}, {name};"
+            )
+    return lines
+
+
+@triton.constexpr_function
+def _steps(out, x, matrix, inverse, depth):
+    """Lines of the transform. To tokens the first half is the sum of what even and odd frequencies add, the second
+    half their difference; even ones are a transform of half the size. matrix: [frequency, token]."""
+    size = len(x)
+    half = size // 2
+    if not half:
+        return _sums(out, x, matrix)
+    even, odd = [f"e{depth}_{t}" for t in range(half)], [f"o{depth}_{t}" for t in range(half)]
+    inner = matrix[0::2, :half], matrix[1::2, :half]
+    if inverse:
+        lines = _steps(even, x[0::2], inner[0], inverse, depth + 1) + _sums(odd, x[1::2], inner[1].T)
+        for t in range(half):
+            lines += [f"add.f32 {out[t]}, {even[t]}, {odd[t]};", f"sub.f32 {out[size - 1 - t]}, {even[t]}, {odd[t]};"]
+        return lines
+    lines = []
+    for t in range(half):
+        lines += [f"add.f32 {even[t]}, {x[t]}, {x[size - 1 - t]};", f"sub.f32 {odd[t]}, {x[t]}, {x[size - 1 - t]};"]
+    return lines + _steps(out[0::2], even, inner[0], inverse, depth + 1) + _sums(out[1::2], odd, inner[1])
 
 
 @triton.constexpr_function
@@ -14,40 +49,10 @@ def _dct(size: int, inverse: bool) -> str:
     """`size` numbers through the orthonormal DCT-II matrix (frequency by token), or back to tokens."""
     from spectral.bits import dct_matrix
 
-    matrix = dct_matrix(size)
-    half = size // 2
-    word = _float_word
-    lines = ["{", f".reg .f32 e<{size}>, o<{size}>;"]
-    x = [f"${size + i}" for i in range(size)]
-    for t in range(half):
-        if inverse:  # tokens t and size - 1 - t: the sum and the difference of even and odd frequencies
-            for name, first in (("e", 0), ("o", 1)):
-                for k, f in enumerate(range(first, size, 2)):
-                    factor = word(matrix[f, t])
-                    lines.append(
-                        f"mul.f32 {name}{t}, {x[f]}, {factor};"
-                        if k == 0
-                        else f"fma.rn.f32 {name}{t}, {x[f]}, {factor}, {name}{t};"
-                    )
-        else:
-            lines += [
-                f"add.f32 e{t}, {x[t]}, {x[size - 1 - t]};",
-                f"sub.f32 o{t}, {x[t]}, {x[size - 1 - t]};",
-            ]
-    if inverse:
-        for t in range(half):
-            lines += [f"add.f32 ${t}, e{t}, o{t};", f"sub.f32 ${size - 1 - t}, e{t}, o{t};"]
-    else:
-        for f in range(size):
-            name = "eo"[f % 2]
-            for t in range(half):
-                factor = word(matrix[f, t])
-                lines.append(
-                    f"mul.f32 ${f}, {name}{t}, {factor};"
-                    if t == 0
-                    else f"fma.rn.f32 ${f}, {name}{t}, {factor}, ${f};"
-                )
-    return "\n".join([*lines, "}"])
+    depths = [(d, size >> (d + 1)) for d in range(log2(size))]
+    declared = [f".reg .f32 {name}{d}_<{n}>;" for d, n in depths for name in "eo"]
+    out, x = [f"${t}" for t in range(size)], [f"${size + t}" for t in range(size)]
+    return "\n".join(["{", *declared, *_steps(out, x, dct_matrix(size), inverse, 0), "}"])
 
 
 @triton.constexpr_function

@@ -26,7 +26,7 @@ from spectral.kernels.joint import joint_runs, joint_score_kernel
 from spectral.kernels.mix import factor_kernel, mix_kernel
 from spectral.kernels.score import held_runs, score_kernel
 from spectral.kernels.shares import gather_kernel, share_kernel
-from spectral.kernels.tables import SHARES, LayerTables, layer_tables
+from spectral.kernels.tables import QUAD_ORDER, SHARES, LayerTables, layer_tables
 from spectral.windows import ExactWindow, QuantizedWindow
 
 LOG2E = math.log2(math.e)
@@ -117,7 +117,7 @@ class LayerKernels:
             return torch.nn.functional.pad(x, (0, rank - x.shape[-1]))
 
         keys = torch.cat([wide(unit.key_decode) for unit in units])  # [H, d, R]
-        self.key_basis = keys.half()
+        self.key_basis = keys.half().unflatten(2, (-1, 4))[..., QUAD_ORDER].flatten(2)
         self.value_basis = torch.cat([wide(unit.value_decode) for unit in units]).half().transpose(1, 2).contiguous()
         self.value_mean = torch.cat([unit.value_mean[:, 0] for unit in units]).contiguous()  # [H, dv]
         vectors = torch.zeros((codec.kv_heads, 8, codec.key_dim), device=device)
@@ -295,16 +295,21 @@ class _Scoring:
         rows, units, parts, blocks, _ = self.largest.shape
         pages, runs, fast = block_pages(layer.codec), layer.rank // 16, not interpreted()
         warps, joint = pages // 8, layer.tables["joint"]
-        old = os.environ.get("SPECTRAL_SCORES") == "old"
-        kernel, table = (score_kernel, layer.tables["entry"]) if old else (joint_score_kernel, joint)
+        way = os.environ.get("SPECTRAL_SCORES", "old")
+        if way == "old":
+            kernel, table, last = score_kernel, layer.tables["entry"], ()
+            more = {"HOLD": held_runs(runs, warps)}
+        else:
+            kernel, table, last = joint_score_kernel, joint, (joint.stride(0),)
+            more = {"HOLD": 0 if way == "unheld" else joint_runs(runs, warps), "AHEAD": 2 if way == "ahead" else 1}
         kernel[(units * parts, blocks, rows)](
             self.projected, self.const, self.pool, step.pages, step.count, self.unit, layer.tables["strip"], table,
             self.weight, self.largest,
             step.pages.stride(0), layer.codec.page_nbytes, self.projected.stride(0), runs, blocks, blocks * pages,
-            units, self.const.shape[2], *(() if old else (joint.stride(0),)),
+            units, self.const.shape[2], *last,
             GROUPS=parts, GROUP=self.group, CLASSES=layer.classes, P=layer.codec.page_tokens,
-            HOLD=(held_runs if old else joint_runs)(runs, warps), SOFTCAP=self.cap, WARPS=warps, FAST=fast,
-            num_warps=warps, num_stages=1, **({"maxnreg": 128} if fast else {}),
+            SOFTCAP=self.cap, WARPS=warps, FAST=fast, num_warps=warps, num_stages=1,
+            **more, **({"maxnreg": 128} if fast else {}),
         )  # fmt: skip
 
     def by_shares(self) -> None:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from spectral.kernels.classes import class_rows, first_row, size_log2, strip_bits, strip_class, strip_plane
-from spectral.kernels.lanes import four_words, score_rows
+from spectral.kernels.lanes import four_words, score_rows, table_words
 from spectral.kernels.score import (
     behind,
     hold_query,
@@ -73,10 +73,11 @@ def _next_chunk(copies, chunk, chunks, lane):
 
 
 @triton.jit
-def _entries(p, EACH: tl.constexpr, FAST: tl.constexpr):
+def _entries(p, step, EACH: tl.constexpr, FAST: tl.constexpr):
+    """A warp's entries of a step; p: those of the first."""
     out = ()
     for k in tl.static_range(EACH):
-        out = out + (four_words(p + 16 * k, FAST),)
+        out = out + (table_words(p, step, 16 * STEP, 16 * k, FAST),)
     return out
 
 
@@ -97,18 +98,22 @@ def _leave_operands(to, q, e, EACH: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def _begin(
-    made, ops, held_q, q0, q1, i, WARPS: tl.constexpr, HOLD: tl.constexpr, FAST: tl.constexpr,
+    made, ops, held_q, q0, q1, i, WARPS: tl.constexpr, HOLD: tl.constexpr, AHEAD: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
     """What goes from step to step: where the next pair's operands lie in the ring, entries of a later step, and of the
     next step entries and the query's words. The first step's operands are left in the ring."""
     EACH: tl.constexpr = max(1, STEP // WARPS)
     if FAST:
         p = ops + i // 32 % STEP * (16 * EACH)  # of eight warps two make the same
-        e = _entries(p, EACH, FAST)
-        f = _entries(p + 16 * STEP, EACH, FAST)
-        later = _entries(p + 32 * STEP, EACH, FAST)
+        step = tl.full([], 0, tl.int32)
+        e = _entries(p, step, EACH, FAST)
+        f = _entries(p, step + 1, EACH, FAST)
+        coming = ()
+        for k in tl.static_range(AHEAD):
+            coming = coming + (_entries(p, step + (2 + k), EACH, FAST),)
         _leave_operands(made, _words(e, held_q, q0, q1, EACH, HOLD, FAST), e, EACH, FAST)
-        return tl.full([], 0, tl.int32), p + 48 * STEP, f, _words(f, held_q, q0, q1, EACH, HOLD, FAST), later
+        return step, step + (2 + AHEAD), f, _words(f, held_q, q0, q1, EACH, HOLD, FAST), coming, p
     else:
         return (ops,)
 
@@ -117,15 +122,16 @@ def _begin(
 def _next_step(state, made, held_q, q0, q1, WARPS: tl.constexpr, HOLD: tl.constexpr, FAST: tl.constexpr):
     """All warps have multiplied with the last step and made this one: make the next."""
     EACH: tl.constexpr = max(1, STEP // WARPS)
-    slot, p, f, q, later = state
+    slot, step, f, q, coming, p = state
     tl.debug_barrier()
     _leave_operands(made + (slot ^ (STEP * OPERAND)), q, f, EACH, FAST)
-    q = _words(later, held_q, q0, q1, EACH, HOLD, FAST)
-    return slot, p + 16 * STEP, later, q, _entries(p, EACH, FAST)
+    q = _words(coming[0], held_q, q0, q1, EACH, HOLD, FAST)
+    later = coming[1:] + (_entries(p, step, EACH, FAST),)
+    return slot, step + 1, coming[0], q, later, p
 
 
 @triton.jit
-def _operands(state, ring, held_q, q0, q1, K: tl.constexpr, WARPS: tl.constexpr, HOLD: tl.constexpr, FAST: tl.constexpr):
+def _operands(state, ring, held_q, q0, q1, K: tl.constexpr, HOLD: tl.constexpr, FAST: tl.constexpr):
     """Operands of entry K of a step, which begins at state[0]: in the ring, or (in plain Triton) in the table."""
     if FAST:
         return held_four(ring + (state[0] + K * OPERAND))
@@ -150,12 +156,12 @@ def _step(
         x = x + (quarter_rows(at + k * SIZE, page + k * SIZE, BITS, ROWS, FAST),)
         own = ()
         for run in tl.static_range(RUNS):
-            own = own + _operands(state, ring, held_q, q0, q1, k * RUNS + run, WARPS, HOLD, FAST)
+            own = own + _operands(state, ring, held_q, q0, q1, k * RUNS + run, HOLD, FAST)
         a = a + (own,)
     for k in tl.static_range(STEP // RUNS):
         c = score_rows(c, x[k], a[k], BITS, ROWS, WARPS, FAST)
     if FAST:
-        return c, (state[0] ^ (STEP * OPERAND), state[1], state[2], state[3], state[4])
+        return c, (state[0] ^ (STEP * OPERAND),) + state[1:]
     else:
         return c, (state[0] + 16 * STEP,)
 
@@ -178,7 +184,7 @@ def _strip(
         here = tl.minimum(end, (off | (CHUNK - 1)) + 1) - off >> size_log2(BITS, ROWS)
         at = held + quarter + ((off >> 8 & 1) * STAGE + (off & (CHUNK - 1)))
         p = page + (off + quarter)
-        for _ in range(0, here, CELLS):
+        for _ in range(0, here, CELLS):  # (by ones, the assembler would unroll it: four times as much code)
             c, state = _step(c, at, p, state, ring, made, held_q, q0, q1, BITS, ROWS, WARPS, HOLD, FAST)
             at += CELLS * SIZE
             p += CELLS * SIZE
@@ -189,12 +195,13 @@ def _strip(
 @triton.jit
 def _all_strips(
     cells_ptr, held, page, copies, chunks, ring, made, held_q, q0, q1, ops, i,
-    CLASSES: tl.constexpr, P: tl.constexpr, WARPS: tl.constexpr, HOLD: tl.constexpr, FAST: tl.constexpr,
+    CLASSES: tl.constexpr, P: tl.constexpr, WARPS: tl.constexpr, HOLD: tl.constexpr, AHEAD: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
     """Sums of fields and operands: 4 numbers a row of a page (heads g and g + 8, pages 2 t and 2 t + 1)."""
     c = (tl.zeros([32 * WARPS], tl.float32),) * (4 * P)
     off = tl.full([], 0, tl.int32)
-    state = _begin(made, ops, held_q, q0, q1, i, WARPS, HOLD, FAST)
+    state = _begin(made, ops, held_q, q0, q1, i, WARPS, HOLD, AHEAD, FAST)
     coming = tl.load(cells_ptr + (strip_class(CLASSES, 0) * 4 + strip_plane(CLASSES, 0)) * 4)
     for s in tl.static_range(4 * CLASSES):
         cells = coming
@@ -209,28 +216,32 @@ def _all_strips(
     return c
 
 
-@triton.jit(do_not_specialize=["table_stride", "page_nbytes", "runs", "blocks", "pages_max", "units", "heads", "joint_stride"])
+@triton.jit(
+    do_not_specialize=["table_stride", "page_nbytes", "runs", "blocks", "pages_max", "units", "heads", "joint_stride"]
+)
 def joint_score_kernel(
     q_ptr, const_ptr, pages_ptr, table_ptr, count_ptr, unit_ptr, strip_ptr, joint_ptr, weight_ptr, max_ptr,
     table_stride, page_nbytes, q_head_stride, runs, blocks, pages_max, units, heads, joint_stride,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, CLASSES: tl.constexpr, P: tl.constexpr,
-    HOLD: tl.constexpr, SOFTCAP: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr,
+    HOLD: tl.constexpr, AHEAD: tl.constexpr, SOFTCAP: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """One block (8 pages a warp) of one sequence, unit and 16 of its query heads. Arguments as
-    spectral.kernels.score.score_kernel has them, but joint_ptr: LayerTables.joint."""
+    spectral.kernels.score.score_kernel has them, but joint_ptr: LayerTables.joint, and
+    AHEAD: steps that entries are asked for before the query's words of theirs."""
     PB: tl.constexpr = 8 * WARPS
     EACH: tl.constexpr = max(1, STEP // WARPS)
     QUERY: tl.constexpr = 512 * HOLD
     RING: tl.constexpr = 2 * STEP * OPERAND
+    BYTES: tl.constexpr = WARPS * 2 * STAGE
     unit, part = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS
     blk, seq = tl.program_id(1), tl.program_id(2)
     i = tl.arange(0, 32 * WARPS)
     lane = i % 32
-    held_q = i
-    if FAST:
-        held_q = stage(i, QUERY + RING + WARPS * 2 * STAGE)
-    ring = held_q + (QUERY + lane * 16)
-    held = held_q + (QUERY + RING) + i // 32 * (2 * STAGE)
+    held, ring, held_q = i, i, i
+    if FAST:  # bytes first: what an incomplete step reads behind a chunk is still ours
+        held = stage(i, BYTES + RING + QUERY) + i // 32 * (2 * STAGE)
+        ring = held - i // 32 * (2 * STAGE) + BYTES
+        held_q = ring + RING
     count = tl.load(count_ptr + seq) - blk * PB
     if count > 0:
         g, t = lane // 4, lane % 4
@@ -258,10 +269,10 @@ def joint_score_kernel(
             wait_stages(lane, 1)
             tl.debug_barrier()
         c = _all_strips(
-            strip_ptr + unit * (CLASSES * 16) + 1, held + g * PITCH + behind(page), page, copies, chunks, ring,
-            ring + i // 32 % STEP * (EACH * OPERAND), held_q + g * 32 + t * 8, q0, q1,
+            strip_ptr + unit * (CLASSES * 16) + 1, held + g * PITCH + behind(page), page, copies, chunks,
+            ring + lane * 16, ring + lane * 16 + i // 32 % STEP * (EACH * OPERAND), held_q + g * 32 + t * 8, q0, q1,
             joint_ptr + unit * joint_stride + t * 4,
-            i, CLASSES, P, WARPS, HOLD, FAST,
+            i, CLASSES, P, WARPS, HOLD, AHEAD, FAST,
         )  # fmt: skip
         where = (seq * units + unit) * GROUPS + part
         leave_weights(

@@ -28,8 +28,12 @@ def _mma(accumulator: list[str], a: list[str], b: list[str]) -> str:
 def _score_rows(bits: int, rows: int) -> str:
     """Operands: out C [4 rows]; in C [4 rows], words, a [4 per run]."""
     words, runs = max(1, rows * max(1, bits // 2) // 4), 2 if bits == 1 else 1
-    # What leaves two neighbouring latents of a byte that was copied to all four.
-    masks = {1: (0x00020001, 0x00080004, 0x00200010, 0x00800040), 2: (0x000C0003, 0x00C00030)}
+    # What leaves latents 0 and 2, or 1 and 3, of a byte that was copied to all four, or of two that were twice.
+    masks = {
+        1: (0x00040001, 0x00080002, 0x00400010, 0x00800020),
+        2: (0x00300003, 0x00C0000C),
+        4: (0x000F000F, 0x00F000F0),
+    }
     out = [f"${i}" for i in range(4 * rows)]
     base = 8 * rows
     x = [f"${base + i}" for i in range(words)]
@@ -38,14 +42,11 @@ def _score_rows(bits: int, rows: int) -> str:
     lines += [f"mov.b32 ${i}, ${4 * rows + i};" for i in range(4 * rows)]
     for row in range(rows):
         if bits == 8:
-            lines += [f"prmt.b32 b0, {x[row]}, 0, 0x4140;", f"prmt.b32 b1, {x[row]}, 0, 0x4342;"]
-        elif bits == 4:
-            at = 2 * (row % 2)
-            for side in (0, 1):
-                lines.append(f"prmt.b32 y, {x[row // 2]}, 0, 0x{str(at + side) * 4};")
-                lines.append(f"and.b32 b{side}, y, 0x00F0000F;")
+            lines += [f"and.b32 b0, {x[row]}, 0x00FF00FF;", f"prmt.b32 b1, {x[row]}, 0, 0x4341;"]
         else:
-            lines.append(f"prmt.b32 y, {x[row // 4]}, 0, 0x{str(row % 4) * 4};")
+            at = 2 * (row % 2) if bits == 4 else row % 4
+            source, pick = (x[row // 2], f"{at + 1}{at + 1}{at}{at}") if bits == 4 else (x[row // 4], str(at) * 4)
+            lines.append(f"prmt.b32 y, {source}, 0, 0x{pick};")
             lines += [f"and.b32 b{i}, y, 0x{mask:08X};" for i, mask in enumerate(masks[bits])]
         for run in range(runs):
             operand = [f"b{2 * run}", f"b{2 * run + 1}"]
@@ -182,6 +183,28 @@ def four_words(p, FAST: tl.constexpr):
         return tl.load(p), tl.load(p + 1), tl.load(p + 2), tl.load(p + 3)
 
 
+@triton.constexpr_function
+def _table_text(stride: int, offset: int) -> str:
+    load = "ld.global.nc.L1::evict_last.v4.b32 {$0, $1, $2, $3}"
+    return f"{{.reg .b64 at; mad.wide.s32 at, $5, {int(stride)}, $4; {load}, [at+{int(offset)}];}}"
+
+
+@triton.jit
+def table_words(p, n, STRIDE: tl.constexpr, OFFSET: tl.constexpr, FAST: tl.constexpr):
+    """`four_words` at n STRIDE + OFFSET words behind p, whose address is made by one instruction."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            _table_text(4 * STRIDE, 4 * OFFSET),
+            "=r,=r,=r,=r,l,r",
+            [p.to(tl.int64), n],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return four_words(p + (n * STRIDE + OFFSET), FAST)
+
+
 @triton.jit
 def word(p, NBYTES: tl.constexpr, FAST: tl.constexpr):
     """One, two or four aligned bytes as a word."""
@@ -229,6 +252,17 @@ def halves(x, y):
     """Two numbers as the low and the high half of a word."""
     low = x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
     return low | (y.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+
+
+@triton.jit
+def packed(x, y, FAST: tl.constexpr):
+    """The same in one instruction."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [x, y], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        return halves(x, y)
 
 
 @triton.jit
@@ -294,8 +328,8 @@ def score_rows(c, x, a, BITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.conste
     """Add one cell's part to the scores of its rows.
 
     Args:
-        c: fp32 sums, 4 a row; x: words of the lane's quarter; a: 4 words a run: the query's latents 4 t .. of heads g
-            and g + 8, times what their fields stand for.
+        c: fp32 sums, 4 a row; x: words of the lane's quarter; a: 4 words a run: the query's latents 4 t and 4 t + 2
+            of heads g and g + 8, then 4 t + 1 and 4 t + 3, times what their fields stand for.
     """
     if FAST:
         RUNS: tl.constexpr = 2 if BITS == 1 else 1
@@ -311,25 +345,24 @@ def score_rows(c, x, a, BITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.conste
     else:
         for row in tl.static_range(ROWS):
             if BITS == 8:
-                b0 = byte(x[row], 0) | (byte(x[row], 1) << 16)
-                b1 = byte(x[row], 2) | (byte(x[row], 3) << 16)
+                b0 = x[row] & 0x00FF00FF
+                b1 = (x[row] >> 8) & 0x00FF00FF
             elif BITS == 4:
-                low = byte(x[row // 2], 2 * (row % 2))
-                high = byte(x[row // 2], 2 * (row % 2) + 1)
-                b0 = (low | (low << 16)) & 0x00F0000F
-                b1 = (high | (high << 16)) & 0x00F0000F
+                y = byte(x[row // 2], 2 * (row % 2)) | (byte(x[row // 2], 2 * (row % 2) + 1) << 16)
+                b0 = y & 0x000F000F
+                b1 = y & 0x00F000F0
             else:
                 y = byte(x[row // 4], row % 4)
                 y = y | (y << 16)
                 if BITS == 2:
-                    b0 = y & 0x000C0003
-                    b1 = y & 0x00C00030
+                    b0 = y & 0x00300003
+                    b1 = y & 0x00C0000C
                 else:
-                    b0 = y & 0x00020001
-                    b1 = y & 0x00080004
+                    b0 = y & 0x00040001
+                    b1 = y & 0x00080002
             r = mma(c[4 * row], c[4 * row + 1], c[4 * row + 2], c[4 * row + 3], a[0], a[1], a[2], a[3], b0, b1, WARPS)
             if BITS == 1:
-                r = mma(r[0], r[1], r[2], r[3], a[4], a[5], a[6], a[7], y & 0x00200010, y & 0x00800040, WARPS)
+                r = mma(r[0], r[1], r[2], r[3], a[4], a[5], a[6], a[7], y & 0x00400010, y & 0x00800020, WARPS)
             c = replace(c, r, 4 * row, 4 * ROWS)
     return c
 

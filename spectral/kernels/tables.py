@@ -25,6 +25,9 @@ once."""
 SHARES = 8
 """Programs that share the scores of eight pages where a launch would leave most of a GPU idle."""
 
+QUAD_ORDER = (0, 2, 1, 3)
+"""Of four latents, in the projected query and its factors: two that one byte has are then taken out of it at once."""
+
 SCORE_UNIT = 16.0
 """Factors of the score kernel are this much larger than what fields stand for, so that none is subnormal."""
 
@@ -36,10 +39,10 @@ class LayerTables:
     Attributes:
         strip: int32 [units, C, 4, 4]: offset in the page, cells, its first entry, first output column.
         entry: int32 [runs + RUN_SLACK, 4, 4]: for every run of every cell in the order of storage, and every quarter t
-            of it: what the lowest bit of fields 4 t .. stands for, over 2^position, times SCORE_UNIT (four fp16; 0 for
-            padding), 32 times the run's first latent, 0.
-        joint: int32 [units, entries, 4, 4]: `entry` for spectral.kernels.joint: by unit, and with empty ones where what a
-            chunk of a page has of a strip does not fill its last step, and behind a unit's last.
+            of it: what the lowest bit of fields 4 t .. (in QUAD_ORDER) stands for, over 2^position, times SCORE_UNIT
+            (four fp16; 0 for padding), 32 times the run's first latent, 0.
+        joint: int32 [units, entries, 4, 4]: `entry` for spectral.kernels.joint: by unit, and with empty ones where what
+            a chunk of a page has of a strip does not fill its last step, and behind a unit's last.
         first_run: int32 [units]: a unit's first entry.
         share: int32 [units, SHARES, 4 + 4 C]: a unit's cells in SHARES parts of about equal work: offset of the part's
             first cell in the unit's page, of its end, its first entry, how many entries it has, and how many cells of
@@ -170,7 +173,7 @@ def _shares(layout: PageLayout, first_run: int) -> np.ndarray:
 def _entries(run: np.ndarray, factor: np.ndarray, slack: int) -> np.ndarray:
     """`entry` from first latents [runs] and factors [runs, 16], and `slack` empty ones."""
     entry: np.ndarray = np.zeros((len(run) + slack, 4, 4), dtype=np.int32)
-    entry[: len(run), :, :2] = factor.astype(np.float16).reshape(-1, 4, 4).view(np.int32)
+    entry[: len(run), :, :2] = factor.astype(np.float16).reshape(-1, 4, 4)[:, :, QUAD_ORDER].copy().view(np.int32)
     entry[: len(run), :, 2] = 32 * run[:, None]
     return entry
 
@@ -187,8 +190,8 @@ def _in_steps(s: Strip, entry: np.ndarray) -> list[np.ndarray]:
 
 
 def _together(joint: list[np.ndarray]) -> np.ndarray:
-    """`joint` from every unit's entries, with three steps behind the last, which are asked for ahead of time."""
-    most = max(map(len, joint)) + 3 * JOINT_STEP
+    """`joint` from every unit's entries, with four steps behind the last, which are asked for ahead of time."""
+    most = max(map(len, joint)) + 4 * JOINT_STEP
     return np.stack([np.pad(own, ((0, most - len(own)), (0, 0), (0, 0))) for own in joint])
 
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from spectral.kernels.dct import dct
-from spectral.kernels.lanes import halves
+from spectral.kernels.lanes import packed
 from spectral.kernels.staging import store_four, store_half, store_word
 
 
@@ -53,16 +53,15 @@ def tokens(s, i: tl.constexpr, mean, valid, P: tl.constexpr, SOFTCAP: tl.constex
 @triton.jit
 def token_scores(s, mean, valid, P: tl.constexpr, SOFTCAP: tl.constexpr, FAST: tl.constexpr):
     """The same from one number of every row."""
-    x = dct(s, P, True, FAST)
-    out = ()
-    for k in tl.static_range(P):
-        out = out + (x[k] + mean,)
+    first = s[0] + mean * (P**0.5)  # what the first frequency adds to every token is this over the root of P
     if SOFTCAP > 0:
-        out = _softcapped(out, P, SOFTCAP)
-    masked = ()
-    for k in tl.static_range(P):
-        masked = masked + (tl.where(valid, out[k], float("-inf")),)
-    return masked
+        x = _softcapped(dct((first,) + s[1:], P, True, FAST), P, SOFTCAP)
+        out = ()
+        for k in tl.static_range(P):
+            out = out + (tl.where(valid, x[k], float("-inf")),)
+        return out
+    else:
+        return dct((tl.where(valid, first, float("-inf")),) + s[1:], P, True, FAST)
 
 
 @triton.jit
@@ -75,15 +74,26 @@ def block_weights(x, top, P: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
+def _quad(u, v, FIRST: tl.constexpr, FAST: tl.constexpr):
+    """Four rows of two heads as words."""
+    return (
+        packed(u[FIRST], u[FIRST + 1], FAST),
+        packed(u[FIRST + 2], u[FIRST + 3], FAST),
+        packed(v[FIRST], v[FIRST + 1], FAST),
+        packed(v[FIRST + 2], v[FIRST + 3], FAST),
+    )
+
+
+@triton.jit
 def _store_quads(slot, pages_max, number, u, v, P: tl.constexpr, FAST: tl.constexpr):
     """A page's weights of the classes of four and more rows."""
-    at = slot + (pages_max // 16 * 4 + number // 4) * 128 + number % 4 * 4
-    store_four(at, halves(u[4], u[5]), halves(u[6], u[7]), halves(v[4], v[5]), halves(v[6], v[7]), FAST)
+    x = _quad(u, v, 4, FAST)
+    store_four(slot + (pages_max // 16 * 4 + number // 4) * 128 + number % 4 * 4, x[0], x[1], x[2], x[3], FAST)
     if P == 16:
         at = slot + (pages_max // 16 * 8 + number // 2) * 128 + number % 2 * 8
-        store_four(at, halves(u[8], u[9]), halves(u[10], u[11]), halves(v[8], v[9]), halves(v[10], v[11]), FAST)
-        at += 4
-        store_four(at, halves(u[12], u[13]), halves(u[14], u[15]), halves(v[12], v[13]), halves(v[14], v[15]), FAST)
+        for half in tl.static_range(2):
+            y = _quad(u, v, 8 + 4 * half, FAST)
+            store_four(at + 4 * half, y[0], y[1], y[2], y[3], FAST)
 
 
 @triton.jit
@@ -96,10 +106,11 @@ def store_weights(place, pages_max, number, g, t, u0, u1, v0, v1, P: tl.constexp
     slot = place + g * 16
     for row in tl.static_range(2):  # classes 0 and 1: a step is sixteen pages
         at = slot + (pages_max // 16 * row + number // 16) * 128 + (number % 16) // 4 * 4 + (number // 2) % 2
-        store_word(at, halves(u0[row], u1[row]), FAST)
-        store_word(at + 2, halves(v0[row], v1[row]), FAST)
+        store_word(at, packed(u0[row], u1[row], FAST), FAST)
+        store_word(at + 2, packed(v0[row], v1[row], FAST), FAST)
     at = slot + (pages_max // 16 * 2 + number // 8) * 128 + (number % 8) // 2 * 4
-    store_four(at, halves(u0[2], u0[3]), halves(u1[2], u1[3]), halves(v0[2], v0[3]), halves(v1[2], v1[3]), FAST)
+    x = _quad((u0[2], u0[3], u1[2], u1[3]), (v0[2], v0[3], v1[2], v1[3]), 0, FAST)
+    store_four(at, x[0], x[1], x[2], x[3], FAST)
     _store_quads(slot, pages_max, number, u0, v0, P, FAST)
     _store_quads(slot, pages_max, number + 1, u1, v1, P, FAST)
 
@@ -112,12 +123,12 @@ def store_column(place, pages_max, number, g, side, u, P: tl.constexpr, FAST: tl
         at = slot + (pages_max // 16 * row + number // 16) * 128 + (number % 16) // 4 * 4 + (number // 2) % 2
         store_half(at.to(tl.pointer_type(tl.float16)) + number % 2, u[row], FAST)
     at = slot + (pages_max // 16 * 2 + number // 8) * 128 + (number % 8) // 2 * 4 + number % 2
-    store_word(at, halves(u[2], u[3]), FAST)
+    store_word(at, packed(u[2], u[3], FAST), FAST)
     at = slot + (pages_max // 16 * 4 + number // 4) * 128 + number % 4 * 4
-    store_word(at, halves(u[4], u[5]), FAST)
-    store_word(at + 1, halves(u[6], u[7]), FAST)
+    store_word(at, packed(u[4], u[5], FAST), FAST)
+    store_word(at + 1, packed(u[6], u[7], FAST), FAST)
     if P == 16:
         at = slot + (pages_max // 16 * 8 + number // 2) * 128 + number % 2 * 8
         for quad in tl.static_range(2):
-            store_word(at + 4 * quad, halves(u[8 + 4 * quad], u[9 + 4 * quad]), FAST)
-            store_word(at + 4 * quad + 1, halves(u[10 + 4 * quad], u[11 + 4 * quad]), FAST)
+            store_word(at + 4 * quad, packed(u[8 + 4 * quad], u[9 + 4 * quad], FAST), FAST)
+            store_word(at + 4 * quad + 1, packed(u[10 + 4 * quad], u[11 + 4 * quad], FAST), FAST)
