@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from spectral.kernels.classes import class_rows, first_row, size_log2, strip_bits, strip_class, strip_plane
-from spectral.kernels.lanes import four_words, score_rows, table_words
+from spectral.kernels.lanes import four_words, score_rows, table_words, word
 from spectral.kernels.score import (
     behind,
     hold_query,
@@ -73,61 +73,47 @@ def _next_chunk(copies, chunk, chunks, lane):
 
 
 @triton.jit
-def _entries(p, step, EACH: tl.constexpr, FAST: tl.constexpr):
-    """A warp's entries of a step; p: those of the first."""
-    out = ()
-    for k in tl.static_range(EACH):
-        out = out + (table_words(p, step, 16 * STEP, 16 * k, FAST),)
-    return out
-
-
-@triton.jit
-def _words(e, held_q, q0, q1, EACH: tl.constexpr, HOLD: tl.constexpr, FAST: tl.constexpr):
-    out = ()
-    for k in tl.static_range(EACH):
-        out = out + (query_words(held_q, q0, q1, e[k][2], HOLD, FAST),)
-    return out
-
-
-@triton.jit
-def _leave_operands(to, q, e, EACH: tl.constexpr, FAST: tl.constexpr):
-    for k in tl.static_range(EACH):
-        a = scaled(q[k], e[k], FAST)
-        hold_four(to + k * OPERAND, a[0], a[1], a[2], a[3])
-
-
-@triton.jit
 def _begin(
-    made, ops, held_q, q0, q1, i, WARPS: tl.constexpr, HOLD: tl.constexpr, AHEAD: tl.constexpr,
-    FAST: tl.constexpr,
+    made, ops, held_q, q0, q1, i, WARPS: tl.constexpr, HOLD: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """What goes from step to step: where the next pair's operands lie in the ring, entries of a later step, and of the
-    next step entries and the query's words. The first step's operands are left in the ring."""
+    """What goes from step to step: where the step's operands lie in the ring, its number, where the query's words of
+    the next step's entries lie, and the warp's first entry. The first step's operands are left in the ring."""
     EACH: tl.constexpr = max(1, STEP // WARPS)
     if FAST:
         p = ops + i // 32 % STEP * (16 * EACH)  # of eight warps two make the same
-        step = tl.full([], 0, tl.int32)
-        e = _entries(p, step, EACH, FAST)
-        f = _entries(p, step + 1, EACH, FAST)
-        coming = ()
-        for k in tl.static_range(AHEAD):
-            coming = coming + (_entries(p, step + (2 + k), EACH, FAST),)
-        _leave_operands(made, _words(e, held_q, q0, q1, EACH, HOLD, FAST), e, EACH, FAST)
-        return step, step + (2 + AHEAD), f, _words(f, held_q, q0, q1, EACH, HOLD, FAST), coming, p
+        where = ()
+        for k in tl.static_range(EACH):
+            e = four_words(p + 16 * k, FAST)
+            a = scaled(query_words(held_q, q0, q1, e[2], HOLD, FAST), e, FAST)
+            hold_four(made + k * OPERAND, a[0], a[1], a[2], a[3])
+            where = where + (word(p + (16 * STEP + 16 * k + 2), 4, FAST),)
+        return tl.full([], 0, tl.int32), tl.full([], 0, tl.int32), where, p
     else:
         return (ops,)
 
 
 @triton.jit
-def _next_step(state, made, held_q, q0, q1, WARPS: tl.constexpr, HOLD: tl.constexpr, FAST: tl.constexpr):
-    """All warps have multiplied with the last step and made this one: make the next."""
-    EACH: tl.constexpr = max(1, STEP // WARPS)
-    slot, step, f, q, coming, p = state
-    tl.debug_barrier()
-    _leave_operands(made + (slot ^ (STEP * OPERAND)), q, f, EACH, FAST)
-    q = _words(coming[0], held_q, q0, q1, EACH, HOLD, FAST)
-    later = coming[1:] + (_entries(p, step, EACH, FAST),)
-    return slot, step + 1, coming[0], q, later, p
+def _coming(state, held_q, q0, q1, EACH: tl.constexpr, HOLD: tl.constexpr, FAST: tl.constexpr):
+    """Of a warp's entries of the next step the query's words and the factors, and where the words of the one after it
+    lie: what a step needs is asked for one before."""
+    out = ()
+    for k in tl.static_range(EACH):
+        q = query_words(held_q, q0, q1, state[2][k], HOLD, FAST)
+        out = out + ((q, table_words(state[3], state[1], 16 * STEP, 16 * STEP + 16 * k, FAST)),)
+    return out
+
+
+@triton.jit
+def _make(state, coming, made, EACH: tl.constexpr, FAST: tl.constexpr):
+    """Leave the next step's operands in the ring."""
+    slot = state[0] ^ (STEP * OPERAND)
+    where = ()
+    for k in tl.static_range(EACH):
+        q, e = coming[k]
+        a = scaled(q, e, FAST)
+        hold_four(made + (slot + k * OPERAND), a[0], a[1], a[2], a[3])
+        where = where + (e[2],)
+    return slot, state[1] + 1, where, state[3]
 
 
 @triton.jit
@@ -148,8 +134,11 @@ def _step(
     """Add the cells of a step to the scores of their rows."""
     SIZE: tl.constexpr = 4 * ROWS * max(1, BITS // 2)
     RUNS: tl.constexpr = 2 if BITS == 1 else 1
+    EACH: tl.constexpr = max(1, STEP // WARPS)
+    coming = ()
     if FAST:
-        state = _next_step(state, made, held_q, q0, q1, WARPS, HOLD, FAST)
+        tl.debug_barrier()  # all warps have made this step, and multiplied with the one whose place the next one takes
+        coming = _coming(state, held_q, q0, q1, EACH, HOLD, FAST)
     x = ()
     a = ()
     for k in tl.static_range(STEP // RUNS):
@@ -161,7 +150,7 @@ def _step(
     for k in tl.static_range(STEP // RUNS):
         c = score_rows(c, x[k], a[k], BITS, ROWS, WARPS, FAST)
     if FAST:
-        return c, (state[0] ^ (STEP * OPERAND),) + state[1:]
+        return c, _make(state, coming, made, EACH, FAST)
     else:
         return c, (state[0] + 16 * STEP,)
 
@@ -195,13 +184,12 @@ def _strip(
 @triton.jit
 def _all_strips(
     cells_ptr, held, page, copies, chunks, ring, made, held_q, q0, q1, ops, i,
-    CLASSES: tl.constexpr, P: tl.constexpr, WARPS: tl.constexpr, HOLD: tl.constexpr, AHEAD: tl.constexpr,
-    FAST: tl.constexpr,
+    CLASSES: tl.constexpr, P: tl.constexpr, WARPS: tl.constexpr, HOLD: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Sums of fields and operands: 4 numbers a row of a page (heads g and g + 8, pages 2 t and 2 t + 1)."""
     c = (tl.zeros([32 * WARPS], tl.float32),) * (4 * P)
     off = tl.full([], 0, tl.int32)
-    state = _begin(made, ops, held_q, q0, q1, i, WARPS, HOLD, AHEAD, FAST)
+    state = _begin(made, ops, held_q, q0, q1, i, WARPS, HOLD, FAST)
     coming = tl.load(cells_ptr + (strip_class(CLASSES, 0) * 4 + strip_plane(CLASSES, 0)) * 4)
     for s in tl.static_range(4 * CLASSES):
         cells = coming
@@ -223,11 +211,10 @@ def joint_score_kernel(
     q_ptr, const_ptr, pages_ptr, table_ptr, count_ptr, unit_ptr, strip_ptr, joint_ptr, weight_ptr, max_ptr,
     table_stride, page_nbytes, q_head_stride, runs, blocks, pages_max, units, heads, joint_stride,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, CLASSES: tl.constexpr, P: tl.constexpr,
-    HOLD: tl.constexpr, AHEAD: tl.constexpr, SOFTCAP: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr,
+    HOLD: tl.constexpr, SOFTCAP: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """One block (8 pages a warp) of one sequence, unit and 16 of its query heads. Arguments as
-    spectral.kernels.score.score_kernel has them, but joint_ptr: LayerTables.joint, and
-    AHEAD: steps that entries are asked for before the query's words of theirs."""
+    spectral.kernels.score.score_kernel has them, but joint_ptr: LayerTables.joint."""
     PB: tl.constexpr = 8 * WARPS
     EACH: tl.constexpr = max(1, STEP // WARPS)
     QUERY: tl.constexpr = 512 * HOLD
@@ -272,7 +259,7 @@ def joint_score_kernel(
             strip_ptr + unit * (CLASSES * 16) + 1, held + g * PITCH + behind(page), page, copies, chunks,
             ring + lane * 16, ring + lane * 16 + i // 32 % STEP * (EACH * OPERAND), held_q + g * 32 + t * 8, q0, q1,
             joint_ptr + unit * joint_stride + t * 4,
-            i, CLASSES, P, WARPS, HOLD, AHEAD, FAST,
+            i, CLASSES, P, WARPS, HOLD, FAST,
         )  # fmt: skip
         where = (seq * units + unit) * GROUPS + part
         leave_weights(

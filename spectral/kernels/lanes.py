@@ -185,24 +185,30 @@ def four_words(p, FAST: tl.constexpr):
 
 @triton.constexpr_function
 def _table_text(stride: int, offset: int) -> str:
-    load = "ld.global.nc.L1::evict_last.v4.b32 {$0, $1, $2, $3}"
-    return f"{{.reg .b64 at; mad.wide.s32 at, $5, {int(stride)}, $4; {load}, [at+{int(offset)}];}}"
+    factors = "ld.global.nc.L1::evict_last.v2.b32 {$0, $1}"
+    place = "ld.global.nc.L1::evict_last.b32 $2"
+    return (
+        f"{{.reg .b64 at; mad.wide.s32 at, $4, {int(stride)}, $3; "
+        f"{factors}, [at+{int(offset)}]; {place}, [at+{int(offset + stride + 8)}];}}"
+    )
 
 
 @triton.jit
 def table_words(p, n, STRIDE: tl.constexpr, OFFSET: tl.constexpr, FAST: tl.constexpr):
-    """`four_words` at n STRIDE + OFFSET words behind p, whose address is made by one instruction."""
+    """Of an entry n STRIDE + OFFSET words behind p the factors, and of one STRIDE words behind it the place of the
+    run. One instruction makes their address."""
     if FAST:
         return tl.inline_asm_elementwise(
             _table_text(4 * STRIDE, 4 * OFFSET),
-            "=r,=r,=r,=r,l,r",
+            "=&r,=&r,=r,l,r",
             [p.to(tl.int64), n],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            dtype=(tl.int32, tl.int32, tl.int32),
             is_pure=True,
             pack=1,
         )
     else:
-        return four_words(p + (n * STRIDE + OFFSET), FAST)
+        p += n * STRIDE + OFFSET
+        return tl.load(p), tl.load(p + 1), tl.load(p + STRIDE + 2)
 
 
 @triton.jit
