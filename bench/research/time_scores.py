@@ -1,6 +1,6 @@
 """The score kernel's ways beside each other: time of the kernel and of the whole function, error against float64.
 
-    python bench/research/time_scores.py [--ways old,joint] [--settings 8x,16x] [--cases 32x32768,8x32768]
+    python bench/research/time_scores.py [--ways old,joint,wide] [--settings 8x,16x] [--cases 32x32768,8x32768]
 
 A way is a value of SPECTRAL_SCORES. Kernel times are means over five calls, by PyTorch's profiler; the function's are
 medians of graph replays (bench/kernels.py, whose layer this is). Microseconds.
@@ -13,7 +13,9 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,14 +35,26 @@ def kernel_times(case: Case) -> dict[str, float]:
             case.run()
         torch.cuda.synchronize()
     found = {event.key: event.device_time_total / calls for event in profiler.key_averages()}
-    return {name[:40]: round(us, 1) for name, us in found.items() if us > 1 and "kernel" in name}
+    return {name[:40]: round(us, 1) for name, us in found.items() if us > 1}
+
+
+def measured(case: Case, once: bool) -> Iterator[tuple[str, Any]]:
+    begin = time.monotonic()
+    case.run()
+    torch.cuda.synchronize()
+    yield "first_s", round(time.monotonic() - begin, 1)
+    if not once:
+        yield "us", round(microseconds(case.run), 1)
+        yield "error", case.error()
+        yield "kernels", kernel_times(case)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ways", default="old,joint")
+    parser.add_argument("--ways", default="old,joint,unheld,wide,wide-unheld")
     parser.add_argument("--settings", default="8x,16x")
     parser.add_argument("--cases", default="32x32768,8x32768", help="rows x context")
+    parser.add_argument("--once", action="store_true", help="compile only: several processes with a way each, at once")
     args = parser.parse_args()
     for setting in args.settings.split(","):
         kernels = LayerKernels(synthetic_codec(8, 128, BITS[setting], "cuda"))
@@ -49,16 +63,12 @@ def main() -> None:
             held = Case(kernels, rows, context, 4, torch.bfloat16)
             for way in args.ways.split(","):
                 os.environ["SPECTRAL_SCORES"] = way
-                begin = time.monotonic()
+                found: dict[str, Any] = {"setting": setting, "case": case, "way": way}
                 try:
-                    held.run()
-                    torch.cuda.synchronize()
-                    compiled = time.monotonic() - begin
-                    found = {"us": round(microseconds(held.run), 1), "error": held.error(), "first_s": compiled}
-                    found["kernels"] = kernel_times(held)
+                    found.update(measured(held, args.once))
                 except Exception as error:  # a way that does not compile must not hide the others
-                    found = {"error": repr(error)[:500]}
-                print(json.dumps({"setting": setting, "case": case, "way": way, **found}), flush=True)
+                    found["failed"] = repr(error)[:500]
+                print(json.dumps(found), flush=True)
             del held
 
 

@@ -294,22 +294,26 @@ class _Scoring:
         layer, step = self.layer, self.step
         rows, units, parts, blocks, _ = self.largest.shape
         pages, runs, fast = block_pages(layer.codec), layer.rank // 16, not interpreted()
-        warps, joint = pages // 8, layer.tables["joint"]
+        octets, joint = pages // 8, layer.tables["joint"]
         way = os.environ.get("SPECTRAL_SCORES", "old")
+        tiles = 2 if "wide" in way else 1
+        warps = octets // tiles
         if way == "old":
             kernel, table, last = score_kernel, layer.tables["entry"], ()
-            more = {"HOLD": held_runs(runs, warps)}
+            more = {"HOLD": held_runs(runs, octets), "maxnreg": 128}
         else:
             kernel, table, last = joint_score_kernel, joint, (joint.stride(0),)
-            more = {"HOLD": 0 if way == "unheld" else joint_runs(runs, warps), "AHEAD": 2 if way == "ahead" else 1}
+            held = 0 if "unheld" in way else joint_runs(runs, octets)
+            more = {"HOLD": held, "TILES": tiles, "maxnreg": 128 if tiles == 1 else 255 if held else 200}
+        if not fast:
+            del more["maxnreg"]
         kernel[(units * parts, blocks, rows)](
             self.projected, self.const, self.pool, step.pages, step.count, self.unit, layer.tables["strip"], table,
             self.weight, self.largest,
             step.pages.stride(0), layer.codec.page_nbytes, self.projected.stride(0), runs, blocks, blocks * pages,
             units, self.const.shape[2], *last,
             GROUPS=parts, GROUP=self.group, CLASSES=layer.classes, P=layer.codec.page_tokens,
-            SOFTCAP=self.cap, WARPS=warps, FAST=fast, num_warps=warps, num_stages=1,
-            **more, **({"maxnreg": 128} if fast else {}),
+            SOFTCAP=self.cap, WARPS=warps, FAST=fast, num_warps=warps, num_stages=1, **more,
         )  # fmt: skip
 
     def by_shares(self) -> None:

@@ -48,19 +48,33 @@ OPERAND = tl.constexpr(512)
 SHARED = 47 * 1024
 
 
-def joint_runs(runs: int, warps: int) -> int:
-    """As spectral.kernels.score.held_runs, beside two stages of bytes and two steps of operands."""
-    room = (SHARED - warps * 2 * int(STAGE) - 2 * int(STEP) * int(OPERAND)) // 512
+def joint_runs(runs: int, octets: int) -> int:
+    """As spectral.kernels.score.held_runs, beside two stages of bytes of so many times eight pages and two steps of
+    operands."""
+    room = (SHARED - octets * 2 * int(STAGE) - 2 * int(STEP) * int(OPERAND)) // 512
     return next((size for size in (room,) if runs <= size <= room), 0)
 
 
 @triton.jit
-def _copied(held, ids, pages, first, count, page_nbytes, lane):
-    """Where a lane's pieces of a chunk go, where the first chunk's lie, and whether a ninth piece is the lane's (pages
-    begin at multiples of eight, so a ninth of sixteen bytes goes with every eight). Four lanes have a page."""
+def _copied(held, ids, pages, first, count, page_nbytes, lane, TILES: tl.constexpr):
+    """For every eight of a warp's pages where a lane's pieces of a chunk go and where the first chunk's lie; and
+    whether a last piece is the lane's (pages begin at multiples of eight, so one more of sixteen bytes goes with every
+    chunk). Four lanes have a page."""
     own, quarter = lane // 4, lane % 4 * 16
-    base = (pages + page_start(ids, first + own, count, page_nbytes)).to(tl.int64) & -16
-    return held + own * PITCH + quarter, base + quarter, (quarter == 0).to(tl.int32)
+    out = ()
+    for j in tl.static_range(TILES):
+        base = (pages + page_start(ids, first + 8 * j + own, count, page_nbytes)).to(tl.int64) & -16
+        out = out + ((held + (2 * STAGE * j + own * PITCH + quarter), base + quarter),)
+    return out, (quarter == 0).to(tl.int32)
+
+
+@triton.jit
+def _ask_chunk(copies, chunk, lane):
+    """Ask for one chunk of all the warp's pages."""
+    for j in tl.static_range(len(copies[0])):
+        to, source = copies[0][j]
+        copy_part(to + (chunk & 1) * STAGE, source + chunk * CHUNK, copies[1], CHUNK // 64)
+    close_stage(lane)
 
 
 @triton.jit
@@ -68,8 +82,7 @@ def _next_chunk(copies, chunk, chunks, lane):
     """Wait for a chunk, and ask for the next one, which takes the place of the last."""
     wait_stages(lane, 0)
     if chunk + 1 < chunks:
-        copy_part(copies[0] + (chunk + 1 & 1) * STAGE, copies[1] + (chunk + 1) * CHUNK, copies[2], CHUNK // 64)
-        close_stage(lane)
+        _ask_chunk(copies, chunk + 1, lane)
 
 
 @triton.jit
@@ -142,17 +155,30 @@ def _step(
     x = ()
     a = ()
     for k in tl.static_range(STEP // RUNS):
-        x = x + (quarter_rows(at + k * SIZE, page + k * SIZE, BITS, ROWS, FAST),)
+        for j in tl.static_range(len(c)):
+            x = x + (quarter_rows(at[j] + k * SIZE, page[j] + k * SIZE, BITS, ROWS, FAST),)
         own = ()
         for run in tl.static_range(RUNS):
             own = own + _operands(state, ring, held_q, q0, q1, k * RUNS + run, HOLD, FAST)
         a = a + (own,)
     for k in tl.static_range(STEP // RUNS):
-        c = score_rows(c, x[k], a[k], BITS, ROWS, WARPS, FAST)
+        d = ()
+        for j in tl.static_range(len(c)):
+            d = d + (score_rows(c[j], x[k * len(c) + j], a[k], BITS, ROWS, WARPS, FAST),)
+        c = d
     if FAST:
         return c, _make(state, coming, made, EACH, FAST)
     else:
         return c, (state[0] + 16 * STEP,)
+
+
+@triton.jit
+def _each(x, more):
+    """`more` added to all of a tuple."""
+    out = ()
+    for j in tl.static_range(len(x)):
+        out = out + (x[j] + more,)
+    return out
 
 
 @triton.jit
@@ -171,12 +197,12 @@ def _strip(
             if off & (CHUNK - 1) == 0:
                 _next_chunk(copies, off >> 8, chunks, lane)
         here = tl.minimum(end, (off | (CHUNK - 1)) + 1) - off >> size_log2(BITS, ROWS)
-        at = held + quarter + ((off >> 8 & 1) * STAGE + (off & (CHUNK - 1)))
-        p = page + (off + quarter)
+        at = _each(held, quarter + ((off >> 8 & 1) * STAGE + (off & (CHUNK - 1))))
+        p = _each(page, off + quarter)
         for _ in range(0, here, CELLS):  # (by ones, the assembler would unroll it: four times as much code)
             c, state = _step(c, at, p, state, ring, made, held_q, q0, q1, BITS, ROWS, WARPS, HOLD, FAST)
-            at += CELLS * SIZE
-            p += CELLS * SIZE
+            at = _each(at, CELLS * SIZE)
+            p = _each(p, CELLS * SIZE)
         off += here * SIZE
     return c, off, state
 
@@ -186,8 +212,9 @@ def _all_strips(
     cells_ptr, held, page, copies, chunks, ring, made, held_q, q0, q1, ops, i,
     CLASSES: tl.constexpr, P: tl.constexpr, WARPS: tl.constexpr, HOLD: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Sums of fields and operands: 4 numbers a row of a page (heads g and g + 8, pages 2 t and 2 t + 1)."""
-    c = (tl.zeros([32 * WARPS], tl.float32),) * (4 * P)
+    """Sums of fields and operands of every eight pages of a warp: 4 numbers a row of a page (heads g and g + 8, pages
+    2 t and 2 t + 1)."""
+    c = ((tl.zeros([32 * WARPS], tl.float32),) * (4 * P),) * len(page)
     off = tl.full([], 0, tl.int32)
     state = _begin(made, ops, held_q, q0, q1, i, WARPS, HOLD, FAST)
     coming = tl.load(cells_ptr + (strip_class(CLASSES, 0) * 4 + strip_plane(CLASSES, 0)) * 4)
@@ -195,12 +222,17 @@ def _all_strips(
         cells = coming
         if s + 1 < 4 * CLASSES:  # a strip before it is needed
             coming = tl.load(cells_ptr + (strip_class(CLASSES, s + 1) * 4 + strip_plane(CLASSES, s + 1)) * 4)
+        d = ()
+        for j in tl.static_range(len(c)):
+            d = d + (part_of(c[j], first_row(strip_class(CLASSES, s)), class_rows(strip_class(CLASSES, s))),)
         d, off, state = _strip(
-            part_of(c, first_row(strip_class(CLASSES, s)), class_rows(strip_class(CLASSES, s))),
-            off, cells, held, page, copies, chunks, state, ring, made, held_q, q0, q1, i % 32,
+            d, off, cells, held, page, copies, chunks, state, ring, made, held_q, q0, q1, i % 32,
             strip_bits(CLASSES, s), class_rows(strip_class(CLASSES, s)), WARPS, HOLD, FAST,
         )  # fmt: skip
-        c = with_part(c, d, first_row(strip_class(CLASSES, s)), class_rows(strip_class(CLASSES, s)), P)
+        e = ()
+        for j in tl.static_range(len(c)):
+            e = e + (with_part(c[j], d[j], first_row(strip_class(CLASSES, s)), class_rows(strip_class(CLASSES, s)), P),)
+        c = e
     return c
 
 
@@ -211,23 +243,23 @@ def joint_score_kernel(
     q_ptr, const_ptr, pages_ptr, table_ptr, count_ptr, unit_ptr, strip_ptr, joint_ptr, weight_ptr, max_ptr,
     table_stride, page_nbytes, q_head_stride, runs, blocks, pages_max, units, heads, joint_stride,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, CLASSES: tl.constexpr, P: tl.constexpr,
-    HOLD: tl.constexpr, SOFTCAP: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr,
+    HOLD: tl.constexpr, SOFTCAP: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """One block (8 pages a warp) of one sequence, unit and 16 of its query heads. Arguments as
+    """One block (8 TILES pages a warp) of one sequence, unit and 16 of its query heads. Arguments as
     spectral.kernels.score.score_kernel has them, but joint_ptr: LayerTables.joint."""
-    PB: tl.constexpr = 8 * WARPS
+    PB: tl.constexpr = 8 * TILES * WARPS
     EACH: tl.constexpr = max(1, STEP // WARPS)
     QUERY: tl.constexpr = 512 * HOLD
     RING: tl.constexpr = 2 * STEP * OPERAND
-    BYTES: tl.constexpr = WARPS * 2 * STAGE
+    BYTES: tl.constexpr = WARPS * TILES * 2 * STAGE
     unit, part = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS
     blk, seq = tl.program_id(1), tl.program_id(2)
     i = tl.arange(0, 32 * WARPS)
     lane = i % 32
     held, ring, held_q = i, i, i
     if FAST:  # bytes first: what an incomplete step reads behind a chunk is still ours
-        held = stage(i, BYTES + RING + QUERY) + i // 32 * (2 * STAGE)
-        ring = held - i // 32 * (2 * STAGE) + BYTES
+        held = stage(i, BYTES + RING + QUERY) + i // 32 * (2 * TILES * STAGE)
+        ring = held - i // 32 * (2 * TILES * STAGE) + BYTES
         held_q = ring + RING
     count = tl.load(count_ptr + seq) - blk * PB
     if count > 0:
@@ -238,16 +270,19 @@ def joint_score_kernel(
         row = (seq * blocks + blk) * GROUP
         ids = table_ptr + seq * table_stride + blk * PB
         pages = pages_ptr + tl.load(unit_ptr + unit * 5 + 2)
-        mine = i // 32 * 8
-        copies = _copied(held, ids, pages, mine, count, page_nbytes, lane)
+        mine = i // 32 * (8 * TILES)
+        copies = _copied(held, ids, pages, mine, count, page_nbytes, lane, TILES)
         if FAST:
             if HOLD > 0:
                 held_head = head + tl.minimum(part * 16 + lane // 2, own - 1)
                 q = query_row(q_ptr, held_head, row, q_head_stride, runs, GROUP) + lane % 2 * 8
                 hold_query(held_q, q, i, runs, WARPS)
-            copy_part(copies[0], copies[1], copies[2], CHUNK // 64)
-            close_stage(lane)
-        page = pages + page_start(ids, mine + g, count, page_nbytes)  # whose codes this lane multiplies
+            _ask_chunk(copies, 0, lane)
+        page = ()  # whose codes this lane multiplies
+        at = ()
+        for j in tl.static_range(TILES):
+            page = page + (pages + page_start(ids, mine + 8 * j + g, count, page_nbytes),)
+            at = at + (held + (2 * STAGE * j + g * PITCH) + behind(page[j]),)
         head0, head1 = head + tl.minimum(part * 16 + g, own - 1), head + tl.minimum(part * 16 + g + 8, own - 1)
         q0 = query_row(q_ptr, head0, row, q_head_stride, runs, GROUP) + 4 * t
         q1 = query_row(q_ptr, head1, row, q_head_stride, runs, GROUP) + 4 * t
@@ -256,14 +291,14 @@ def joint_score_kernel(
             wait_stages(lane, 1)
             tl.debug_barrier()
         c = _all_strips(
-            strip_ptr + unit * (CLASSES * 16) + 1, held + g * PITCH + behind(page), page, copies, chunks,
+            strip_ptr + unit * (CLASSES * 16) + 1, at, page, copies, chunks,
             ring + lane * 16, ring + lane * 16 + i // 32 % STEP * (EACH * OPERAND), held_q + g * 32 + t * 8, q0, q1,
             joint_ptr + unit * joint_stride + t * 4,
             i, CLASSES, P, WARPS, HOLD, FAST,
         )  # fmt: skip
         where = (seq * units + unit) * GROUPS + part
         leave_weights(
-            c, const + head0 * 8, const + head1 * 8, i // 32 * 8 + 2 * t, count, blk * PB, pages_max,
+            c, const + head0 * 8, const + head1 * 8, mine + 2 * t, count, blk * PB, pages_max,
             weight_ptr + where.to(tl.int64) * pages_max * (16 * P), max_ptr + (where * blocks + blk) * 16, i,
             CLASSES, P, SOFTCAP, WARPS, FAST,
         )  # fmt: skip

@@ -276,27 +276,46 @@ def hold_query(held_q, q_lane, i, runs, WARPS: tl.constexpr):
 
 
 @triton.jit
+def _token_scores(c, const0, const1, number, count, CLASSES: tl.constexpr, P: tl.constexpr, SOFTCAP: tl.constexpr,
+                  FAST: tl.constexpr):  # fmt: skip
+    """Scores of the tokens of pages `number` and number + 1, for two heads."""
+    s = _above_mean(c, const0, const1, CLASSES, P)
+    mean0, mean1 = tl.load(const0 + 7), tl.load(const1 + 7)
+    here, next = number < count, number + 1 < count
+    return (
+        tokens(s, 0, mean0, here, P, SOFTCAP, FAST),
+        tokens(s, 1, mean0, next, P, SOFTCAP, FAST),
+        tokens(s, 2, mean1, here, P, SOFTCAP, FAST),
+        tokens(s, 3, mean1, next, P, SOFTCAP, FAST),
+    )
+
+
+@triton.jit
 def leave_weights(
     c, const0, const1, number, count, first, pages_max, weights, tops, i,
     CLASSES: tl.constexpr, P: tl.constexpr, SOFTCAP: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """A block's weights from the sums of its rows.
 
-    number: of the first of the two pages whose scores the lane holds; count: of the block's pages; first: the block's
-    first page; weights, tops: where the row's weights and the block's largest scores are left.
+    c: sums of every eight pages of a warp, a tuple; number: of the first of the two pages whose scores the lane holds
+    of the first eight; count: of the block's pages; first: the block's first page; weights, tops: where the row's
+    weights and the block's largest scores are left.
     """
-    s = _above_mean(c, const0, const1, CLASSES, P)
-    mean0, mean1 = tl.load(const0 + 7), tl.load(const1 + 7)
-    here, next = number < count, number + 1 < count
-    x0, x1 = tokens(s, 0, mean0, here, P, SOFTCAP, FAST), tokens(s, 1, mean0, next, P, SOFTCAP, FAST)
-    x2, x3 = tokens(s, 2, mean1, here, P, SOFTCAP, FAST), tokens(s, 3, mean1, next, P, SOFTCAP, FAST)
-    top0 = over_lanes(tl.maximum(largest(x0, P), largest(x1, P)), WARPS)
-    top1 = over_lanes(tl.maximum(largest(x2, P), largest(x3, P)), WARPS)
+    x = ()
+    for tile in tl.static_range(len(c)):
+        x = x + (_token_scores(c[tile], const0, const1, number + 8 * tile, count, CLASSES, P, SOFTCAP, FAST),)
+    top0 = tl.maximum(largest(x[0][0], P), largest(x[0][1], P))
+    top1 = tl.maximum(largest(x[0][2], P), largest(x[0][3], P))
+    for tile in tl.static_range(1, len(c)):
+        top0 = tl.maximum(top0, tl.maximum(largest(x[tile][0], P), largest(x[tile][1], P)))
+        top1 = tl.maximum(top1, tl.maximum(largest(x[tile][2], P), largest(x[tile][3], P)))
+    top0, top1 = over_lanes(top0, WARPS), over_lanes(top1, WARPS)
     g, t = i % 32 // 4, i % 4
-    u0, u1 = block_weights(x0, top0, P, FAST), block_weights(x1, top0, P, FAST)
-    v0, v1 = block_weights(x2, top1, P, FAST), block_weights(x3, top1, P, FAST)
     place = weights.to(tl.pointer_type(tl.int32))
-    store_weights(place, pages_max, first + number, g, t, u0, u1, v0, v1, P, FAST)
+    for tile in tl.static_range(len(c)):
+        u0, u1 = block_weights(x[tile][0], top0, P, FAST), block_weights(x[tile][1], top0, P, FAST)
+        v0, v1 = block_weights(x[tile][2], top1, P, FAST), block_weights(x[tile][3], top1, P, FAST)
+        store_weights(place, pages_max, first + number + 8 * tile, g, t, u0, u1, v0, v1, P, FAST)
     tl.store(tops + g, top0, mask=t + i // 32 == 0)
     tl.store(tops + g + 8, top1, mask=t + i // 32 == 0)
 
@@ -364,7 +383,7 @@ def score_kernel(
         )  # fmt: skip
         where = (seq * units + unit) * GROUPS + part
         leave_weights(
-            c, const + head0 * 8, const + head1 * 8, i // 32 * 8 + 2 * t, count, blk * PB, pages_max,
+            (c,), const + head0 * 8, const + head1 * 8, i // 32 * 8 + 2 * t, count, blk * PB, pages_max,
             weight_ptr + where.to(tl.int64) * pages_max * (16 * P), max_ptr + (where * blocks + blk) * 16, i,
             CLASSES, P, SOFTCAP, WARPS, FAST,
         )  # fmt: skip
