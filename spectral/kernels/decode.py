@@ -298,6 +298,7 @@ class _Scoring:
         way = os.environ.get("SPECTRAL_SCORES", "old")
         tiles = 2 if "wide" in way else 1
         warps = octets // tiles
+        last: tuple[int, ...]
         if way == "old":
             kernel, table, last = score_kernel, layer.tables["entry"], ()
             more = {"HOLD": held_runs(runs, octets), "maxnreg": 128}

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from spectral.kernels.classes import class_rows, item_quarters
-from spectral.kernels.lanes import two_words, word
+from spectral.kernels.words import two_words, word
 
 
 @triton.constexpr_function

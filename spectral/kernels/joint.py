@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from spectral.kernels.classes import class_rows, first_row, size_log2, strip_bits, strip_class, strip_plane
-from spectral.kernels.lanes import four_words, score_rows, table_words, word
+from spectral.kernels.lanes import score_rows
 from spectral.kernels.score import (
     behind,
     hold_query,
@@ -33,6 +33,7 @@ from spectral.kernels.score import (
 )
 from spectral.kernels.staging import close_stage, copy_part, held_four, hold_four, stage, wait_stages
 from spectral.kernels.tables import JOINT_CHUNK, JOINT_STEP
+from spectral.kernels.words import four_words, table_words, word
 
 CHUNK = tl.constexpr(JOINT_CHUNK)
 PITCH = tl.constexpr(272)

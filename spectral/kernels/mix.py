@@ -11,8 +11,9 @@ import triton.language as tl
 
 from spectral.kernels.classes import class_rows, first_row, item_quarters, item_tiles, log2
 from spectral.kernels.items import lane_offset, lane_rows, page_ids
-from spectral.kernels.lanes import four_words, mix_rows, product, store_numbers, sum_rows, twice, word
+from spectral.kernels.lanes import mix_rows, product, store_numbers, sum_rows, twice
 from spectral.kernels.staging import held_float, hold_float, stage
+from spectral.kernels.words import four_words, word
 
 
 @triton.jit

@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 
 from spectral.kernels.classes import class_rows, first_row, size_log2, strip_bits, strip_class, strip_plane
-from spectral.kernels.lanes import four_words, product, score_rows, two_words, word
+from spectral.kernels.lanes import product, score_rows
 from spectral.kernels.staging import close_stage, copy_pieces, held_two, held_word, stage, wait_stages
 from spectral.kernels.weights import block_weights, largest, over_lanes, store_weights, tokens
+from spectral.kernels.words import four_words, two_words, word
 
 FIELD_UNIT = tl.constexpr(2.0**20)
 """2^24, which fields lack, over SCORE_UNIT, which their factors have too much."""
