@@ -170,8 +170,8 @@ def combine_kernel(
     seq = tl.program_id(2)
     lane = tl.arange(0, 16)
     own = part * 16 + lane
-    real = own < tl.load(unit_ptr + unit * 5 + 1)
-    head = tl.load(unit_ptr + unit * 5) + own
+    real = own < tl.load(unit_ptr + unit * 4 + 1)
+    head = tl.load(unit_ptr + unit * 4) + own
     inside = r < rank
     row = seq * heads + head
     blocks = (tl.load(count_ptr + seq) + PB - 1) // PB

@@ -8,7 +8,6 @@ Nothing here waits for the device; launch shapes depend on the sizes of the tens
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,11 +20,11 @@ import triton
 from spectral.aside import to_device
 from spectral.codec import LayerCodec
 from spectral.errors import SettingError
+from spectral.kernels.cells import held_runs
 from spectral.kernels.combine import combine_kernel, finish_kernel, query_kernel, window_kernel
-from spectral.kernels.joint import joint_runs, joint_score_kernel
 from spectral.kernels.mix import factor_kernel, mix_kernel
-from spectral.kernels.score import held_runs, score_kernel
-from spectral.kernels.shares import gather_kernel, share_kernel
+from spectral.kernels.score import block_runs, score_kernel
+from spectral.kernels.shares import STAGE, STAGES, gather_kernel, share_kernel
 from spectral.kernels.tables import QUAD_ORDER, SHARES, LayerTables, layer_tables
 from spectral.windows import ExactWindow, QuantizedWindow
 
@@ -111,7 +110,6 @@ class LayerKernels:
         self.outputs, self.classes = tables.outputs, len(units[0].class_deviation)
         self.items = len(tables.item)
         self.rank = rank = tables.offset.shape[2]
-        self.first_runs = tables.first_run
 
         def wide(x: torch.Tensor) -> torch.Tensor:
             return torch.nn.functional.pad(x, (0, rank - x.shape[-1]))
@@ -131,14 +129,11 @@ class LayerKernels:
         self._units: dict[int, torch.Tensor] = {}
 
     def units(self, group: int) -> torch.Tensor:
-        """int32 [units, 5]: first query head, query heads, offset of the unit's bytes, how many, its first run; `group`
-        heads a KV head."""
+        """int32 [units, 4]: first query head, query heads, offset of the unit's bytes, how many; `group` heads a KV
+        head."""
         if group not in self._units:
-            spans = zip(self.unit_heads, self.codec.starts, self.codec.starts[1:], self.first_runs, strict=False)
-            rows = [
-                [a * group, (b - a) * group, start, stop - start, int(run)]
-                for (a, b), start, stop, run in spans
-            ]
+            spans = zip(self.unit_heads, self.codec.starts, self.codec.starts[1:], strict=False)
+            rows = [[a * group, (b - a) * group, start, stop - start] for (a, b), start, stop in spans]
             self._units[group] = torch.tensor(rows, dtype=torch.int32, device=self.key_basis.device)
         return self._units[group]
 
@@ -294,27 +289,15 @@ class _Scoring:
         layer, step = self.layer, self.step
         rows, units, parts, blocks, _ = self.largest.shape
         pages, runs, fast = block_pages(layer.codec), layer.rank // 16, not interpreted()
-        octets, joint = pages // 8, layer.tables["joint"]
-        way = os.environ.get("SPECTRAL_SCORES", "old")
-        tiles = 2 if "wide" in way else 1
-        warps = octets // tiles
-        last: tuple[int, ...]
-        if way == "old":
-            kernel, table, last = score_kernel, layer.tables["entry"], ()
-            more = {"HOLD": held_runs(runs, octets), "maxnreg": 128}
-        else:
-            kernel, table, last = joint_score_kernel, joint, (joint.stride(0),)
-            held = 0 if "unheld" in way else joint_runs(runs, octets)
-            more = {"HOLD": held, "TILES": tiles, "maxnreg": 128 if tiles == 1 else 255 if held else 200}
-        if not fast:
-            del more["maxnreg"]
-        kernel[(units * parts, blocks, rows)](
-            self.projected, self.const, self.pool, step.pages, step.count, self.unit, layer.tables["strip"], table,
+        warps, entries = pages // 8, layer.tables["stepped"]
+        score_kernel[(units * parts, blocks, rows)](
+            self.projected, self.const, self.pool, step.pages, step.count, self.unit, layer.tables["cells"], entries,
             self.weight, self.largest,
             step.pages.stride(0), layer.codec.page_nbytes, self.projected.stride(0), runs, blocks, blocks * pages,
-            units, self.const.shape[2], *last,
+            units, self.const.shape[2], entries.stride(0),
             GROUPS=parts, GROUP=self.group, CLASSES=layer.classes, P=layer.codec.page_tokens,
-            SOFTCAP=self.cap, WARPS=warps, FAST=fast, num_warps=warps, num_stages=1, **more,
+            HOLD=block_runs(runs, warps), SOFTCAP=self.cap, WARPS=warps, FAST=fast, num_warps=warps,
+            num_stages=1, **({"maxnreg": 128} if fast else {}),
         )  # fmt: skip
 
     def by_shares(self) -> None:
@@ -329,7 +312,7 @@ class _Scoring:
             layer.tables["entry"], sums,
             step.pages.stride(0), layer.codec.page_nbytes, self.projected.stride(0), runs, blocks, units, octets,
             GROUPS=parts, GROUP=self.group, CLASSES=layer.classes, P=tokens, PB=pages, SHARES=SHARES,
-            HOLD=held_runs(runs, 1), FAST=fast, num_warps=1, num_stages=1,
+            HOLD=held_runs(runs, int(STAGES) * int(STAGE)), FAST=fast, num_warps=1, num_stages=1,
         )  # fmt: skip
         gather_kernel[(units * parts, blocks, rows)](
             sums, self.const, step.count, self.unit, self.weight, self.largest,

@@ -1,29 +1,163 @@
 """Scores where few pages would leave most of a GPU idle: the cells of eight pages in shares, and weights from their
-sums. Two launches do what spectral.kernels.score does in one, in a fraction of its time."""
+sums. Two launches do what spectral.kernels.score does in one, in a fraction of its time.
+
+A share's warp makes its operands by itself. The bytes of its pages pass through a ring of stages, CHUNK bytes of every
+page at a time; a cell never crosses the end of a chunk.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from spectral.kernels.classes import class_rows, first_row
-from spectral.kernels.score import (
-    CHUNK,
+from spectral.kernels.cells import (
     FIELD_UNIT,
-    PITCH,
-    STAGE,
-    STAGES,
-    all_strips,
     behind,
-    copied,
-    copy_chunk,
     hold_query,
-    next_chunk,
     page_start,
+    part_of,
+    quarter_rows,
     query_row,
+    query_words,
+    scaled,
+    with_part,
 )
-from spectral.kernels.staging import close_stage, prefetch, stage, wait_stages
+from spectral.kernels.classes import class_rows, first_row, size_log2, strip_bits, strip_class, strip_plane
+from spectral.kernels.lanes import score_rows
+from spectral.kernels.staging import close_stage, copy_pieces, prefetch, stage, wait_stages
 from spectral.kernels.weights import block_weights, largest, store_column, token_scores
+from spectral.kernels.words import four_words
+
+CHUNK = tl.constexpr(128)
+"""2^7: offsets are divided by shifts, which are shorter than division of signed numbers."""
+
+STAGES = tl.constexpr(3)
+PITCH = tl.constexpr(160)
+"""Bytes from page to page in a stage: eight pages' quarters then lie in different banks."""
+
+STAGE = tl.constexpr(8 * 160)
+
+
+@triton.jit
+def _copied(held, ids, pages, first, count, page_nbytes, lane):
+    """What a lane copies of a chunk: pieces of sixteen bytes, which pass the first-level cache by and leave it to the
+    tables. Four lanes have a page; pages begin at multiples of eight, so a ninth piece goes with every eight.
+
+    held: the warp's stages; first: the number, in a block, of the warp's first page. Returns the destination and the
+    source of a lane's first piece (the second is 64 bytes further), and those of the page's ninth.
+    """
+    own, quarter = lane // 4, lane % 4 * 16
+    base = (pages + page_start(ids, first + own, count, page_nbytes)).to(tl.int64) & -16
+    to = held + own * PITCH
+    return to + quarter, base + quarter, to + CHUNK, base + CHUNK
+
+
+@triton.jit
+def _copy_chunk(copies, chunk):
+    """Ask for one chunk of the warp's eight pages."""
+    stage = (chunk % STAGES) * STAGE
+    at = chunk * CHUNK
+    copy_pieces(copies[0] + stage, copies[1] + at, 2)
+    copy_pieces(copies[2] + stage, copies[3] + at, 1)
+
+
+@triton.jit
+def _next_chunk(copies, chunk, chunks, lane):
+    """Wait for a chunk, and ask for the one that takes the place of the last."""
+    wait_stages(lane, STAGES - 2)
+    if chunk + STAGES - 1 < chunks:
+        _copy_chunk(copies, chunk + STAGES - 1)
+    close_stage(lane)
+
+
+@triton.jit
+def _cells(
+    c, at, page, held_q, q0, q1, ops, e,
+    COUNT: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, HOLD: tl.constexpr,
+    FAST: tl.constexpr,
+):  # fmt: skip
+    """Add COUNT cells to the scores. All that they need is asked for before anything is multiplied.
+
+    ops: where the table's next entries lie, of which `e` are the first four.
+    """
+    SIZE: tl.constexpr = 4 * ROWS * max(1, BITS // 2)
+    RUNS: tl.constexpr = 2 if BITS == 1 else 1
+    x = ()
+    q = ()
+    for k in tl.static_range(COUNT):
+        x = x + (quarter_rows(at + k * SIZE, page + k * SIZE, BITS, ROWS, FAST),)
+    for k in tl.static_range(COUNT * RUNS):
+        q = q + (query_words(held_q, q0, q1, e[k][2], HOLD, FAST),)
+    ops += 16 * COUNT * RUNS
+    new = ()
+    a = ()
+    for k in tl.static_range(COUNT * RUNS):
+        a = a + (scaled(q[k], e[k], FAST),)
+    for k in tl.static_range(4):
+        if k + COUNT * RUNS < 4:
+            new = new + (e[k + COUNT * RUNS],)
+        else:
+            new = new + (four_words(ops + 16 * k, FAST),)
+    for k in tl.static_range(COUNT):
+        if BITS == 1:
+            c = score_rows(c, x[k], a[2 * k] + a[2 * k + 1], BITS, ROWS, WARPS, FAST)
+        else:
+            c = score_rows(c, x[k], a[k], BITS, ROWS, WARPS, FAST)
+    return c, ops, new
+
+
+@triton.jit
+def _strip(
+    c, off, cells, held, page, copies, chunks, held_q, q0, q1, ops, e, lane,
+    BITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, HOLD: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Add a class's plane to the scores of its rows, chunk after chunk.
+
+    off: of its first cell in the page.
+    """
+    U: tl.constexpr = max(1, BITS // 2)
+    SIZE: tl.constexpr = 4 * ROWS * U
+    MANY: tl.constexpr = 1 if BITS == 1 else 2  # cells at once
+    quarter = lane % 4 * (ROWS * U)
+    end = off + cells * SIZE
+    for _ in range(((off & (CHUNK - 1)) + cells * SIZE + CHUNK - 1 >> 7) * tl.minimum(cells, 1)):
+        if FAST:  # noqa: SIM102 (a constant and a tensor)
+            if off & (CHUNK - 1) == 0:
+                _next_chunk(copies, off >> 7, chunks, lane)
+        here = tl.minimum(end, (off | (CHUNK - 1)) + 1) - off >> size_log2(BITS, ROWS)
+        at = held + quarter + ((off >> 7) % STAGES * STAGE + (off & (CHUNK - 1)))
+        p = page + (off + quarter)
+        for _ in range(here >> (MANY - 1)):
+            c, ops, e = _cells(c, at, p, held_q, q0, q1, ops, e, MANY, BITS, ROWS, WARPS, HOLD, FAST)
+            at += MANY * SIZE
+            p += MANY * SIZE
+        if MANY > 1:  # noqa: SIM102 (a constant and a tensor)
+            if here & 1 == 1:
+                c, ops, e = _cells(c, at, p, held_q, q0, q1, ops, e, 1, BITS, ROWS, WARPS, HOLD, FAST)
+        off += here * SIZE
+    return c, off, ops, e
+
+
+@triton.jit
+def _all_strips(
+    cells_ptr, off, held, page, copies, chunks, held_q, q0, q1, ops, lane,
+    CLASSES: tl.constexpr, P: tl.constexpr, WARPS: tl.constexpr, HOLD: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Sums of fields and operands: 4 numbers a row of a page (heads g and g + 8, pages 2 t and 2 t + 1).
+
+    cells_ptr: how many cells of every strip, by class and plane; off: of the first of them in the page.
+    """
+    c = (tl.zeros([32 * WARPS], tl.float32),) * (4 * P)
+    e = (four_words(ops, FAST), four_words(ops + 16, FAST), four_words(ops + 32, FAST), four_words(ops + 48, FAST))
+    for s in tl.static_range(4 * CLASSES):
+        cells = tl.load(cells_ptr + strip_class(CLASSES, s) * 4 + strip_plane(CLASSES, s))
+        d, off, ops, e = _strip(
+            part_of(c, first_row(strip_class(CLASSES, s)), class_rows(strip_class(CLASSES, s))),
+            off, cells, held, page, copies, chunks, held_q, q0, q1, ops, e, lane,
+            strip_bits(CLASSES, s), class_rows(strip_class(CLASSES, s)), WARPS, HOLD, FAST,
+        )  # fmt: skip
+        c = with_part(c, d, first_row(strip_class(CLASSES, s)), class_rows(strip_class(CLASSES, s)), P)
+    return c
 
 
 @triton.jit(do_not_specialize=["table_stride", "page_nbytes", "runs", "blocks", "units", "octets"])
@@ -56,12 +190,12 @@ def share_kernel(
         chunks = (end + CHUNK - 1) // CHUNK
         if FAST:  # two entries a line
             prefetch(entry + tl.minimum(2 * lane, tl.maximum(tl.load(own + 3) - 1, 0)) * 16)
-        head = tl.load(unit_ptr + unit * 5)
-        heads = tl.load(unit_ptr + unit * 5 + 1)
+        head = tl.load(unit_ptr + unit * 4)
+        heads = tl.load(unit_ptr + unit * 4 + 1)
         row = (seq * blocks + octet * 8 // PB) * GROUP
         ids = table_ptr + seq * table_stride + octet * 8
-        pages = pages_ptr + tl.load(unit_ptr + unit * 5 + 2)
-        copies = copied(held, ids, pages, 0, count, page_nbytes, lane)
+        pages = pages_ptr + tl.load(unit_ptr + unit * 4 + 2)
+        copies = _copied(held, ids, pages, 0, count, page_nbytes, lane)
         if FAST:
             if HOLD > 0:
                 held_head = head + tl.minimum(part * 16 + lane // 2, heads - 1)
@@ -69,7 +203,7 @@ def share_kernel(
                 hold_query(held_q, q, lane, runs, 1)
             for ahead in tl.static_range(STAGES - 1):
                 if (off >> 7) + ahead < chunks:
-                    copy_chunk(copies, (off >> 7) + ahead)
+                    _copy_chunk(copies, (off >> 7) + ahead)
                 close_stage(lane)
         page = pages + page_start(ids, g, count, page_nbytes)
         head0, head1 = head + tl.minimum(part * 16 + g, heads - 1), head + tl.minimum(part * 16 + g + 8, heads - 1)
@@ -79,10 +213,10 @@ def share_kernel(
             if HOLD > 0:
                 wait_stages(lane, STAGES - 1)
             if off & (CHUNK - 1) != 0:  # a chunk that another share begins
-                next_chunk(copies, off >> 7, chunks, lane)
-        c = all_strips(
+                _next_chunk(copies, off >> 7, chunks, lane)
+        c = _all_strips(
             own + 4, off, held + g * PITCH + behind(page), page, copies, chunks, held_q + g * 32 + t * 8, q0, q1,
-            entry + t * 4, lane, 1, CLASSES, P, 1, HOLD, FAST,
+            entry + t * 4, lane, CLASSES, P, 1, HOLD, FAST,
         )  # fmt: skip
         where = (((seq * units + unit) * GROUPS + part) * octets + octet) * SHARES + share
         out = sum_ptr + where.to(tl.int64) * (128 * P) + lane
@@ -140,8 +274,8 @@ def gather_kernel(
         where = (seq * units + unit) * GROUPS + part
         octet = (where * octets + blk * OCTETS + i // 128).to(tl.int64)
         sums = sum_ptr + octet * (SHARES * 128 * P) + (2 * side + odd) * 32 + lane
-        own = tl.load(unit_ptr + unit * 5 + 1)
-        head = tl.load(unit_ptr + unit * 5) + tl.minimum(part * 16 + g + 8 * side, own - 1)
+        own = tl.load(unit_ptr + unit * 4 + 1)
+        head = tl.load(unit_ptr + unit * 4) + tl.minimum(part * 16 + g + 8 * side, own - 1)
         const = const_ptr + ((seq * blocks + blk).to(tl.int64) * heads + head) * 8
         s = _above_mean(_summed(sums, here, SHARES, P), const, CLASSES)
         x = token_scores(s, tl.load(const + 7), here, P, SOFTCAP, FAST)

@@ -17,20 +17,24 @@ def _declared(nbytes: int) -> str:
 
 
 @triton.constexpr_function
-def _copies(sources: int, each: int, nbytes: int, to_stride: int, from_stride: int, source_stride: int) -> str:
-    """Operands: result (0), destination, sources (64 bit). Copy `each` pieces from every source."""
-    lines = []
-    for s in range(int(sources)):
-        for k in range(int(each)):
-            to, at = s * int(source_stride) + k * int(to_stride), k * int(from_stride)
-            cache = "cg" if int(nbytes) == 16 else "ca"  # sixteen bytes pass the first cache by
-            lines.append(f"cp.async.{cache}.shared.global [$1+{to}], [${2 + s}+{at}], {int(nbytes)};")
-    return "\n".join([*lines, "mov.b32 $0, 0;"])
+def _piece(number: int) -> str:
+    """Operands: result (0), destination, source (64 bit). The first cache is passed by."""
+    return f"cp.async.cg.shared.global [$1+{64 * number}], [$2+{64 * number}], 16;"
 
 
 @triton.constexpr_function
-def _longs(count: int) -> str:
-    return ",".join(["=r", "r"] + ["l"] * int(count))
+def _pieces(count: int) -> str:
+    return " ".join(_piece(k) for k in range(int(count)))
+
+
+@triton.constexpr_function
+def _pieces_text(count):
+    return f"{_pieces(count)} mov.b32 $0, 0;"
+
+
+@triton.constexpr_function
+def _part_text(count):
+    return f"{{.reg .pred p; setp.ne.b32 p, $3, 0; {_pieces(count)} @p {_piece(int(count))} mov.b32 $0, 0;}}"
 
 
 @triton.constexpr_function
@@ -54,19 +58,19 @@ def stage(lane, NBYTES: tl.constexpr):
 
 
 @triton.jit
-def copy_pieces(
-    to, sources, EACH: tl.constexpr, NBYTES: tl.constexpr, TO_STRIDE: tl.constexpr, FROM_STRIDE: tl.constexpr,
-    SOURCE_STRIDE: tl.constexpr,
-):  # fmt: skip
-    """Ask for pieces of 4, 8 or 16 bytes: piece k of source s goes to `to` + s SOURCE_STRIDE + k TO_STRIDE. `sources`:
-    a tuple of int64 addresses."""
+def copy_pieces(to, source, PIECES: tl.constexpr):
+    """Ask for PIECES pieces of sixteen bytes, 64 bytes apart, from an int64 address; they go to as far behind `to` as
+    they lie behind `source`."""
     tl.inline_asm_elementwise(
-        _copies(len(sources), EACH, NBYTES, TO_STRIDE, FROM_STRIDE, SOURCE_STRIDE),
-        _longs(len(sources)),
-        (to,) + sources,
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
+        _pieces_text(PIECES), "=r,r,l", [to, source], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def copy_part(to, source, last, PIECES: tl.constexpr):
+    """The same, and where `last` is not zero another one behind them."""
+    tl.inline_asm_elementwise(
+        _part_text(PIECES), "=r,r,l,r", [to, source, last], dtype=tl.int32, is_pure=False, pack=1
     )
 
 
@@ -95,23 +99,6 @@ def held_two(at):
     """Eight aligned bytes of shared memory as two words."""
     return tl.inline_asm_elementwise(
         "ld.shared.v2.b32 {$0, $1}, [$2];", "=r,=r,r", [at], dtype=(tl.int32, tl.int32), is_pure=False, pack=1
-    )
-
-
-@triton.constexpr_function
-def _chunk_text(pieces: int) -> str:
-    copy = "cp.async.cg.shared.global"
-    lines = ["{.reg .pred p; setp.ne.b32 p, $3, 0;"]
-    lines += [f"{copy} [$1+{64 * k}], [$2+{64 * k}], 16;" for k in range(int(pieces))]
-    return " ".join([*lines, f"@p {copy} [$1+{64 * int(pieces)}], [$2+{64 * int(pieces)}], 16;", "mov.b32 $0, 0;}"])
-
-
-@triton.jit
-def copy_part(to, source, last, PIECES: tl.constexpr):
-    """Ask for PIECES pieces of sixteen bytes, 64 bytes apart, and where `last` is not zero for another; they go to as
-    far behind `to` as they lie behind `source` (int64 address)."""
-    tl.inline_asm_elementwise(
-        _chunk_text(PIECES), "=r,r,l,r", [to, source, last], dtype=tl.int32, is_pure=False, pack=1
     )
 
 

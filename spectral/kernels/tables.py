@@ -16,11 +16,10 @@ ITEM_CELLS = {8: 4, 4: 8, 2: 8, 1: 4}
 """Cells of a plane whose sums over tokens one warp keeps in registers."""
 
 RUN_SLACK = 8
-"""Entries behind the last run, which the score kernel asks for ahead of time."""
+"""Entries behind the last run, which share_kernel asks for ahead of time."""
 
-JOINT_CHUNK, JOINT_STEP = 256, 4
-"""Bytes of a page that spectral.kernels.joint has in shared memory at once, and entries that it multiplies with at
-once."""
+SCORE_CHUNK, SCORE_STEP = 256, 4
+"""Bytes of a page that score_kernel has in shared memory at once, and entries that it multiplies with at once."""
 
 SHARES = 8
 """Programs that share the scores of eight pages where a launch would leave most of a GPU idle."""
@@ -37,13 +36,12 @@ class LayerTables:
     """Of all units of a layer, C classes, R the largest rank of a unit. Planes are those of PLANE_ORDER.
 
     Attributes:
-        strip: int32 [units, C, 4, 4]: offset in the page, cells, its first entry, first output column.
+        cells: int32 [units, C, 4]: of every strip.
         entry: int32 [runs + RUN_SLACK, 4, 4]: for every run of every cell in the order of storage, and every quarter t
             of it: what the lowest bit of fields 4 t .. (in QUAD_ORDER) stands for, over 2^position, times SCORE_UNIT
             (four fp16; 0 for padding), 32 times the run's first latent, 0.
-        joint: int32 [units, entries, 4, 4]: `entry` for spectral.kernels.joint: by unit, and with empty ones where what
-            a chunk of a page has of a strip does not fill its last step, and behind a unit's last.
-        first_run: int32 [units]: a unit's first entry.
+        stepped: int32 [units, entries, 4, 4]: `entry` for score_kernel: by unit, with empty ones where what a chunk of
+            a page has of a strip does not fill its last step, and behind a unit's last.
         share: int32 [units, SHARES, 4 + 4 C]: a unit's cells in SHARES parts of about equal work: offset of the part's
             first cell in the unit's page, of its end, its first entry, how many entries it has, and how many cells of
             every strip, by class and plane.
@@ -55,10 +53,9 @@ class LayerTables:
         outputs: output columns, a multiple of 16.
     """
 
-    strip: np.ndarray
+    cells: np.ndarray
     entry: np.ndarray
-    joint: np.ndarray
-    first_run: np.ndarray
+    stepped: np.ndarray
     share: np.ndarray
     item: np.ndarray
     source: np.ndarray
@@ -95,28 +92,28 @@ def layer_tables(units: list[tuple[PageLayout, np.ndarray]], steps: dict[int, fl
 def _layer_tables(units: list[tuple[PageLayout, np.ndarray]], steps: dict[int, float]) -> LayerTables:
     rank = -(-max(layout.channels for layout, _ in units) // CHANNEL_GROUP) * CHANNEL_GROUP
     classes = units[0][0].widths.shape[0]
-    strip = np.zeros((len(units), classes, len(PLANE_ORDER), 4), dtype=np.int32)
+    cells = np.zeros((len(units), classes, len(PLANE_ORDER)), dtype=np.int32)
     source = np.full((len(units), classes, 2, rank // CHANNEL_GROUP), -1, dtype=np.int32)
     source_factor = np.zeros((len(units), classes, 2, rank), dtype=np.float32)
     offset = np.zeros((len(units), classes, rank), dtype=np.float32)
     run: list[np.ndarray] = [np.zeros(0, np.int32)]
     factor: list[np.ndarray] = [np.zeros((0, CHANNEL_GROUP))]
     item: list[list[int]] = []
-    joint: list[np.ndarray] = []
-    first_run: list[int] = []
+    stepped: list[np.ndarray] = []
+    share: list[np.ndarray] = []
     outputs = runs = start = 0
     for u, (layout, deviation) in enumerate(units):
         size = step_size(layout, deviation, steps)
-        first_run.append(runs)
-        steps_of: list[np.ndarray] = []
+        share.append(_shares(layout, runs))
+        own: list[np.ndarray] = [np.zeros((0, 4, 4), np.int32)]
         offset[u, :, : layout.channels] = size * (2.0 ** layout.widths.astype(np.float64) - 1) / 2
         for s in layout.strips:
             plane, width = PLANE_ORDER.index(s.bits), cell_runs(s.bits)
-            strip[u, s.number, plane] = start + s.start, s.cells, runs, outputs
+            cells[u, s.number, plane] = s.cells
             first, value = _strip_runs(s, layout, size)
             run.append(first)
             factor.append(value * SCORE_UNIT)
-            steps_of += _in_steps(s, _entries(first, value * SCORE_UNIT, 0))
+            own += _in_steps(s, _entries(first, value * SCORE_UNIT, 0))
             for k, latent in enumerate(s.runs):
                 side = int(source[u, s.number, 0, latent // CHANNEL_GROUP] >= 0)
                 source[u, s.number, side, latent // CHANNEL_GROUP] = outputs + CHANNEL_GROUP * k
@@ -129,7 +126,7 @@ def _layer_tables(units: list[tuple[PageLayout, np.ndarray]], steps: dict[int, f
             outputs += CHANNEL_GROUP * first.size
         if not any(entry[:2] == [u, 0] for entry in item):  # the sum of weights of class 0 is always needed
             item.append([u, 0, PLANE_ORDER.index(2), start, 0, 0, 0, 0])
-        joint.append(np.concatenate([np.zeros((0, 4, 4), np.int32), *steps_of]))
+        stepped.append(np.concatenate(own))
         start += layout.nbytes
     item.sort(key=lambda entry: -entry[1])  # the longest first
     seen = set()
@@ -137,11 +134,10 @@ def _layer_tables(units: list[tuple[PageLayout, np.ndarray]], steps: dict[int, f
         entry[6] = int((entry[0], entry[1]) not in seen)
         seen.add((entry[0], entry[1]))
     return LayerTables(
-        strip,
+        cells,
         _entries(np.concatenate(run), np.concatenate(factor), RUN_SLACK),
-        _together(joint),
-        np.array(first_run, dtype=np.int32),
-        np.stack([_shares(layout, run) for (layout, _), run in zip(units, first_run, strict=True)]),
+        _together(stepped),
+        np.stack(share),
         np.array(item, dtype=np.int32),
         source,
         source_factor,
@@ -182,17 +178,17 @@ def _in_steps(s: Strip, entry: np.ndarray) -> list[np.ndarray]:
     """A strip's entries [runs, 4, 4] as those of every chunk that it lies in, filled to whole steps."""
     width, out, cell = cell_runs(s.bits), [], 0
     while cell < s.cells:
-        here = (JOINT_CHUNK - (s.start + cell * s.cell_nbytes) % JOINT_CHUNK) // s.cell_nbytes
+        here = (SCORE_CHUNK - (s.start + cell * s.cell_nbytes) % SCORE_CHUNK) // s.cell_nbytes
         part = entry[cell * width : (cell + here) * width]
-        out.append(np.pad(part, ((0, -len(part) % JOINT_STEP), (0, 0), (0, 0))))
+        out.append(np.pad(part, ((0, -len(part) % SCORE_STEP), (0, 0), (0, 0))))
         cell += here
     return out
 
 
-def _together(joint: list[np.ndarray]) -> np.ndarray:
-    """`joint` from every unit's entries, with four steps behind the last, which are asked for ahead of time."""
-    most = max(map(len, joint)) + 4 * JOINT_STEP
-    return np.stack([np.pad(own, ((0, most - len(own)), (0, 0), (0, 0))) for own in joint])
+def _together(stepped: list[np.ndarray]) -> np.ndarray:
+    """`stepped` from every unit's entries, with two steps behind the last, which are asked for ahead of time."""
+    most = max(map(len, stepped)) + 2 * SCORE_STEP
+    return np.stack([np.pad(own, ((0, most - len(own)), (0, 0), (0, 0))) for own in stepped])
 
 
 def _strip_runs(s: Strip, layout: PageLayout, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
