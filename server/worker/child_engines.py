@@ -35,7 +35,7 @@ PRESENT = (
 
 IDLE_KEEP_BYTES = 256 << 20
 """Unused memory of the cache that an idle model's captured steps may keep: without it, every request after a pause
-would have to capture them again, half a second each, and some of the process's memory with every capture."""
+would have to capture them again, half a second each."""
 
 NO_WORK = types.EngineStats(0, 0, 0, 0, 0, 0, 0, 0, {})
 
