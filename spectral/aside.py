@@ -57,10 +57,16 @@ def fetch(x: torch.Tensor) -> torch.Tensor:
         return x.cpu()
     host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
     host.copy_(x, non_blocking=True)
-    done = torch.cuda.Event()
-    done.record(torch.cuda.current_stream(x.device))
-    done.synchronize()
+    wait(x.device)
     return host
+
+
+def wait(device: torch.device) -> None:
+    """Until what this thread has launched on a GPU is done, as `fetch` waits."""
+    if device.type == "cuda":
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(device))
+        done.synchronize()
 
 
 def to_device(array: np.ndarray, device: torch.device | str, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from spectral.aside import fetch
+from spectral.aside import fetch, wait
 from spectral.engine.chunk_step import Bounds, ChunkStep, chunk_rows
 from spectral.engine.device_sampler import Memory, choose, kind_of, numbers_of
 from spectral.engine.sampler import sample, sound
@@ -267,10 +267,7 @@ class DecodeGraphs:
                 sequence.sound = good if sequence.sound is None else sequence.sound & good
         if ending:
             return self._choose(step.numbers, ending, kind)
-        if store.device.type == "cuda":  # the next step may use the same buffers on the host
-            done = torch.cuda.Event()
-            done.record(torch.cuda.current_stream(store.device))
-            done.synchronize()
+        wait(store.device)  # the next step may use the same buffers on the host
         return [], [], []
 
     def _choose(self, numbers: Numbers, sequences: list[Sequence], kind: Kind | None) -> Chosen:
