@@ -28,6 +28,7 @@ from spectral.hf import fingerprint, model_shape
 from spectral.padding import Columns, from_positions
 from spectral.pages import LayerShape, ModelShape, PageStore, Row
 from spectral.rows import cut_row, select_rows
+from spectral.unit_codec import Packing
 
 if TYPE_CHECKING:
     from spectral.profile import SpectralProfile
@@ -367,4 +368,6 @@ def _storages(codec: torch.nn.Module) -> dict[int, int]:
             todo += thing.values()
         elif isinstance(thing, (list, tuple)):
             todo += thing
+        elif isinstance(thing, Packing):
+            todo += vars(thing).values()
     return found

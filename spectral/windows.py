@@ -255,6 +255,12 @@ class WindowGroup:
         kind.put([stack[first:last] for stack in self._stacks], slot, place, tokens, recent)
 
 
+    def write_sinks(self, first: int, slot: torch.Tensor, place: torch.Tensor, tokens: torch.Tensor) -> None:
+        """As `write`, tokens that are sinks. Does not wait for the device."""
+        kept = self._stacks[0][first : first + tokens.shape[0]]
+        set_places(kept, slot, place, tokens.to(kept.dtype))
+
+
 def make_window(
     shape: LayerShape, sinks: int, ring: int, dtype: torch.dtype, device: torch.device, bits: int = 16
 ) -> ExactWindow:

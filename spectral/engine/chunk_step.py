@@ -1,4 +1,5 @@
-"""A short chunk of a prompt as rows of a decode step: a second request with the same prefix has few tokens to compute.
+"""A short chunk of a prompt as rows of a decode step: a second request with the same prefix has few tokens to compute,
+and so has a short question.
 
 An ordinary forward of twenty tokens is dozens of launches from the host for every layer; a captured step is one. Each
 token is a row, with its chunk's slot and page table. What a row sees is what it would see in an ordinary forward: pages
@@ -16,13 +17,14 @@ import torch
 
 from spectral.attention import DecodePlan
 from spectral.dispatch import kernels_for
-from spectral.engine.static_step import BLANK, Numbers, StaticStep, held_places, table_width
+from spectral.engine.static_step import BLANK, INTEGERS, Numbers, StaticStep, held_places, table_width
 
 if TYPE_CHECKING:
     from spectral.engine.sequence import Sequence
     from spectral.hf import LoadedModel
     from spectral.kernels.decode import StepTables
     from spectral.pages import PageStore
+    from spectral.windows import WindowGroup
 
     Work = list[tuple[Sequence, int]]
 
@@ -53,6 +55,7 @@ class Bounds:
     def __init__(self, loaded: LoadedModel, store: PageStore) -> None:
         book, dtype = store.codebook, next(loaded.model.parameters()).dtype
         self.tokens = min(MOST_TOKENS, book.window)
+        self.sinks = book.sinks
         self._page = self._window = self._token = 0
         for window, codec in zip(store.windows, book.layers, strict=True):
             if codec is None:
@@ -62,6 +65,11 @@ class Bounds:
                 self._token = max(self._token, size)
                 self._page = max(self._page, 0 if codec is None else size * codec.page_tokens)
                 self._window = max(self._window, size * (window.sinks + window.ring))
+
+    def begin(self, sequence: Sequence, count: int) -> bool:
+        """Whether a sequence's chunk is a prompt's beginning that may run so."""
+        named = MOST_CHUNKS * self.sinks <= MOST_TOKENS and self.sinks <= FEW_ROWS
+        return not sequence.row.length and count > self.sinks and named and self.hold([(sequence, count)])
 
     def hold(self, work: Work) -> bool:
         """Whether these chunks may run as one step."""
@@ -95,17 +103,22 @@ class ChunkStep(StaticStep):
             self._array[at : at + count, :pages] = row.pages
             tokens = sequence.tokens[row.length : row.length + count]
             integers += [
-                [token, row.length + i, row.slot, pages, at + i, i, 0, *whole] for i, token in enumerate(tokens)
+                [token, row.length + i, row.slot, pages, at + i, i, 0, 0, *whole] for i, token in enumerate(tokens)
             ]
             last.append(at + count - 1)
-        first = integers[0]  # spare rows are another first token, which reads no pages
-        integers += [[*first[:3], 0, *first[4:]] for _ in range(self.rows - len(integers))]
+        first, real_rows = integers[0], len(integers)  # spare rows are another first token, which reads no pages
+        integers += [[*first[:3], 0, *first[4:]] for _ in range(self.rows - real_rows)]
+        self.place(integers, real_rows)
         for at in range(self._answers):
             integers[at][6] = last[at] if at < len(last) else last[0]
         self.inputs.send(integers, [real] * self.rows)
         self._pages.copy_(self._host, non_blocking=True)
         known = [*sampling, *[BLANK] * (self._answers - len(sampling))]
-        self.numbers.send([(0,) * 7 + tuple(whole) for whole, _ in known], [real for _, real in known])
+        none = [0] * (len(INTEGERS) - len(BLANK[0]))
+        self.numbers.send([[*none, *whole] for whole, _ in known], [real for _, real in known])
+
+    def place(self, integers: list[list[int]], real: int) -> None:
+        """Say where tokens go, in INTEGERS of all rows, `real` of them no spare ones."""
 
     def wanted(self) -> Any:
         """As `StaticStep.wanted`: the chunks' last tokens."""
@@ -129,3 +142,29 @@ class ChunkStep(StaticStep):
         else:
             past = held_places(newest, first, sinks, ring, False)
         return torch.cat([past, plan.visible], 1)
+
+
+class FirstStep(ChunkStep):
+    """A step for short prompts from their beginning: each has sinks, and more tokens than these."""
+
+    def place(self, integers: list[list[int]], real: int) -> None:
+        """Sinks are named, and in their place (and that of spare rows) some other token is written once more."""
+        sinks = self.store.codebook.sinks
+        source, sink = INTEGERS.index("source"), INTEGERS.index("sink")
+        found = [at for at in range(real) if integers[at][1] < sinks]
+        for at in (*found, *range(real, len(integers))):
+            integers[at][source] = sinks  # the first prompt's first token that is none
+        for at in range(self._answers * sinks):
+            integers[at][sink] = found[at] if at < len(found) else found[0]
+
+    def keep(
+        self, group: WindowGroup, first: int, slot: torch.Tensor, place: torch.Tensor, tokens: torch.Tensor
+    ) -> None:
+        """As `StaticStep.keep`."""
+        if not group.windows[0].sinks:  # of sliding layers; a spare row is as the first one there
+            group.write(first, slot, place, tokens, recent=True)
+            return
+        field = self.inputs.field
+        others, sinks = field["source"], field["sink"][: self._answers * group.windows[0].sinks]
+        group.write(first, slot[others], place[others], tokens.index_select(1, others), recent=True)
+        group.write_sinks(first, slot[sinks], place[sinks], tokens.index_select(1, sinks))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from spectral.aside import fetch, wait
-from spectral.engine.chunk_step import Bounds, ChunkStep, chunk_rows
+from spectral.engine.chunk_step import Bounds, ChunkStep, FirstStep, chunk_rows
 from spectral.engine.device_sampler import Memory, choose, kind_of, numbers_of
 from spectral.engine.sampler import sample, sound
 from spectral.engine.static_step import BLANK, Numbers, SealStep, StaticStep, bucket, most_pages, seals_of, table_width
@@ -40,7 +40,7 @@ MAX_GRAPHS = 48
 RESERVED_PAGES = 32
 """Pages for each row that a store is given before a step is captured: pools that grow soon would undo the capture."""
 
-DECODE, CHUNK, ORDINARY = "decode", "chunk", ""
+DECODE, CHUNK, FIRST, ORDINARY = "decode", "chunk", "first", ""
 """How a sequence's tokens run in a step."""
 
 Key = tuple[Any, ...]
@@ -183,26 +183,31 @@ class DecodeGraphs:
         self.steps = self.chunk_steps = 0
 
     def way(self, sequence: Sequence, count: int) -> str:
-        """How a sequence's next `count` tokens run: DECODE, CHUNK, or ORDINARY, in a forward like any other. It depends
-        on the sequence and the model alone: whatever else runs, its numbers are the same."""
+        """How a sequence's next `count` tokens run: DECODE, CHUNK, FIRST (a prompt's beginning), or ORDINARY, in a
+        forward like any other. It depends on the sequence and the model alone: whatever else runs, its numbers are the
+        same."""
         store = sequence.lane.store
-        if sequence.scores is not None or sequence.row.length < store.codebook.sinks:
+        if sequence.scores is not None:
             return ORDINARY
+        if sequence.row.length < store.codebook.sinks:
+            return FIRST if self._bounds_of(store).begin(sequence, count) else ORDINARY
         if count == 1 and sequence.pending == 1:
             return DECODE
         return CHUNK if self._bounds_of(store).hold([(sequence, count)]) else ORDINARY
 
     def divide(self, work: Work) -> list[Work]:
         """The forwards that work on one store becomes: one for all that decode, some for short chunks, one for more."""
-        by_way: dict[str, Work] = {DECODE: [], CHUNK: [], ORDINARY: []}
+        by_way: dict[str, Work] = {DECODE: [], CHUNK: [], FIRST: [], ORDINARY: []}
         for sequence, count in work:
             by_way[self.way(sequence, count)].append((sequence, count))
         packs: list[Work] = []
-        for item in by_way[CHUNK]:
-            if packs and self._bounds_of(item[0].lane.store).hold([*packs[-1], item]):
-                packs[-1].append(item)
-            else:
-                packs.append([item])
+        for way in (CHUNK, FIRST):
+            packs.append([])
+            for item in by_way[way]:
+                if self._bounds_of(item[0].lane.store).hold([*packs[-1], item]):
+                    packs[-1].append(item)
+                else:
+                    packs.append([item])
         return [part for part in (by_way[DECODE], *packs, by_way[ORDINARY]) if part]
 
     def _bounds_of(self, store: PageStore) -> Bounds:
@@ -213,7 +218,7 @@ class DecodeGraphs:
     def fits(self, part: Part) -> bool:
         """Whether a part is a decode step, or one of short chunks, that can run here."""
         ways = {self.way(sequence, count) for sequence, count in part.work}
-        if ways == {CHUNK}:
+        if ways in ({CHUNK}, {FIRST}):
             return self._bounds_of(part.batch.store).hold(part.work)
         return ways == {DECODE}
 
@@ -224,8 +229,9 @@ class DecodeGraphs:
         if count < self._known:  # what steps of a store that has ended hold is to go: its setting's tables
             self.prune()
         self._known = count
-        if self.way(*part.work[0]) == CHUNK:
-            return self._run_chunks(part)
+        way = self.way(*part.work[0])
+        if way in (CHUNK, FIRST):
+            return self._run_chunks(part, FirstStep if way == FIRST else ChunkStep)
         sequences = [sequence for sequence, _ in part.work]
         states = [sequence.sampler for sequence in sequences]
         store, fresh = sequences[0].lane.store, part.batch.new_pages
@@ -243,7 +249,7 @@ class DecodeGraphs:
         self.steps += 1
         return self._choose(step.numbers, sequences, kind)
 
-    def _run_chunks(self, part: Part) -> Chosen:
+    def _run_chunks(self, part: Part, how: type[ChunkStep]) -> Chosen:
         granted = zip(part.work, part.batch.new_pages, strict=True)
         # Those whose prompt ends come first: the sampler's rows are the first ones.
         ordered = sorted(granted, key=lambda item: item[0][1] < item[0][0].pending)
@@ -253,12 +259,13 @@ class DecodeGraphs:
         store, kind = part.batch.store, kind_of(states)
         rows, answers = chunk_rows(work)
         # Decoding follows, which reserves pages too: one more, so that the store does not grow for that.
-        step = self._step(ChunkStep, store, rows, answers, max(len(s.row.pages) for s, _ in work), len(work) + 1)
+        step = self._step(how, store, rows, answers, max(len(s.row.pages) for s, _ in work), len(work) + 1)
         seals = seals_of(store, [sequence for sequence, _ in work], fresh)
         step.fill_chunks(work, [BLANK if kind is None else numbers_of(state) for state in states])
         if seals:
             self._seal(store, seals)
-        self.replayer.run("chunk step", _key(store, rows, step.width, answers), step.forward)
+        what = "step of short prompts" if how is FirstStep else "chunk step"
+        self.replayer.run(what, _key(store, rows, step.width, answers), step.forward)
         self.chunk_steps += 1
         assert step.numbers.logits is not None
         if len(ending) < len(work):

@@ -26,8 +26,9 @@ from spectral.prefill import encode_pages, read_tokens
 if TYPE_CHECKING:
     from spectral.engine.sequence import Sequence
     from spectral.kernels.decode import StepTables
+    from spectral.windows import WindowGroup
 
-INTEGERS = ("token", "position", "slot", "pages", "source", "before", "last", "top_k", "choice")
+INTEGERS = ("token", "position", "slot", "pages", "source", "before", "last", "sink", "top_k", "choice")
 FLOATS = ("temperature", "top_p", "min_p", "uniform", "repetition", "frequency", "presence")
 BLANK: tuple[list[int], list[float]] = [0, 0], [1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0]
 """What the device's sampler is told of rows that it does not choose for: top_k and choice, and FLOATS."""
@@ -55,9 +56,9 @@ class Numbers:
     """What rows are told of a step: one host and one device buffer, by field [rows] each.
 
     source: the row whose new token is written; before: how many rows right before this one are tokens of the same
-    chunk; last: the first ones name the rows whose logits are wanted (both for spectral.engine.chunk_step); choice: 0
-    for greedy, 1 for a draw from everything, 2 for one from a shortlist. Floats are the same 64 bits as the integers,
-    seen as float64.
+    chunk; last, sink: the first ones name the rows whose logits are wanted, and those that are sinks (these three for
+    spectral.engine.chunk_step); choice: 0 for greedy, 1 for a draw from everything, 2 for one from a shortlist. Floats
+    are the same 64 bits as the integers, seen as float64.
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
@@ -126,7 +127,7 @@ class StaticStep:
             row = sequence.row
             count = len(row.pages) + (len(fresh) if self.seals_first else 0)
             changed |= self._fill_table(at, row, fresh if self.seals_first else [])
-            integers.append((sequence.tokens[row.length], row.length, row.slot, count, at, 0, 0, *whole))
+            integers.append((sequence.tokens[row.length], row.length, row.slot, count, at, 0, 0, 0, *whole))
             floats.append(tuple(real))
         spare = self.rows - len(sequences)
         if spare:
@@ -216,12 +217,17 @@ class StaticStep:
             self.numbers.logits.copy_(out.logits[0])
         for number, kept in batch.kept.items():
             group, (slot, place) = self.store.groups[number], batch.spots[number]
-            tokens = torch.stack([new for _, new in kept]).index_select(1, field["source"])
             if [at for at, _ in kept] == list(range(len(group.windows))):
-                group.write(0, slot, place, tokens, recent=True)
+                self.keep(group, 0, slot, place, torch.stack([new for _, new in kept]))
                 continue
-            for (at, _), new in zip(kept, tokens, strict=True):  # a forward that skipped layers
-                group.write(at, slot, place, new[None], recent=True)
+            for at, new in kept:  # a forward that skipped layers
+                self.keep(group, at, slot, place, new[None])
+
+    def keep(
+        self, group: WindowGroup, first: int, slot: torch.Tensor, place: torch.Tensor, tokens: torch.Tensor
+    ) -> None:
+        """Write the rows' new tokens [n, B, H, d + dv] into n windows of a group, from `first` on."""
+        group.write(first, slot, place, tokens.index_select(1, self.inputs.field["source"]), recent=True)
 
 
 def held_places(position: torch.Tensor, first: torch.Tensor, sinks: int, ring: int, sliding: bool) -> torch.Tensor:

@@ -81,7 +81,8 @@ def warm_up(engine: Engine) -> None:
     """Run a prompt and decode steps; leaves nothing behind. Raises what the model raises.
 
     On a GPU the prompt is long enough for a page, so that the kernels that read pages are compiled before any request,
-    for few pages and for many; a short chunk and as many decode steps follow as it takes to capture one.
+    for few pages and for many; a short chunk and as many decode steps follow as it takes to capture one, and a short
+    prompt.
     """
     store = engine.store
     if store.device.type != "cuda":
@@ -95,6 +96,7 @@ def warm_up(engine: Engine) -> None:
         _warm(engine, length, 2)
     engine.runner.trim(everything=True)  # a step that was launched so must not be captured so
     _warm(engine, length, 5, chunk=3)
+    _warm(engine, store.codebook.sinks + 4, 1)
     warm_codes(store.codebook)  # chunks over codes, and squeezing
 
 

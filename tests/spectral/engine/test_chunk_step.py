@@ -13,7 +13,7 @@ from spectral.codec import Codebook, ExactCodec
 from spectral.engine import lanes
 from spectral.engine.chunk_step import Bounds, chunk_rows
 from spectral.engine.engine import Engine
-from spectral.engine.graphs import CHUNK, ORDINARY, DecodeGraphs
+from spectral.engine.graphs import CHUNK, FIRST, ORDINARY, DecodeGraphs
 from spectral.engine.types import EngineLimits, Event, Failed, Finished
 from spectral.hf import LoadedModel
 from spectral.pages import PageStore
@@ -91,6 +91,21 @@ def test_without_loss_it_is_what_transformers_generates(family: str) -> None:
     assert engine.stats().prefix_reused == PREFIX * len(short)
 
 
+@pytest.mark.usefixtures("float_windows")
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "mistral-sliding"])
+def test_short_prompts_are_what_transformers_generates(family: str) -> None:
+    """From their beginning, alone and several in a step: sinks are kept as sinks."""
+    engine = engine_of(family, bits=None)
+    prompts = [prompt(count, count) for count in TAILS if 4 < count <= (64 if family == "qwen3" else 24)]
+    expected = [generated(engine.loaded, tokens, 90) for tokens in prompts]
+    for number, (tokens, answer_) in enumerate(zip(prompts, expected, strict=True), start=1):
+        assert ask(engine, request("a", tokens, 90))["a"] == answer_, len(tokens)
+        assert graphs(engine).chunk_steps == number
+    together = ask(engine, *(request(f"r{i}", tokens, 90) for i, tokens in enumerate(prompts)))
+    assert [together[f"r{i}"] for i in range(len(prompts))] == expected
+    assert len(prompts) < graphs(engine).chunk_steps < 2 * len(prompts)
+
+
 def first_logits(engine: Engine, tokens: list[int], monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     """The logits that the prompt's first answer token is chosen from."""
     found: list[torch.Tensor] = []
@@ -119,8 +134,8 @@ def first_logits(engine: Engine, tokens: list[int], monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("family", [*FAMILIES])
 def test_logits_are_those_of_an_ordinary_forward(family: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is sealed within the chunk: rows see what they would see there."""
-    for tail in (5, 23):
-        tokens = [*prompt(PREFIX, 0), *prompt(tail, tail)]
+    for before, tail in ((PREFIX, 5), (PREFIX, 23), (0, 5), (0, 24)):
+        tokens = [*prompt(before, 0), *prompt(tail, tail)]
         plain = first_logits(engine_of(family, bits=bits, decode="eager"), tokens, monkeypatch)
         engine = engine_of(family, bits=bits)
         assert torch.allclose(first_logits(engine, tokens, monkeypatch), plain, atol=2e-4, rtol=2e-4)
@@ -173,6 +188,31 @@ def test_through_the_kernels_logits_are_those_of_the_reference(monkeypatch: pyte
         found.append(first_logits(engine, prompt(34, 2), monkeypatch))
         assert graphs(engine).chunk_steps == 1
     assert (found[1] - found[0]).norm() < 3e-3 * found[0].norm()  # 5e-4 here; what one stale place adds is 8e-3
+
+
+def test_a_short_prompt_through_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its logits, and those of the token behind it, which reads what the step has written."""
+    found = []
+    monkeypatch.setitem(FAMILIES, "one", LlamaConfig(**{**SMALL, "num_hidden_layers": 1}))
+    for choice in ("reference", "triton"):
+        monkeypatch.setenv("SPECTRAL_ATTENTION", choice)
+        loaded = random_model("one")
+        loaded.eos_token_ids, loaded.tokenizer = set(), Letters()
+        book = random_codebook(loaded.shape, [4], sinks=2, window=16, page=8, block=128, window_bits=8)
+        limits = EngineLimits(prefill_chunk=32, token_budget=64, max_concurrency=4)
+        engine = Engine(loaded, codebook=book, setting="test", limits=limits, checked=True, decode="static")
+        logits: list[torch.Tensor] = []
+        choose = graphs(engine)._choose
+
+        def kept(numbers: Any, *others: Any, logits: list[torch.Tensor] = logits, choose: Any = choose) -> Any:
+            logits.append(numbers.logits[0].clone())
+            return choose(numbers, *others)
+
+        monkeypatch.setattr(graphs(engine), "_choose", kept)
+        ask(engine, request("probe", prompt(13, 2), 2))
+        assert (graphs(engine).chunk_steps, graphs(engine).steps) == (1, 1)
+        found.append(torch.stack(logits))
+    assert (found[1] - found[0]).norm() < 1e-3 * found[0].norm()
 
 
 @pytest.mark.usefixtures("float_windows")
@@ -326,6 +366,7 @@ def test_which_chunks_run_like_this() -> None:
     assert ways(engine_of("mistral-sliding"), 128, 2) == [CHUNK]  # all layers slide
     assert ways(engine_of("gemma2"), 128, 24, 25) == [CHUNK, ORDINARY]
     assert ways(engine_of(), 3, 20) == [ORDINARY]  # some of its tokens are sinks
+    assert ways(engine_of(), 0, 4, 5, 64, 65) == [ORDINARY, FIRST, FIRST, ORDINARY]  # and here some are none
     assert ways(tiny_engine(setting="exact", decode="static"), 32, 8) == [ORDINARY]
 
 

@@ -13,7 +13,7 @@ from spectral.engine.device_sampler import Memory, choose, kind_of, numbers_of
 from spectral.engine.engine import Engine
 from spectral.engine.graphs import DecodeGraphs, Replayer, decode_choice
 from spectral.engine.sampler import SamplerState, sample
-from spectral.engine.static_step import Numbers, bucket, table_width
+from spectral.engine.static_step import INTEGERS, Numbers, bucket, table_width
 from spectral.engine.types import SamplingParams
 from spectral.errors import SettingError
 from tests.spectral.engine.engine_helpers import answer, ask, drive, request, tiny_engine
@@ -143,7 +143,7 @@ def test_the_devices_sampler_chooses_as_the_other(shortlist: int, monkeypatch: p
         assert kind is not None and kind.free and kind.filtered and kind.penalised
         rows = [numbers_of(state) for state in second]
         rows += [rows[0]] * 2
-        numbers.send([(0, 0, 0, 0, 0, 0, 0, *whole) for whole, _ in rows], [tuple(real) for _, real in rows])
+        numbers.send([(*[0] * (len(INTEGERS) - 2), *whole) for whole, _ in rows], [tuple(real) for _, real in rows])
         memory.follow(second)
         choose(numbers, kind, memory, out)
         tokens, right = out[:, :6].tolist()
