@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("spectral.memory")
 COMMAND_S = 30.0
 MOVE_S = 120.0
-GIVING = (messages.SetSetting, messages.SetLease, messages.Sleep)
+GIVING = (messages.SetSetting, messages.SetProfile, messages.SetLease, messages.Sleep)
 """Commands after which a worker may hold less."""
 SQUEEZE_S = 1.0
 """A squeeze that takes longer is not waited for: what can be given back without it is."""
@@ -99,6 +99,18 @@ class Moves:
         """Send a command and wait for its end; the footprint that came with it. Raises Refused or TimeoutError."""
         if slot.worker is None:
             raise Refused("its worker is gone")
+        try:
+            return await self.ask(slot, make, within_s)
+        except asyncio.TimeoutError:
+            raise
+        except Exception as error:
+            raise Refused(getattr(error, "message", str(error))) from error
+
+    async def ask(
+        self, slot: Slot, make: Callable[[str], messages.ToWorker], within_s: float
+    ) -> messages.Footprint | None:
+        """The same, for a model that has a worker. Raises what the worker's answer is taken for, or TimeoutError."""
+        assert slot.worker is not None
         ident = uuid.uuid4().hex
         answer: asyncio.Future[messages.Footprint | None] = asyncio.get_running_loop().create_future()
         slot.commands[ident] = answer
@@ -107,10 +119,6 @@ class Moves:
         try:
             with self._memory.ledger.giving(slot.name) if isinstance(message, GIVING) else nullcontext():
                 return await within(within_s, asyncio.shield(answer))
-        except asyncio.TimeoutError:
-            raise
-        except Exception as error:
-            raise Refused(getattr(error, "message", str(error))) from error
         finally:
             slot.commands.pop(ident, None)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -193,15 +192,10 @@ class Scheduler:
         """Send a hot model's worker a command and wait until it is carried out. Raises ApiError 409, 503 or 504."""
         if slot.state != "hot" or slot.worker is None:
             raise errors.ApiError(409, f"{slot.name!r} is {slot.state}; load it first", code="not_hot")
-        ident, answer = uuid.uuid4().hex, asyncio.get_running_loop().create_future()
-        slot.commands[ident] = answer
-        slot.worker.send(make(ident))
         try:
-            await within(within_s, asyncio.shield(answer))
+            await self.memory.moves.ask(slot, make, within_s)
         except asyncio.TimeoutError:
             raise errors.deadline_exceeded(within_s) from None
-        finally:
-            slot.commands.pop(ident, None)
 
     def set_state(self, slot: Slot, state: str, reason: str = "") -> None:
         """For the memory manager: a model fell asleep, or is hot again."""
