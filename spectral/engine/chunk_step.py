@@ -20,13 +20,12 @@ from spectral.dispatch import kernels_for
 from spectral.engine.static_step import BLANK, INTEGERS, Numbers, StaticStep, held_places, table_width
 
 if TYPE_CHECKING:
+    from spectral.engine.scheduler import Work
     from spectral.engine.sequence import Sequence
     from spectral.hf import LoadedModel
     from spectral.kernels.decode import StepTables
     from spectral.pages import PageStore
     from spectral.windows import WindowGroup
-
-    Work = list[tuple[Sequence, int]]
 
 MOST_TOKENS = 64
 """Rows of a step: up to here it costs hardly more than one with a single row, which reads the same weights."""

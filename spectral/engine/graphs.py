@@ -20,7 +20,7 @@ import torch
 from spectral.aside import fetch, wait
 from spectral.engine.chunk_step import Bounds, ChunkStep, FirstStep, chunk_rows
 from spectral.engine.device_sampler import Memory, choose, kind_of, numbers_of
-from spectral.engine.sampler import sample, sound
+from spectral.engine.sampler import remember_soundness, sample, spoil
 from spectral.engine.static_step import BLANK, Numbers, SealStep, StaticStep, bucket, most_pages, seals_of, table_width
 from spectral.errors import SettingError
 
@@ -269,9 +269,8 @@ class DecodeGraphs:
         self.chunk_steps += 1
         assert step.numbers.logits is not None
         if len(ending) < len(work):
-            passed = step.numbers.logits[len(ending) : len(work)]
-            for (sequence, _), good in zip(work[len(ending) :], sound(passed, passed.argmax(-1)), strict=True):
-                sequence.sound = good if sequence.sound is None else sequence.sound & good
+            passed = [sequence for sequence, _ in work[len(ending) :]]
+            remember_soundness(passed, step.numbers.logits[len(ending) : len(work)])
         if ending:
             return self._choose(step.numbers, ending, kind)
         wait(store.device)  # the next step may use the same buffers on the host
@@ -281,9 +280,7 @@ class DecodeGraphs:
         """Tokens of the first rows' logits; BROKEN for sequences of which an earlier chunk was not finite."""
         assert numbers.logits is not None
         states, logits = [sequence.sampler for sequence in sequences], numbers.logits[: len(sequences)]
-        for at, sequence in enumerate(sequences):
-            if sequence.sound is not None:
-                logits[at].copy_(logits[at].where(sequence.sound, float("nan")))
+        spoil(sequences, logits)
         chosen = self._sampled(numbers, logits, states, kind)
         for sequence in sequences:
             sequence.sound = None

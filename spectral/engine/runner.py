@@ -8,7 +8,7 @@ import torch
 
 from spectral.dispatch import launching
 from spectral.engine.graphs import Chosen, DecodeGraphs
-from spectral.engine.sampler import sample, score_prompt, sound
+from spectral.engine.sampler import remember_soundness, sample, score_prompt, spoil
 from spectral.engine.scheduler import Part
 from spectral.engine.sequence import Sequence
 from spectral.hf import LoadedModel, attending
@@ -99,12 +99,9 @@ class Runner:
                 score_prompt(sequence, start, logits[at : at + count])
                 at += count
         if passed:
-            ends = logits[len(keep) + len(extra) :]
-            for (sequence, _), good in zip(passed, sound(ends, ends.argmax(-1)), strict=True):
-                sequence.sound = good if sequence.sound is None else sequence.sound & good
+            remember_soundness([sequence for sequence, _ in passed], logits[len(keep) + len(extra) :])
         logits = logits[: len(keep)]
-        for at, sequence in enumerate(sampling):
-            if sequence.sound is not None:
-                logits[at] = logits[at].where(sequence.sound, float("nan"))
-                sequence.sound = None
+        spoil(sampling, logits)
+        for sequence in sampling:
+            sequence.sound = None
         return sampling, logits

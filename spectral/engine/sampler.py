@@ -111,6 +111,20 @@ def sound(logits: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
     return logits.gather(-1, best[:, None]).squeeze(-1).isfinite()
 
 
+def remember_soundness(sequences: Sequence[EngineSequence], ends: torch.Tensor) -> None:
+    """After chunks that do not end their prompts: whether all their numbers were finite, from the logits of their last
+    tokens [sequences, V], and from the chunks before. Does not wait for the device."""
+    for sequence, good in zip(sequences, sound(ends, ends.argmax(-1)), strict=True):
+        sequence.sound = good if sequence.sound is None else sequence.sound & good
+
+
+def spoil(sequences: Sequence[EngineSequence], logits: torch.Tensor) -> None:
+    """Make logits [sequences, V] NaN where an earlier chunk of a prompt was not finite, in place."""
+    for at, sequence in enumerate(sequences):
+        if sequence.sound is not None:
+            logits[at] = logits[at].where(sequence.sound, float("nan"))
+
+
 def sample(logits: torch.Tensor, states: Sequence[SamplerState]) -> tuple[list[int], list[Logprob | None]]:
     """Choose one token for each row.
 

@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def two_words(p, FAST: tl.constexpr):
-    """Eight aligned bytes as two words. (PTX, because Triton's search for coalesced layouts is quadratic in loads.)"""
+    """Eight aligned bytes as two words."""
     if FAST:
         return tl.inline_asm_elementwise(
             "ld.global.nc.v2.b32 {$0, $1}, [$2];",
