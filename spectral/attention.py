@@ -253,8 +253,10 @@ def _decode_on_codes(
     from spectral.kernels.decode import StepTables, decode_attention
 
     if plan.step is None:
-        rows = [plan.counts, plan.lengths, plan.firsts, [0] * len(plan.counts)]
-        count, length, first, before = torch.tensor(rows, dtype=torch.int32).to(pool.device).unbind(0)
+        number = len(plan.counts)
+        spare = [0] * (-number % 4)  # kernels are compiled anew for addresses that are no multiples of 16 bytes
+        rows = [[*row, *spare] for row in (plan.counts, plan.lengths, plan.firsts, [0] * number)]
+        count, length, first, before = torch.tensor(rows, dtype=torch.int32).to(pool.device)[:, :number].unbind(0)
         plan.step = StepTables(plan.table.int(), count, plan.slot.int(), length, first, before)
     q, k, v = (x.transpose(0, 1) for x in (query, key, value))
     return decode_attention(kernels, pool, window, plan.step, q, k, v, scaling=scaling, softcap=softcap)

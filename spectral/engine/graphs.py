@@ -44,7 +44,8 @@ DECODE, CHUNK, FIRST, ORDINARY = "decode", "chunk", "first", ""
 """How a sequence's tokens run in a step."""
 
 Key = tuple[Any, ...]
-"""Its first part: the generation of the store that it depends on, or 0. The others say what is launched."""
+"""Its first part: the generation of the store that it depends on, or 0; its last: how wide page tables are, which
+changes sizes alone, or 0. The others say what is launched."""
 
 Step = TypeVar("Step", bound=StaticStep)
 
@@ -71,14 +72,14 @@ class Replayer:
     """Runs functions that only launch work on fixed tensors; from the second time on as a captured graph.
 
     The first time compiles and loads what the function launches, which a capture may not do. What has run so over
-    tensors that are somewhere else now (a pool has grown) is captured at once.
+    tensors that are somewhere else now (a pool has grown), or over narrower page tables, is captured at once.
     """
 
     def __init__(self, device: torch.device, capture: bool) -> None:
         self._device, self._capture = device, capture
         self.graphs: dict[Key, Any] = {}
         self._warm: set[Key] = set()
-        self._known: set[Key] = set()  # the same without generations
+        self._known: set[Key] = set()  # the same without generations and widths
         self.refused: dict[str, str] = {}
         """What cannot be captured, and why."""
         self._pool: Any = None
@@ -93,8 +94,8 @@ class Replayer:
         if graph is None:
             launched = (what, key) in self._warm
             self._warm.add((what, key))
-            if not launched and (what, key[1:]) not in self._known:
-                self._known.add((what, key[1:]))
+            if not launched and (what, key[1:-1]) not in self._known:
+                self._known.add((what, key[1:-1]))
                 launch()
                 return
             graph = self._try(what, key, launch, launched)
@@ -265,7 +266,7 @@ class DecodeGraphs:
         if seals:
             self._seal(store, seals)
         what = "step of short prompts" if how is FirstStep else "chunk step"
-        self.replayer.run(what, _key(store, rows, step.width, answers), step.forward)
+        self.replayer.run(what, _key(store, rows, answers, step.width), step.forward)
         self.chunk_steps += 1
         assert step.numbers.logits is not None
         if len(ending) < len(work):
@@ -295,7 +296,7 @@ class DecodeGraphs:
         if memory is not None:
             memory.follow(states)
         out = self._chosen[rows]
-        self.replayer.run("sampling", (0, rows, kind), lambda: choose(numbers, kind, memory, out))
+        self.replayer.run("sampling", (0, rows, kind, 0), lambda: choose(numbers, kind, memory, out))
         tokens, right = fetch(out).tolist()  # the step's one wait
         if not all(right[: len(states)]):
             if memory is not None:
@@ -326,7 +327,7 @@ class DecodeGraphs:
 
     def _seal(self, store: PageStore, seals: list[tuple[int, int, int, int]]) -> None:
         pages = bucket(len(seals))
-        key = _key(store, pages)
+        key = _key(store, pages, 0)
         found = self._seals.get(key)
         if found is None:
             bound = most_pages(self._loaded.context_length, store.codebook.page_tokens)

@@ -207,6 +207,10 @@ def test_what_cannot_be_captured_is_launched_and_said_once(
     replayer.drop(lambda key: key[0] == 1)
     replayer.run("step", (1, 2), lambda: done.append(1))
     assert len(done) == 3 and replayer.replays == 4  # captured at once: what it launches was launched before
+    replayer.run("step", (1, 4), lambda: done.append(1))
+    assert len(done) == 4 and replayer.replays == 5  # page tables are wider: so was this
+    replayer.run("step", (1, 8, 4), lambda: done.append(1))
+    assert len(done) == 5 and replayer.replays == 5  # more rows, perhaps: launched first
 
     calls = []
 
@@ -216,18 +220,18 @@ def test_what_cannot_be_captured_is_launched_and_said_once(
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     for _ in range(4):
-        replayer.run("odd", (1,), waits)
-    assert len(calls) == 5 and replayer.captures == 2
+        replayer.run("odd", (1, 0), waits)
+    assert len(calls) == 5 and replayer.captures == 3
     replayer.drop(lambda key: True)
 
     def compiles() -> None:
         done.append(1)
-        if len(done) == 5:  # in the capture that was tried at once
+        if len(done) == 6:  # in the capture that was tried at once
             raise RuntimeError("a kernel that was not there")
 
     for _ in range(2):
         replayer.run("step", (3, 2), compiles)
-    assert "step" not in replayer.refused and replayer.captures == 3
+    assert "step" not in replayer.refused and replayer.captures == 4
     assert [r.message.count("cannot be captured") for r in caplog.records] == [1]
 
 
