@@ -56,11 +56,16 @@ FULL = Sizes(("8b", "4b", "1.7b"), "cuda:0")
 COMPILE_S = 150.0
 """Seconds that compiling ahead may take at most: it saves the workers time, and whatever lacks they compile."""
 
+SQUEEZED = ("8x", "16x")
+"""Settings that a cache is squeezed to, one after the other."""
+KEPT_S = 2.0
+"""Seconds after which a worker has copied a setting's tables to host memory."""
+
 PROVENANCE = "import json, sys; from spectral.provenance import provenance; print(json.dumps(provenance(sys.argv[1])))"
 
 
 async def load(scene: Scene, out: Part) -> None:
-    """Three loads at once; then every coarser setting of every model, once."""
+    """Three loads at once; then every coarser setting of every model, once, those of the part that squeezes last."""
     began = time.monotonic()
     out["until_first_token_s"] = await asyncio.gather(*(answer(scene, name, 16, 2) for name in scene.sizes.models))
     out |= {"seconds": time.monotonic() - began, "vram": scene.vram()}
@@ -68,10 +73,12 @@ async def load(scene: Scene, out: Part) -> None:
     async def used(name: str) -> float:
         slot, began = scene.scheduler.slots[name], time.monotonic()
         names = [figure.name for figure in slot.ready.ladder]
-        for setting in names[names.index(slot.ready.setting) + 1 :]:
+        coarser = names[names.index(slot.ready.setting) + 1 :]
+        for setting in [*(name for name in coarser if name not in SQUEEZED), *SQUEEZED, "4x"]:
             await scene.set_setting(slot, setting)
             await answer(scene, name, 400, 12)
-        await scene.set_setting(slot, "4x")
+            if setting in (*SQUEEZED, "4x"):  # the part that squeezes finds their tables in host memory
+                await asyncio.sleep(KEPT_S)
         return time.monotonic() - began
 
     out["settings_used_once_s"] = await asyncio.gather(*map(used, scene.sizes.models))
@@ -95,24 +102,30 @@ async def squeeze(scene: Scene, out: Part) -> None:
 
 
 async def squeezed(scene: Scene, name: str, prompt: int, out: Part, rows: list[Part]) -> None:
-    """Eight streams of one model, whose cache is squeezed to 8x and to 16x; a row of each."""
+    """Eight streams of one model, whose cache is squeezed to 8x and to 16x; a row of each. Of `command_s`, all that the
+    scheduler waits for, the worker says what tables_s, waited_s (for the end of a step) and worker_s took; the rest is
+    elsewhere_s. Of worker_s encoded_s went to codes and given_back_s to returning memory."""
     slot = scene.scheduler.slots[name]
     async with running(scene, [name], prompt=prompt, answer=10**6) as clients:
         await clients.started()
-        await asyncio.sleep(1.0)
-        for setting in ("8x", "16x"):
-            before, held, reserved = scene.used(), slot.stats.kv_bytes_allocated, slot.stats.reserved_bytes
-            was, began = slot.ready.setting, time.perf_counter()
+        for setting in SQUEEZED:
+            steady_after = await scene.steady(slot)
+            was, held, reserved = slot.ready.setting, slot.stats.kv_bytes_allocated, slot.stats.reserved_bytes
+            before, began = scene.used(), time.perf_counter()
             print_ = await scene.set_setting(slot, setting)
             took = time.perf_counter() - began
             shown = before - scene.used()
-            row = {"model": name, "from": was, "to": setting, "held_gib": held / GIB, "command_s": took}
-            row |= {"worker_s": print_.seconds, "freed_gib": print_.freed_bytes / GIB, "nvml_gib": shown / GIB}
+            row = {"model": name, "from": was, "to": setting, "held_gib": held / GIB, "steady_after_s": steady_after}
+            row |= {"command_s": took, "worker_s": print_.seconds}
+            row |= {part: getattr(print_, part) for part in ("tables_s", "waited_s", "encoded_s", "given_back_s")}
+            row["elsewhere_s"] = took - print_.tables_s - print_.waited_s - print_.seconds
+            row |= {"freed_gib": print_.freed_bytes / GIB, "nvml_gib": shown / GIB}
             row["reserve_freed_gib"] = (reserved - print_.reserved_bytes) / GIB
             row["ms_per_gib"] = took * 1e3 / (shown / GIB) if shown > 0 else None
             rows.append(row | {"longest_pause_s": await clients.longest_pause(3.0)})
             good = [row["ms_per_gib"] for row in rows if row["ms_per_gib"] is not None]
             out["ms_per_gib_max"] = max(good, default=None)
+            out["command_s_max"] = max(row["command_s"] for row in rows)
             scene.tell(rows[-1])
         rows[-1]["streams_broken"] = await clients.cancel()
     await scene.set_setting(slot, "4x")

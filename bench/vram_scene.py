@@ -28,6 +28,8 @@ from server.worker import messages as m
 GIB = 2**30
 STREAMS = 8
 SAMPLE_S = 0.1
+STEADY_S, STEADY_WITHIN_S = 1.5, 20.0
+"""A worker reports four times a second, after a step."""
 FOREIGN = """
 import sys, time, torch
 device, held = sys.argv[1], None
@@ -241,6 +243,20 @@ class Scene:
                 raise TimeoutError(f"{slot.name} is {slot.state} after {within_s:g} s, not {state}")
             await asyncio.sleep(0.005)
         return time.monotonic() - began
+
+    async def steady(self, slot: Slot) -> float | None:
+        """Wait until a model's cache and all that torch holds for it stay as they are, for STEADY_S; seconds until
+        then, None where that did not come within STEADY_WITHIN_S."""
+        began = since = time.monotonic()
+        held = None
+        while (now := time.monotonic()) - began < STEADY_WITHIN_S:
+            found = slot.stats.kv_bytes_allocated, slot.stats.reserved_bytes
+            if found != held:
+                held, since = found, now
+            if now - since >= STEADY_S:
+                return now - began
+            await asyncio.sleep(0.02)
+        return None
 
     def asleep_bytes(self, slot: Slot) -> int:
         """Host memory that a sleeping model takes: weights, tables, and what it keeps of its cache."""

@@ -283,3 +283,12 @@ class Codebook:
     def page_nbytes(self) -> int:
         """Bytes of one page over all layers."""
         return sum(codec.page_nbytes for codec in self.layers if codec is not None)
+
+
+def coarser(old: Codebook, new: Codebook) -> bool:
+    """True where a cache at `old` can be squeezed to `new`."""
+    same = (old.profile_hash, old.sinks, old.window, old.page_tokens) == (
+        new.profile_hash, new.sinks, new.window, new.page_tokens
+    )  # fmt: skip
+    compressed = "exact" not in (old.setting, new.setting)
+    return compressed and same and new.page_nbytes() < old.page_nbytes() and new.window_bits <= old.window_bits

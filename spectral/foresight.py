@@ -7,9 +7,10 @@ widths takes longest by far, and it needs no device: it is made here, a layer at
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
     from spectral.layout import PageLayout
     from spectral.profile import SpectralProfile
 
-SHARE = 0.2
-"""Of one thread's time that is spent on this."""
+log = logging.getLogger("spectral.engine")
+
+SHARE, KEEP_SHARE = 0.2, 0.5
+"""Of one thread's time that is spent on this, and on copies: these are the GPU's work, and the next change may come."""
 
 
 @dataclass
@@ -92,10 +95,11 @@ def foresee(profile: SpectralProfile, setting: str) -> Iterator[str]:
 
 
 class Foresight:
-    """`foresee` on a thread of its own that leaves most of the time to others; a new setting begins anew."""
+    """`foresee` on a thread of its own that leaves most of the time to others; a new setting begins anew. What `keep`
+    does comes first: what is made of the setting in use is kept for its next time (spectral.shelf)."""
 
-    def __init__(self, profile: SpectralProfile) -> None:
-        self.profile = profile
+    def __init__(self, profile: SpectralProfile, keep: Callable[[], Iterable[object]] = tuple) -> None:
+        self.profile, self._keep = profile, keep
         self._wanted: str | None = None
         self._ended = False
         self._news = threading.Condition()
@@ -113,6 +117,16 @@ class Foresight:
             self._ended = True
             self._news.notify()
 
+    def _work(self, setting: str) -> Iterator[float]:
+        """All of it; yields the share of the time that the part before it may take."""
+        try:
+            for _ in self._keep():
+                yield KEEP_SHARE
+        except Exception as error:  # without it everything works, more slowly
+            log.warning("tables of setting %s are not kept: %s", setting, error)
+        for _ in foresee(self.profile, setting):
+            yield SHARE
+
     def _run(self) -> None:
         while True:
             with self._news:
@@ -122,8 +136,8 @@ class Foresight:
                 setting, self._wanted = self._wanted, None
             assert setting is not None
             began = time.monotonic()
-            for _ in foresee(self.profile, setting):
-                pause = (time.monotonic() - began) * (1 / SHARE - 1)
+            for share in self._work(setting):
+                pause = (time.monotonic() - began) * (1 / share - 1)
                 with self._news:
                     if self._news.wait_for(lambda: self._wanted is not None or self._ended, pause):
                         break

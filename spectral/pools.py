@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from spectral.aside import wait
 from spectral.codec import Codebook, ExactCodec, LayerCodec, PageCodec
 from spectral.layout import POOL_SLACK
 from spectral.residency import give_back
@@ -47,6 +48,7 @@ class _Old:
         """Return them if they are many; the caller holds none of them any more."""
         held = sum(pool.numel() for pool in self._kept)
         if self._kept and (now or held + _Old.left >= GIVE_BACK_BYTES):
+            wait(self._kept[0].device)  # the driver would; so it is known what takes the time
             self._kept.clear()
             _Old.left = 0
             give_back("cuda")

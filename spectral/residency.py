@@ -80,7 +80,7 @@ class Sleeper:
         at = 0
         for storage in storages:
             size = storage.nbytes()
-            _view(host, at, size).copy_(_bytes_of(storage), non_blocking=True)
+            _view(host, at, size).copy_(bytes_of(storage), non_blocking=True)
             self._asleep.append((storage, at, size))
             at += size
         synchronize({storage.device for storage in storages})
@@ -97,7 +97,7 @@ class Sleeper:
         try:
             for storage, at, size in self._asleep:
                 storage.resize_(size)
-                _bytes_of(storage).copy_(_view(self._host, at, size), non_blocking=True)
+                bytes_of(storage).copy_(_view(self._host, at, size), non_blocking=True)
             synchronize({storage.device for storage, _, _ in self._asleep})
         except Exception:
             for storage, _, _ in self._asleep:
@@ -181,7 +181,7 @@ def _tensors(value: Any, depth: int, visited: set[int]) -> Iterator[torch.Tensor
         yield from _tensors(child, depth - 1, visited)
 
 
-def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
     """The whole storage as uint8."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
@@ -212,13 +212,26 @@ def synchronize(devices: Iterable[torch.device]) -> None:
             torch.cuda.synchronize(device)
 
 
+class Spent:
+    """Seconds that something took in this process, since the start."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+
+giving_back = Spent()
+"""In `give_back`."""
+
+
 def give_back(kind: str) -> None:
     """Hand freed memory of torch's allocator back to the driver, or of the C library's to the kernel, where other
     processes can take it."""
+    timer = Timer()
     if kind == "cuda":
         torch.cuda.empty_cache()
     elif kind == "cpu" and (trim := _malloc_trim()) is not None:
         trim(0)
+    giving_back.seconds += timer.seconds
 
 
 @lru_cache(maxsize=1)

@@ -19,6 +19,7 @@ from server.worker.child_load import describe
 from spectral.dispatch import READ, wanted
 from spectral.engine import types
 from spectral.errors import SpectralError
+from spectral.residency import Timer
 
 if TYPE_CHECKING:
     from spectral.engine.build import Built
@@ -65,8 +66,13 @@ class Engines:
         if self._foresight is None or self._foresight.profile is not built.profile:
             if self._foresight is not None:
                 self._foresight.end()
-            self._foresight = Foresight(built.profile)
+            self._foresight = Foresight(built.profile, lambda: self.current.lanes.keep())
         self._foresight.begin(built.engine.setting)
+
+    def foresee(self) -> None:
+        """The tables in use have come back from host memory: see to their next change again."""
+        if self._foresight is not None:
+            self._foresight.begin(self.current.setting)
 
     @property
     def current(self) -> Engine:
@@ -157,10 +163,13 @@ def _sum(a: types.EngineStats, b: types.EngineStats) -> types.EngineStats:
 
 class Preparation:
     """What another setting needs, made on a thread of its own while requests run; then it comes into the inbox, and
-    the command is carried out between two steps. Whatever goes wrong here goes wrong there again, and is told there."""
+    the command is carried out between two steps. Whatever goes wrong here goes wrong there again, and is told there.
+
+    `seconds`: what this took; `waited`: how long it is over.
+    """
 
     def __init__(self, command: wire.SetSetting, engines: Engines, done: Callable[[Preparation], None]) -> None:
-        self.command = command
+        self.command, self.seconds, self.waited = command, 0.0, Timer()
         self._lanes, self._done = engines.current.lanes, done
         threading.Thread(target=self._run, name="setting", daemon=True).start()
 
@@ -169,6 +178,7 @@ class Preparation:
             self._lanes.prepare(self.command.setting)
         except Exception as error:  # see above
             log.debug("setting %s could not be prepared: %s", self.command.setting, error)
+        self.seconds, self.waited = self.waited.seconds, Timer()
         self._done(self)
 
 

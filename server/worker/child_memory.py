@@ -16,7 +16,7 @@ from server.worker.child_load import describe
 from spectral.errors import SpectralError
 
 if TYPE_CHECKING:
-    from server.worker.child_engines import Engines
+    from server.worker.child_engines import Engines, Preparation
 
 log = logging.getLogger("spectral.worker")
 EXIT_DAMAGED = 4
@@ -34,18 +34,21 @@ class MemoryControl:
         self._sleeper: Any = None
         self._kv, self._beside = -1, 0
         self._settled = True
+        self._spent: dict[str, float] = {}  # the parts of a command's time, by their names in a Footprint
 
     @property
     def asleep(self) -> bool:
         """Whether the weights are in host memory: nothing can run."""
         return self._sleeper is not None and self._sleeper.asleep
 
-    def handle(self, message: wire.ToWorker) -> list[wire.ToParent]:
-        """Carry out a command; the answers, a Done the last of them. A failure changes nothing and is told."""
+    def handle(self, message: wire.ToWorker, prepared: Preparation | None = None) -> list[wire.ToParent]:
+        """Carry out a command; the answers, a Done the last of them. A failure changes nothing and is told.
+        `prepared`: what was made for it before."""
         from spectral.residency import Timer
 
         assert isinstance(message, COMMANDS)
         timer, self._settled = Timer(), True
+        self._spent = {} if prepared is None else {"tables_s": prepared.seconds, "waited_s": prepared.waited.seconds}
         try:
             if isinstance(message, wire.SetLease):
                 answers, freed = self._set_lease(message)
@@ -95,6 +98,7 @@ class MemoryControl:
             freed_bytes=freed,
             seconds=seconds,
             settled=self._settled,
+            **self._spent,
         )
 
     def _set_lease(self, message: wire.SetLease) -> tuple[list[wire.ToParent], int]:
@@ -113,13 +117,17 @@ class MemoryControl:
         return [], freed
 
     def _set_setting(self, setting: str) -> tuple[list[wire.ToParent], int]:
-        from spectral.residency import give_back
+        from spectral.aside import wait
+        from spectral.residency import Timer, give_back, giving_back
 
-        built = self._engines.built
+        built, timer, given = self._engines.built, Timer(), giving_back.seconds
         freed = built.engine.set_setting(setting)
+        wait(built.engine.loaded.device)  # the codes' kernels; memory could not be given back before
+        encoded_s = timer.seconds - (giving_back.seconds - given)
         row = None if setting == "exact" or built.profile is None else built.profile.row(setting)
         self._engines.built = replace(built, row=row)
         give_back(built.engine.loaded.device.type)
+        self._spent |= {"encoded_s": encoded_s, "given_back_s": giving_back.seconds - given}
         return [describe(self._engines.built)], freed
 
     def _relieve(self) -> int:
@@ -149,7 +157,11 @@ class MemoryControl:
         return [], sleep(self._engines.all, self._sleeper, keep_bytes)
 
     def _wake(self) -> tuple[list[wire.ToParent], int]:
-        return [], -int(self._sleeper.wake()) if self._sleeper is not None else 0
+        if self._sleeper is None:
+            return [], 0
+        woken = int(self._sleeper.wake())
+        self._engines.foresee()
+        return [], -woken
 
 
 def _damaged() -> None:

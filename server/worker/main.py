@@ -19,6 +19,7 @@ import queue
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 # Before torch is imported by anything: an OpenMP pool that spins would take the cores from other workers.
@@ -107,10 +108,12 @@ class Writer:
 
 
 class Reader:
-    """Receives messages: pings are answered here, everything else goes to the inbox."""
+    """Receives messages: pings are answered here, everything else goes to the inbox, unless `early` takes it, which
+    does not wait for the end of a step."""
 
     def __init__(self, channel: SocketChannel, writer: Writer) -> None:
         self.inbox: Inbox = queue.SimpleQueue()
+        self.early: Callable[[wire.ToWorker], bool] = lambda message: False
         self._channel, self._writer = channel, writer
         threading.Thread(target=self._run, name="reader", daemon=True).start()
 
@@ -127,7 +130,7 @@ class Reader:
                 os._exit(EXIT_OK)
             if isinstance(message, wire.Ping):
                 self._writer.send(wire.Pong(message.seq))
-            else:
+            elif not self.early(message):
                 self.inbox.put(message)
 
 
@@ -175,7 +178,7 @@ class Worker:
         self._memory = MemoryControl(engines, engines.current.limits.max_kv_bytes, writer.send)
         self._queue = QueueDeadlines(engines, writer.send)
         self._encoding: dict[str, bool] = {}  # requests at the encoder, and whether they were cancelled meanwhile
-        self._preparing = 0
+        self._preparing: set[str] = set()  # commands whose settings are being prepared
         self._stop_at: float | None = None
         self._trim_at: float | None = None  # when the cache's unused memory is given back
         self._stats_at = 0.0
@@ -248,20 +251,29 @@ class Worker:
         elif isinstance(message, Change):
             self._writer.send(*message.apply())
             self._report()
-        elif isinstance(message, wire.SetSetting) and self._engines.has_work:
-            self._preparing += 1
-            Preparation(message, self._engines, self._inbox.put)
-        elif isinstance(message, (Preparation, *COMMANDS)):
-            self._preparing -= isinstance(message, Preparation)
-            command = message.command if isinstance(message, Preparation) else message
-            self._writer.send(*self._memory.handle(command))
+        elif isinstance(message, Preparation):
+            self._preparing.discard(message.command.command_id)
+            self._writer.send(*self._memory.handle(message.command, message))
             self._report()
+        elif isinstance(message, COMMANDS):
+            if not self.prepare(message):
+                self._writer.send(*self._memory.handle(message))
+                self._report()
         elif isinstance(message, child_sessions.COMMANDS):
             self._writer.send(child_sessions.handle(self._engines, message))
         elif isinstance(message, wire.Shutdown):
             self._stop_at = time.monotonic() + message.deadline_s
         else:
             log.warning("a %s message came after loading and is ignored", type(message).__name__)
+
+    def prepare(self, message: wire.ToWorker) -> bool:
+        """Where a setting is asked for while requests run, begin to make what it needs; whether it is so. The reader
+        asks first: the inference thread looks at its inbox at the end of a step only."""
+        if not isinstance(message, wire.SetSetting) or not self._engines.has_work:
+            return False
+        self._preparing.add(message.command_id)
+        Preparation(message, self._engines, self._inbox.put)
+        return True
 
     def _submit(self, message: wire.Submit) -> None:
         ident = message.request_id
@@ -353,7 +365,9 @@ def serve(channel: SocketChannel, ahead: bool = False) -> int:
     heap.keep()
     sys.setswitchinterval(SWITCH_S)
     writer.send(ready)
-    Worker(Engines(built), reader.inbox, writer).run()
+    worker = Worker(Engines(built), reader.inbox, writer)
+    reader.early = worker.prepare
+    worker.run()
     writer.finish()
     return EXIT_OK
 

@@ -43,7 +43,11 @@ class Wake(msgspec.Struct, tag="wake", frozen=True):
 class Footprint(msgspec.Struct, tag="footprint", frozen=True):
     """What a worker holds, after a memory command. Bytes; `reserved_bytes`: all that torch holds on the device;
     `host_bytes`: weights that sleep. `freed_bytes` and `seconds` are the command's. `settled`: what torch held unused
-    was given back, so the rest is what the model needs."""
+    was given back, so the rest is what the model needs.
+
+    Where the time of a change of setting goes: `tables_s` beside running steps, for the setting's tables; `waited_s`
+    after that for the end of a step; then `seconds`, between two steps, of which `encoded_s` for the cache's codes and
+    `given_back_s` for returning memory to the device."""
 
     lease: int | None = None
     context_length: int = 0
@@ -54,6 +58,10 @@ class Footprint(msgspec.Struct, tag="footprint", frozen=True):
     freed_bytes: int = 0
     seconds: float = 0.0
     settled: bool = True
+    tables_s: float = 0.0
+    waited_s: float = 0.0
+    encoded_s: float = 0.0
+    given_back_s: float = 0.0
 
 
 class SetProfile(msgspec.Struct, tag="set_profile", frozen=True):

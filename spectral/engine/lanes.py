@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ import torch
 
 from spectral.aside import aside
 from spectral.code_dispatch import codes_for
+from spectral.codec import coarser
 from spectral.dispatch import kernels_for
 from spectral.engine.prefix import PrefixCache, block_length
 from spectral.engine.sequence import Sequence
@@ -27,6 +28,7 @@ from spectral.pages import PageStore
 from spectral.parking import park, unpark
 from spectral.pools import squeeze_fill
 from spectral.rows import cut_row
+from spectral.shelf import Shelf
 
 if TYPE_CHECKING:
     from spectral.codec import Codebook
@@ -110,7 +112,8 @@ class Lanes:
         self._loaded, self._limits, self._profile, self._chunk = loaded, limits, profile, chunk
         self.all: list[Lane] = []
         self._books: dict[str, Codebook | None] = {}
-        self.current = self._make(setting, codebook)
+        self.shelf = Shelf(loaded.device.type)
+        self.current = self._make(setting, self._adopt(codebook))
         self.parked_nbytes = self.parks = self.squeezes = 0
         self._past_tokens = [0, 0]  # asked and reused, of lanes that have ended
 
@@ -135,6 +138,20 @@ class Lanes:
         known = weakref.ref(lane)  # a lane that has ended goes at once, and its setting's tables with it
         self.all.append(lane)
         return lane
+
+    def _adopt(self, book: Codebook | None) -> Codebook | None:
+        """Have a setting's tables remembered where its name says which they are."""
+        mine = self._profile.content_hash if self._profile is not None else ""
+        if book is not None and mine and book.profile_hash == mine:
+            self.shelf.adopt(book)
+        return book
+
+    def keep(self) -> Iterator[None]:
+        """Copy the current setting's tables to host memory, so that it is quick to come back to them; see `Shelf`.
+        Another thread may do this, and may stop at any time."""
+        setting = self.current.setting
+        self._adopt(None if setting == EXACT else self.current.store.codebook)
+        return self.shelf.keep(setting)
 
     def _identity(self, setting: str, book: Codebook) -> bytes:
         return f"{self._loaded.fingerprint}|{book.profile_hash}|{setting}|{book.window_bits}|{self._chunk}".encode()
@@ -201,8 +218,10 @@ class Lanes:
             return None
         if self._profile is None:
             raise ProfileError(f"setting {setting!r} needs a spectral profile, and this engine was made without one")
-        return self._profile.codebook(
-            setting, device=self._loaded.layer_devices, finer=self.current.store.codebook
+        if (known := self.shelf.find(setting)) is not None:
+            return known
+        return self._adopt(
+            self._profile.codebook(setting, device=self._loaded.layer_devices, finer=self.current.store.codebook)
         )
 
     def prepare(self, setting: str) -> None:
@@ -376,12 +395,3 @@ class Lanes:
             lane.store.check()
             assert lane.prefix.nbytes <= lane.prefix.max_bytes
         assert self._limits.max_kv_bytes is None or self.nbytes <= self._limits.max_kv_bytes, "over the budget"
-
-
-def coarser(old: Codebook, new: Codebook) -> bool:
-    """True where a cache at `old` can be squeezed to `new`."""
-    same = (old.profile_hash, old.sinks, old.window, old.page_tokens) == (
-        new.profile_hash, new.sinks, new.window, new.page_tokens
-    )  # fmt: skip
-    compressed = EXACT not in (old.setting, new.setting)
-    return compressed and same and new.page_nbytes() < old.page_nbytes() and new.window_bits <= old.window_bits

@@ -18,10 +18,12 @@ def sleep(engines: Sequence[Engine], sleeper: Sleeper, keep_bytes: int) -> int:
     """Move a model that rests to host memory, with its tables and with as much of its idle prefixes, compressed as they
     are, as `keep_bytes` hold: a chat goes on after the wake-up without being computed again. Returns the bytes freed.
 
-    Nothing may run. Raises CacheError where the host has too little memory.
+    Tables of settings that are not in use are forgotten. Nothing may run. Raises CacheError where the host has too
+    little memory.
     """
     before = sum(engine.lanes.nbytes for engine in engines)
     for engine in engines:
+        engine.lanes.shelf.clear()
         engine.lanes.trim()
         over = engine.lanes.nbytes - keep_bytes
         if over > 0:

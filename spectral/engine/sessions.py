@@ -7,7 +7,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
-from spectral.engine.lanes import Lane, Lanes, coarser
+from spectral.codec import coarser
+from spectral.engine.lanes import Lane, Lanes
 from spectral.engine.sequence import Sequence
 from spectral.errors import DamagedPages, SessionError
 from spectral.parking import Parked, park, unpark

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from server.worker import child_wire
 from server.worker import messages as wire
 from server.worker.child_engines import NO_WORK, Engines
 from server.worker.child_memory import MemoryControl
-from server.worker.main import Inbox, Worker
+from server.worker.main import Inbox, Reader, Worker
 from spectral.engine.build import Built, build_engine, find_profile
 from spectral.engine.types import EngineLimits
 from spectral.hf import LoadedModel, load_model
@@ -53,6 +54,60 @@ def test_a_squeeze_between_requests_changes_the_setting_and_says_so(loaded: Load
     assert built.engine.setting == "8x" and built.engine.store.codebook.setting == "8x"
     ends = [m for m in said.messages if isinstance(m, wire.Finished)]
     assert [end.reason for end in ends] == ["length", "length"]
+
+
+class Channel:
+    """Stands for the socket, whose other end says nothing after these messages."""
+
+    def __init__(self) -> None:
+        self.coming: queue.SimpleQueue[wire.ToWorker] = queue.SimpleQueue()
+
+    def receive(self) -> wire.ToWorker:
+        return self.coming.get()
+
+
+def test_a_setting_is_prepared_while_a_step_runs_and_the_answer_says_what_took_the_time(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built, said, channel, prepared = build(loaded), Said(), Channel(), threading.Event()
+    lanes, engine = built.engine.lanes, built.engine
+    prepare, step, waits = lanes.prepare, engine.step, []
+
+    def preparing(setting: str) -> None:
+        prepare(setting)
+        prepared.set()
+
+    def stepping() -> list[Any]:
+        if len(waits) == 2:  # requests run: the command comes in the middle of a step, which does not end before
+            channel.coming.put(wire.SetSetting("s", "8x"))
+            waits.append(prepared.wait(30.0))
+        else:
+            waits.append(True)
+        return step()
+
+    monkeypatch.setattr(lanes, "prepare", preparing)
+    monkeypatch.setattr(engine, "step", stepping)
+    reader = Reader(channel, said)  # type: ignore[arg-type]
+    worker = Worker(Engines(built), reader.inbox, said)  # type: ignore[arg-type]
+    reader.early = worker.prepare
+    channel.coming.put(ask("a", max_tokens=20))
+    channel.coming.put(wire.Shutdown(60.0))
+    worker.run()
+    assert all(waits) and len(waits) > 3, "what a setting needs must not wait for the end of a step"
+    assert done(said, "s").error == "" and engine.setting == "8x"
+    [print_] = footprints(said)
+    assert min(print_.tables_s, print_.waited_s, print_.encoded_s) > 0
+    assert print_.encoded_s + print_.given_back_s <= print_.seconds
+    assert next(m for m in said.messages if isinstance(m, wire.Finished)).usage.completion_tokens == 20
+
+
+def test_what_a_command_took_is_its_own(loaded: LoadedModel) -> None:
+    control = MemoryControl(Engines(build(loaded)), None, lambda *messages: None)
+    _, squeezed, _ = control.handle(wire.SetSetting("s", "8x"))
+    leased, _ = control.handle(wire.SetLease("l", 3_000_000))
+    assert isinstance(squeezed, wire.Footprint) and isinstance(leased, wire.Footprint)
+    assert squeezed.encoded_s > 0 and squeezed.tables_s == squeezed.waited_s == 0  # nothing ran: it was made at once
+    assert (leased.tables_s, leased.waited_s, leased.encoded_s, leased.given_back_s) == (0, 0, 0, 0)
 
 
 def test_a_lease_is_taken_reported_and_bounded_by_the_configuration(loaded: LoadedModel) -> None:

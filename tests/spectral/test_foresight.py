@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -111,3 +112,24 @@ def test_content_is_told_apart() -> None:
     others = [digest(a.reshape(2, 3)), digest(a.astype(np.int32)), digest(a, a), digest(a + 1)]
     assert len({digest(a), *others}) == 5
     assert nbytes_of({"x": [a, (a,)]}) == 2 * a.nbytes
+
+
+def test_what_is_in_use_is_kept_before_anything_is_foreseen_and_a_failure_there_is_only_told(
+    fresh: Memory, profile: SpectralProfile, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[tuple[str, int]] = []
+
+    def keep() -> Iterator[None]:
+        told.append(("first", fresh.misses))
+        yield
+        told.append(("second", fresh.misses))
+        raise RuntimeError("no host memory")
+
+    foreseeing = Foresight(profile, keep)
+    foreseeing.begin("12x")
+    until = time.monotonic() + 60
+    while not fresh.misses and time.monotonic() < until:
+        time.sleep(0.01)
+    foreseeing.end()
+    assert told == [("first", 0), ("second", 0)] and fresh.misses > 0
+    assert "tables of setting 12x are not kept: no host memory" in caplog.text

@@ -142,3 +142,28 @@ def test_a_chat_goes_on_after_a_sleep_with_its_compressed_prefix(demo_path: Path
     assert engine.lanes.nbytes == 0 and sleeper.asleep
     sleeper.wake()
     assert again("c") == first
+
+
+def test_what_sleeps_and_what_rests_do_not_touch_each_other(
+    demo_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tables of the setting in use sleep with the model; while they do, nobody copies them or takes them away."""
+    monkeypatch.setattr("spectral.shelf.LEAST_BYTES", 1)
+    loaded = load_model(str(demo_path), device="cpu")
+    engine = build_engine(loaded, find_profile(loaded), setting="4x", limits=EngineLimits(max_concurrency=3)).engine
+    sleeper = Sleeper(loaded.model, "cpu")
+    first, answers = generate(engine, "a", 8), {}
+    list(engine.lanes.keep())
+    engine.set_setting("8x")
+    answers["8x"] = generate(engine, "b", 8)
+    copying = engine.lanes.keep()
+    next(copying)
+    sleep([engine], sleeper, 0)
+    assert list(copying) == [] and engine.lanes.shelf.known() == [] and engine.lanes.shelf.nbytes == 0
+    sleeper.wake()
+    assert generate(engine, "c", 8) == answers["8x"]
+    for setting in ("4x", "8x", "4x"):
+        list(engine.lanes.keep())
+        engine.set_setting(setting)
+        assert generate(engine, f"d {setting}", 8) == answers.setdefault(setting, first)
+    assert "8x" in engine.lanes.shelf.known() and answers["4x"] == first

@@ -13,6 +13,8 @@ from spectral.engine.engine import Engine
 from spectral.engine.types import EngineLimits, Finished
 from spectral.errors import ProfileError, RequestError, SettingError
 from spectral.hf import LoadedModel, load_model
+from spectral.profile import SpectralProfile
+from spectral.residency import storages_of
 from tests.spectral.engine.engine_helpers import answer, ask, drive, request, tiny_engine
 
 PROMPT = [50 + i % 900 for i in range(0, 3000, 7)][:300]
@@ -69,6 +71,45 @@ def test_a_setting_that_was_left_keeps_no_tables(loaded: LoadedModel, monkeypatc
             assert not [1 for codec in left if codec() is not None], f"tables are kept after {setting}"
     finally:
         gc.enable()
+
+
+def test_tables_of_a_setting_that_was_used_are_not_made_again(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Streams go on through settings whose tables come back from host memory; a parked row needs those that it left."""
+    monkeypatch.setattr("spectral.shelf.LEAST_BYTES", 1)
+    made: list[str] = []
+    make = SpectralProfile.codebook
+
+    def counted(profile: SpectralProfile, setting: str = "auto", **how: Any) -> Any:
+        made.append(setting)
+        return make(profile, setting, **how)
+
+    engine = demo(loaded, "4x", max_host_bytes=None, max_concurrency=2)
+    list(engine.lanes.keep())
+    monkeypatch.setattr(SpectralProfile, "codebook", counted)
+    settings = iter(["8x", "16x", "4x", "8x", "16x", "4x"])
+
+    def each(step: int) -> None:
+        if step == 12:
+            engine.park("r0")
+        if step % 13 == 12 and (setting := next(settings, None)):
+            resting = [layer for layer in engine.store.codebook.layers if layer is not None]
+            engine.lanes.prepare(setting)
+            engine.set_setting(setting)
+            list(engine.lanes.keep())
+            left.append(sum(s.nbytes() for layer in resting for s in storages_of(layer, "cpu")))
+
+    left: list[int] = []
+    for i in range(3):
+        engine.submit(request(f"r{i}", [7 + i, *PROMPT], 60))
+    events = drive(engine, each)
+    assert all(len(answer(events, f"r{i}")) == 60 for i in range(3))
+    assert made == ["8x", "16x"] and len(left) == 6
+    assert left[0] > 0, "a row that is parked at 4x needs its tables"
+    assert 0 in left[1:], "nobody uses 8x after the squeeze to 16x"
+    assert engine.setting == "4x"
+    assert ask(engine, request("x", PROMPT, 30)) == ask(demo(loaded, "4x"), request("x", PROMPT, 30))
 
 
 def test_a_lane_that_has_ended_is_forgotten_by_steps_over_it(
