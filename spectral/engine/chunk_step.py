@@ -45,8 +45,18 @@ def chunk_rows(work: Work) -> tuple[int, int]:
     return max(FEW_ROWS, 1 << (work[0][1] - 1).bit_length()), 1
 
 
+def wide_blocks(rows: int, programs: int) -> int:
+    """Blocks that page tables of so many rows have at least (a power of two, at most 4,096 tokens of 16 a page);
+    programs: of a block, 0 where they may not be wider than needed."""
+    if not programs:
+        return 1
+    from spectral.kernels.decode import SHARED_BLOCKS
+
+    return min(8, 1 << max(1, SHARED_BLOCKS // (rows * programs)).bit_length() - 1)
+
+
 class Bounds:
-    """How long chunks over one store may be to run like this.
+    """How long chunks over one store may be to run like this, and how wide page tables of steps are.
 
     A store without an exact window has none: a page there can be full with the chunk's own tokens.
     """
@@ -56,14 +66,30 @@ class Bounds:
         self.tokens = min(MOST_TOKENS, book.window)
         self.sinks = book.sinks
         self._page = self._window = self._token = 0
+        programs = 1
         for window, codec in zip(store.windows, book.layers, strict=True):
             if codec is None:
                 self.tokens = min(self.tokens, window.ring)
-            if kernels_for(codec, book.window, loaded.shape.query_heads // window.shape.kv_heads, dtype) is None:
+            group = loaded.shape.query_heads // window.shape.kv_heads
+            kernels = kernels_for(codec, book.window, group, dtype)
+            if kernels is not None:
+                programs = max(programs, len(kernels.unit_heads) * kernels.head_groups(group))
+            else:
                 size = 4 * window.shape.kv_heads * window.shape.head_numbers
                 self._token = max(self._token, size)
                 self._page = max(self._page, 0 if codec is None else size * codec.page_tokens)
                 self._window = max(self._window, size * (window.sinks + window.ring))
+        self._programs = programs if store.device.type == "cuda" and not self._page else 0
+        """Of one block of a row, where kernels read all pages on a GPU."""
+
+    def width(self, rows: int, pages: int) -> int:
+        """Of the page tables of a step of so many rows, each with up to `pages` pages.
+
+        Where kernels read them, few rows have wide ones from their first page on, as long as several programs share
+        each block (spectral.kernels.decode): those without pages end at once, and a row that grows needs no other step.
+        The reference copies pages for the whole width.
+        """
+        return table_width(pages, wide_blocks(rows, self._programs))
 
     def begin(self, sequence: Sequence, count: int) -> bool:
         """Whether a sequence's chunk is a prompt's beginning that may run so."""

@@ -21,7 +21,7 @@ from spectral.aside import fetch, wait
 from spectral.engine.chunk_step import Bounds, ChunkStep, FirstStep, chunk_rows
 from spectral.engine.device_sampler import Memory, choose, kind_of, numbers_of
 from spectral.engine.sampler import remember_soundness, sample, spoil
-from spectral.engine.static_step import BLANK, Numbers, SealStep, StaticStep, bucket, most_pages, seals_of, table_width
+from spectral.engine.static_step import BLANK, Numbers, SealStep, StaticStep, bucket, most_pages, seals_of
 from spectral.errors import SettingError
 
 if TYPE_CHECKING:
@@ -311,7 +311,7 @@ class DecodeGraphs:
         self, kind: type[Step], store: PageStore, rows: int, answers: int, pages: int, sequences: int
     ) -> Step:
         """The step of so many rows, `answers` of them with logits, each with up to `pages` pages."""
-        width = table_width(pages)
+        width = self._bounds_of(store).width(rows, pages)
         found = self._steps.get((store.generation, kind, rows, width, answers))
         if found is None:
             self.prune()

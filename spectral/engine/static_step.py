@@ -42,9 +42,9 @@ def bucket(count: int) -> int:
     return 1 << (count - 1).bit_length() if count <= 16 else -(-count // 16) * 16
 
 
-def table_width(pages: int) -> int:
-    """The width of a page table for rows of up to so many pages."""
-    return BLOCK_PAGES * bucket(-(-pages // BLOCK_PAGES)) if pages else 0
+def table_width(pages: int, least: int = 1) -> int:
+    """The width of a page table for rows of up to so many pages: 0, or at least `least` blocks."""
+    return BLOCK_PAGES * bucket(max(-(-pages // BLOCK_PAGES), least)) if pages else 0
 
 
 def most_pages(context: int, page_tokens: int) -> int:

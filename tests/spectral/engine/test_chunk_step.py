@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from spectral.codec import Codebook, ExactCodec
 from spectral.engine import lanes
-from spectral.engine.chunk_step import Bounds, chunk_rows
+from spectral.engine.chunk_step import Bounds, chunk_rows, wide_blocks
 from spectral.engine.engine import Engine
 from spectral.engine.graphs import CHUNK, FIRST, ORDINARY, DecodeGraphs
 from spectral.engine.types import EngineLimits, Event, Failed, Finished
@@ -385,3 +385,15 @@ def test_bounds_on_what_rows_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spectral.engine.chunk_step.MOST_COPIED", 1 << 20)
     assert not bounds.hold(work)
     drive(engine)
+
+
+def test_few_rows_have_wide_page_tables_where_several_programs_share_a_block() -> None:
+    """Two units of 16 query heads, a model whose blocks are many programs, and one whose pages the reference reads."""
+    assert [wide_blocks(rows, 2) for rows in (1, 2, 4, 8, 16, 32)] == [8, 8, 4, 2, 1, 1]
+    assert [wide_blocks(rows, 12) for rows in (1, 2, 8)] == [4, 2, 1]
+    assert wide_blocks(1, 0) == 1
+    engine = tiny_engine(decode="static")
+    bounds = Bounds(engine.loaded, engine.store)
+    assert bounds.width(1, 0) == 0 and bounds.width(1, 1) == bounds.width(16, 1)  # on a CPU
+    bounds._programs = 2
+    assert bounds.width(1, 1) == 8 * bounds.width(16, 1) and bounds.width(1, 0) == 0

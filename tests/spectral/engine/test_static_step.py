@@ -169,6 +169,7 @@ def test_what_the_devices_sampler_leaves_to_the_other() -> None:
 def test_buckets_and_modes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [bucket(n) for n in (1, 2, 3, 5, 16, 17, 33)] == [1, 2, 4, 8, 16, 32, 48]
     assert [table_width(n) for n in (0, 1, 32, 33, 65, 513)] == [0, 32, 32, 64, 128, 1024]
+    assert [table_width(n, 4) for n in (0, 1, 128, 129)] == [0, 128, 128, 256]
     cpu = torch.device("cpu")
     assert decode_choice(cpu) == "eager" and decode_choice(torch.device("cuda")) == "graph"
     monkeypatch.setenv("SPECTRAL_DECODE", "static")

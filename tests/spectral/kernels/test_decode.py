@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -235,3 +236,22 @@ def test_the_comparison_is_with_the_same_codes() -> None:
     assert relative_error(kernels, 2, torch.float32) < TOLERANCE
     kernels.value_basis.neg_()
     assert Case(kernels, 1, 150, 2, torch.float32).error() > TOLERANCE
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_what_rows_are_told_lies_where_kernels_are_compiled_for(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Other addresses than multiples of 16 bytes are another kernel to Triton: compiled within somebody's request."""
+    store, seen = store_of(1, 16, 2, [4, 1], 8), []
+    rows = [store.open() for _ in range(count)]
+    for i, row in enumerate(rows):
+        run_chunk(store, row, 5, 2, i)
+
+    def kept(layer: LayerKernels, pool: Any, window: Any, step: StepTables, query: Any, *rest: Any, **more: Any) -> Any:
+        seen.extend([step.pages, step.count, step.slot, step.length, step.first, step.before])
+        return query
+
+    monkeypatch.setattr("spectral.kernels.decode.decode_attention", kept)
+    monkeypatch.setenv("SPECTRAL_ATTENTION", "triton")
+    step(store, rows, 2, 7, None, commit=False)
+    assert len(seen) == 6 and [x.shape[0] for x in seen] == [count] * 6
+    assert all(x.data_ptr() % 16 == 0 for x in seen)
