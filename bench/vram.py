@@ -58,7 +58,7 @@ COMPILE_S = 150.0
 
 SQUEEZED = ("8x", "16x")
 """Settings that a cache is squeezed to, one after the other."""
-KEPT_S = 2.0
+KEPT_S = 3.0
 """Seconds after which a worker has copied a setting's tables to host memory."""
 
 PROVENANCE = "import json, sys; from spectral.provenance import provenance; print(json.dumps(provenance(sys.argv[1])))"

@@ -295,6 +295,7 @@ async def _sample(scene: Scene, samples: list[dict[str, Any]]) -> None:
     while True:
         used = scene.used()
         rows = (await scene.scheduler.memory.vram_now())["devices"]  # as GET /admin/vram
+        later = scene.used()
         row = next(row for row in rows if row["device"] == scene.device)
         ours = sum(part["bytes"] for part in row["segments"])
         # On a CPU other programs come and go: nobody knows what is foreign there.
@@ -303,7 +304,7 @@ async def _sample(scene: Scene, samples: list[dict[str, Any]]) -> None:
         samples.append(
             {
                 "at": time.monotonic(), "used": used, "ledger": ours + row["foreign_bytes"],
-                "total": abs(ours + row["foreign_bytes"] - used) / used,
+                "total": outside(ours + row["foreign_bytes"], used, later) / used, "moved": abs(later - used) / used,
                 "foreign": None if true is None else abs(row["foreign_bytes"] - true) / used,
                 "over": max(0, used - scene.budget),
             }
@@ -311,8 +312,15 @@ async def _sample(scene: Scene, samples: list[dict[str, Any]]) -> None:
         await asyncio.sleep(SAMPLE_S)
 
 
+def outside(value: int, one: int, other: int) -> int:
+    """How far a value lies outside what is between two others: the ledger reads between two readings of ours, and a
+    model that wakes or loads moves gigabytes in the time of one."""
+    return max(min(one, other) - value, value - max(one, other), 0)
+
+
 def summed(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Figures of one watch. total: |ledger - NVML| over NVML; foreign: what the ledger calls foreign against what is
+    """Figures of one watch. total: |ledger - NVML| over NVML, NVML being anything between a reading before and one
+    after; moved_max: the most that these two differ; foreign: what the ledger calls foreign against what is
     known to be (what was there before, and what the other process holds), over NVML."""
     out: dict[str, Any] = {"samples": len(samples)}
     for what in ("total", "foreign"):
@@ -323,6 +331,7 @@ def summed(samples: list[dict[str, Any]]) -> dict[str, Any]:
             out[f"{what}_error_median"] = statistics.median(error for _, error in known)
             out[f"{what}_above_3_percent"] = len(wrong) / len(known)
             out[f"{what}_longest_above_3_percent_s"] = longest(wrong)
+    out["moved_max"] = max((s["moved"] for s in samples), default=0.0)
     over = [s for s in samples if s["over"]]
     out |= {"over_budget_max_gib": max((s["over"] for s in over), default=0) / GIB}
     out |= {"over_budget_longest_s": longest([s["at"] for s in over])}

@@ -32,6 +32,8 @@ log = logging.getLogger("spectral.engine")
 
 SHARE, KEEP_SHARE = 0.2, 0.5
 """Of one thread's time that is spent on this, and on copies: these are the GPU's work, and the next change may come."""
+KEEP_AFTER_S = 1.0
+"""Seconds between a load, a wake-up or a change and these copies: first prompts, and steps to capture, come before."""
 
 
 @dataclass
@@ -95,8 +97,8 @@ def foresee(profile: SpectralProfile, setting: str) -> Iterator[str]:
 
 
 class Foresight:
-    """`foresee` on a thread of its own that leaves most of the time to others; a new setting begins anew. What `keep`
-    does comes first: what is made of the setting in use is kept for its next time (spectral.shelf)."""
+    """`foresee` on a thread of its own that leaves most of the time to others; a new setting begins anew. Soon after
+    that `keep` is called, which copies what the setting in use has on the device for its next time (spectral.shelf)."""
 
     def __init__(self, profile: SpectralProfile, keep: Callable[[], Iterable[object]] = tuple) -> None:
         self.profile, self._keep = profile, keep
@@ -118,14 +120,23 @@ class Foresight:
             self._news.notify()
 
     def _work(self, setting: str) -> Iterator[float]:
-        """All of it; yields the share of the time that the part before it may take."""
+        """All of it; yields the seconds to pause after every part."""
+        due, kept = time.monotonic() + KEEP_AFTER_S, False
+        for pause in paced(foresee(self.profile, setting), SHARE):
+            yield pause
+            if not kept and time.monotonic() >= due:
+                kept = True
+                yield from paced(self._kept(setting), KEEP_SHARE)
+        if not kept:
+            yield max(0.0, due - time.monotonic())
+            yield from paced(self._kept(setting), KEEP_SHARE)
+
+    def _kept(self, setting: str) -> Iterator[object]:
+        """What `keep` does; without it everything works, more slowly."""
         try:
-            for _ in self._keep():
-                yield KEEP_SHARE
-        except Exception as error:  # without it everything works, more slowly
+            yield from self._keep()
+        except Exception as error:
             log.warning("tables of setting %s are not kept: %s", setting, error)
-        for _ in foresee(self.profile, setting):
-            yield SHARE
 
     def _run(self) -> None:
         while True:
@@ -135,10 +146,15 @@ class Foresight:
                     return
                 setting, self._wanted = self._wanted, None
             assert setting is not None
-            began = time.monotonic()
-            for share in self._work(setting):
-                pause = (time.monotonic() - began) * (1 / share - 1)
+            for pause in self._work(setting):
                 with self._news:
                     if self._news.wait_for(lambda: self._wanted is not None or self._ended, pause):
                         break
-                began = time.monotonic()
+
+
+def paced(work: Iterable[object], share: float) -> Iterator[float]:
+    """Do some work part by part; yields the seconds to pause, so that it takes this share of the time."""
+    began = time.monotonic()
+    for _ in work:
+        yield (time.monotonic() - began) * (1 / share - 1)
+        began = time.monotonic()

@@ -42,11 +42,9 @@ log = logging.getLogger("spectral.memory")
 
 WAITS = "waits for memory"
 TOLD_BYTES = 256 << 20
+"""A change of foreign memory that people are told of; drivers take and give back about 100 MiB by themselves."""
 MOVING_TICK_S = 0.05
 """The devices are read so often while a model loads, sleeps, wakes or changes its setting."""
-FRESH_S = 0.02
-"""A reading so old will do for whoever looks."""
-"""A change of foreign memory that people are told of; drivers take and give back about 100 MiB by themselves."""
 
 
 class NoRoom(Exception):
@@ -318,8 +316,9 @@ class MemoryManager:
     # ------------------------------------------------------------------------------------------ views
 
     async def vram_now(self) -> dict[str, Any]:
-        """`vram`, of devices that are read for it."""
-        await self._read(FRESH_S)
+        """`vram`, of devices that are read for it: a model that wakes takes a gigabyte in ten milliseconds, so that no
+        earlier reading will do. Those who ask at once share one."""
+        await self._read(0.0)
         self.look()
         return self.vram()
 

@@ -114,22 +114,31 @@ def test_content_is_told_apart() -> None:
     assert nbytes_of({"x": [a, (a,)]}) == 2 * a.nbytes
 
 
-def test_what_is_in_use_is_kept_before_anything_is_foreseen_and_a_failure_there_is_only_told(
-    fresh: Memory, profile: SpectralProfile, caplog: pytest.LogCaptureFixture
-) -> None:
-    told: list[tuple[str, int]] = []
+@pytest.mark.parametrize("after_s", [0.0, 0.3])
+def test_what_is_in_use_is_kept_and_a_failure_there_is_told_and_ends_nothing(
+    fresh: Memory, profile: SpectralProfile, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
+    after_s: float,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(foresight, "KEEP_AFTER_S", after_s)
+    kept: list[float] = []
+    failed = threading.Event()
 
     def keep() -> Iterator[None]:
-        told.append(("first", fresh.misses))
+        kept.append(time.monotonic())
         yield
-        told.append(("second", fresh.misses))
+        kept.append(time.monotonic())
+        failed.set()
         raise RuntimeError("no host memory")
 
-    foreseeing = Foresight(profile, keep)
+    list(foresee(profile, "12x"))
+    wanted = fresh.misses
+    fresh.__init__()  # type: ignore[misc]
+    foreseeing, began = Foresight(profile, keep), time.monotonic()
     foreseeing.begin("12x")
+    assert failed.wait(60) and kept[0] >= began + after_s
     until = time.monotonic() + 60
-    while not fresh.misses and time.monotonic() < until:
+    while fresh.misses < wanted and time.monotonic() < until:
         time.sleep(0.01)
     foreseeing.end()
-    assert told == [("first", 0), ("second", 0)] and fresh.misses > 0
+    assert fresh.misses == wanted > 0 and len(kept) == 2
     assert "tables of setting 12x are not kept: no host memory" in caplog.text

@@ -376,6 +376,10 @@ async def test_who_looks_sees_what_the_devices_hold_now(monkeypatch: pytest.Monk
         assert [row["foreign_bytes"] for row in stale["devices"] if row["device"] == "cuda:0"] == [0]
         for view in views:
             assert [row["foreign_bytes"] for row in view["devices"] if row["device"] == "cuda:0"] == [5 * GIB]
+        for size in (6, 7):  # right after one another
+            server.devices.foreign = size * GIB
+            [row] = [row for row in (await memory.vram_now())["devices"] if row["device"] == "cuda:0"]
+            assert row["foreign_bytes"] == size * GIB
         assert memory._tick() == 10.0
         memory.steward.wards["a"].moving = memory.steward.wards["a"].now
         assert memory._tick() <= 0.05
