@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import struct
+import threading
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,11 @@ from spectral.profile_document import check_sizes, parse_document
 
 log = logging.getLogger("spectral.facts")
 MAX_HEADER = 128 << 20
+KNOWN_HEADERS, KNOWN_BYTES = 64, 1 << 20
+"""Headers that are remembered, each of up to so many bytes: every report of a worker that changes what is known of its
+model asks again, in the loop that all streams pass, and a large profile's takes some 10 ms to read."""
+_known: dict[tuple[Path, int, int], dict[str, Any]] = {}  # the one used longest ago first
+_known_lock = threading.Lock()
 _BROKEN = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 _UNREADABLE = (OSError, ProfileError, *_BROKEN)
 """What the files of a model or profile can raise that are not what they should be."""
@@ -64,16 +70,28 @@ def folder_of(path: str) -> Path | None:
 
 
 def header(path: Path) -> dict[str, Any]:
-    """A safetensors file's header. Raises OSError or ValueError for a file that has none."""
+    """A safetensors file's header, which nobody may change. Raises OSError or ValueError for a file that has none."""
+    found = path.stat()
+    key = path, found.st_mtime_ns, found.st_size
+    with _known_lock:
+        known = _known.pop(key, None)
+        if known is not None:
+            _known[key] = known  # the last one again
+            return known
     with path.open("rb") as file:
         head = file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         if not 2 <= length <= MAX_HEADER:
             raise ValueError(f"{path} is no safetensors file")
-        found = json.loads(file.read(length))
-    if not isinstance(found, dict):
+        read = json.loads(file.read(length))
+    if not isinstance(read, dict):
         raise ValueError(f"{path} is no safetensors file")
-    return found
+    if length <= KNOWN_BYTES:
+        with _known_lock:
+            _known[key] = read
+            while len(_known) > KNOWN_HEADERS:
+                del _known[next(iter(_known))]
+    return read
 
 
 def weights_nbytes(folder: Path, quantization: str, element: int | None) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from server.config import ModelSettings, load_settings
+from server.scheduler import facts
 from server.scheduler.facts import Measured, facts_for, folder_of, header, predict, rungs_for, weights_nbytes
 from spectral import resources
 
@@ -44,6 +45,34 @@ def test_weights_follow_dtype_and_quantization(folder: Path) -> None:
     assert weights_nbytes(folder, "none", 4) == 4 * (64_000 + 4096 + 64) + 100
     assert weights_nbytes(folder, "nf4", None) == pytest.approx(plain - 4096 * (2 - 0.5625), abs=2)
     assert weights_nbytes(folder, "int8", None) < plain
+
+
+def test_headers_are_read_once_and_again_when_their_file_changes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    real = Path.open
+
+    def counted(path: Path, *args: Any, **kwargs: Any) -> Any:
+        opened.append(path.name)
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", counted)
+    monkeypatch.setattr(facts, "KNOWN_HEADERS", 2)
+    path = folder / "model.safetensors"
+    first = header(path)
+    assert header(path) == first and opened == ["model.safetensors"]
+    write(path, {"one": ("BF16", [3, 5])})
+    assert list(header(path)) == ["one"] == list(header(path))
+    for name in ("b", "c"):
+        write(folder / name, {name: ("BF16", [1])})
+        header(folder / name)
+    opened.clear()
+    assert list(header(path)) == ["one"] and list(header(folder / "c")) == ["c"] and opened == ["model.safetensors"]
+    monkeypatch.setattr(facts, "KNOWN_BYTES", 8)
+    write(folder / "large", {"a name longer than that": ("BF16", [1])})
+    opened.clear()
+    assert header(folder / "large") == header(folder / "large") and opened == ["large", "large"]
 
 
 def test_the_caches_shape_counts_full_attention_only(folder: Path) -> None:
