@@ -21,13 +21,11 @@ venv-dev:  ## the same with the tools for tests
 serve: venv  ## start the server on 127.0.0.1:8000
 	@$(VENV)/bin/python -m server $(ARGS)
 
-# Tests that only compute run beside each other; those that start servers and wait for them have the machine to themselves.
+# All tests run in parts beside each other, with so many processes each (tools/run_tests.py); some run in one process.
 JOBS ?= 2
-COMPUTING := tests/docs tests/spectral
 ifeq ($(strip $(ARGS)),)
 test: venv-dev  ## run all tests, or some: make test ARGS="tests/server -k keys"
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(COMPUTING)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(COMPUTING:%=--ignore=%)
+	$(VENV)/bin/python tools/run_tests.py --jobs $(JOBS)
 else
 test: venv-dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(ARGS)

@@ -1,8 +1,8 @@
 """Triton's interpreter, without what it does over and over: a third of the time of the kernels' tests.
 
-A launch replaces the functions of `triton.language` by interpreted ones and puts the old ones back at its end. Every call
-of a device function within it goes through all members of the language again, to replace what is replaced already. Here
-only the first one does.
+A launch replaces the functions of `triton.language` by interpreted ones and puts the old ones back at its end. Every
+call of a device function within it goes through all members of the language again, to replace what is replaced already.
+Here only the launch does.
 """
 
 from __future__ import annotations

@@ -124,6 +124,7 @@ class Stream:
         self.ends.append(end or "no end")
 
 
+@pytest.mark.alone
 def test_stream_loss_and_join(server: Server, nodes: Nodes) -> None:
     before = wait_for("both models are hot", lambda: len(found := places(server)) == 2 and found, 60)
     head = nodes.ask("head")["node"]

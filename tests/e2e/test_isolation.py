@@ -62,6 +62,7 @@ def test_a_key_shares_prefixes_with_itself_alone(shared: Server) -> None:
     assert reused(shared, int(3.5 * tokens)) >= before + 512  # each has its own
 
 
+@pytest.mark.alone
 def test_the_time_of_an_answer_does_not_tell_what_another_key_asked(shared: Server) -> None:
     """Mallory times prompts that Alice has sent and prompts that nobody has sent: the one is not the faster."""
     rounds = 5

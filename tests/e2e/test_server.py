@@ -222,6 +222,7 @@ def test_disconnect_frees_the_cache(server: Server) -> None:
     wait_for("the cache is free again", lambda: used() <= before, 10)
 
 
+@pytest.mark.alone
 def test_killed_worker_ends_its_streams_and_comes_back(server: Server, client: openai.OpenAI) -> None:
     (pid,) = server.worker_pids()
     seen: list[str] = []

@@ -72,6 +72,7 @@ def test_half_a_surrogate_pair_is_sent_as_its_escape() -> None:
     assert isinstance(call, Call) and call.arguments.encode() and json.loads(call.arguments) == {"a": "\ud800"}
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("form", "pieces"),
     [

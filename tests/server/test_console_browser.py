@@ -60,6 +60,7 @@ def expected_fault(page: Any, part: str) -> None:
     page.faults[:] = [fault for fault in page.faults if part not in fault]
 
 
+@pytest.mark.alone
 def test_from_first_load_to_the_live_map_within_a_second(browser: Any, console: Running) -> None:
     took = [first_load(browser, console) for _ in range(3)]  # the machine may have had something else to do
     busy = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))  # what is promised is for a machine of its own

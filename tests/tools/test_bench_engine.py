@@ -20,6 +20,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT)
 
 
+@pytest.mark.alone
 def test_every_row_of_a_gpu_runs_and_is_kept_as_soon_as_it_is_there(tmp_path: Path) -> None:
     file = tmp_path / "engine.json"
     done = run("--check", "--json", str(file))

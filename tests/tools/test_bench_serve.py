@@ -73,6 +73,7 @@ def run(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["bench", "serve", *arguments])
 
 
+@pytest.mark.alone
 def test_a_rate_is_measured_and_reported(server: str, tmp_path: Path) -> None:
     save = tmp_path / "figures.json"
     result = run(

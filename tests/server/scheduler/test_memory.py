@@ -201,6 +201,7 @@ async def test_a_model_that_answers_stays_and_the_other_waits_its_turn(
         assert server.state("b") == "hot"
 
 
+@pytest.mark.alone
 async def test_foreign_memory_is_noticed_within_a_second_and_nobody_is_ended(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
