@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 
-from tests.interpreter import replace_once
+from tests.interpreter import make_quick
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     with contextlib.suppress(ImportError):  # Triton is for Linux alone
         from triton.runtime import interpreter
 
-        replace_once(interpreter)
+        make_quick(interpreter)
