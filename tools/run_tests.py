@@ -2,7 +2,7 @@
 
     python tools/run_tests.py [--jobs 2]
 
-What only computes runs in the background, at the lowest priority, and takes what the others leave. Beside it run those
+What only computes runs in the background, at a low priority, and takes what the others leave. Beside it run those
 that start servers and wait for them. What holds something to seconds (the mark `alone`) comes last, by itself.
 """
 
@@ -31,7 +31,7 @@ def command(*arguments: str) -> list[str]:
 def modestly() -> None:
     """In the child: whoever else wants a core has it first."""
     with suppress(OSError):
-        os.nice(19)
+        os.nice(10)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
