@@ -168,13 +168,13 @@ def _tensors(value: Any, depth: int, visited: set[int]) -> Iterator[torch.Tensor
     if isinstance(value, torch.Tensor):
         yield value
         children: Any = [getattr(value, "quant_state", None), value.grad]
-        children += [v for k, v in vars(value).items() if k not in ("_backward_hooks",)]
+        children += [v for k, v in list(vars(value).items()) if k not in ("_backward_hooks",)]
     elif isinstance(value, dict):
-        children = value.values()
+        children = list(value.values())  # another thread may make meanwhile what is first asked for
     elif isinstance(value, (list, tuple, set)):
-        children = value
+        children = list(value)
     elif hasattr(value, "__dict__"):
-        children = vars(value).values()
+        children = list(vars(value).values())
     else:
         return
     for child in children:

@@ -56,6 +56,16 @@ def test_every_storage_moves_once_and_comes_back() -> None:
     assert torch.equal(model.plain[1:3], model.get_buffer("view")) and sleeper.wake() == 0
 
 
+def test_a_walk_goes_on_where_another_thread_makes_what_was_not_there() -> None:
+    module = torch.nn.Module()
+    module.first, module.second = torch.ones(5), torch.ones(6)
+    walk = storages_of(module, "cpu")
+    found = [next(walk)]
+    module.later = torch.ones(7)
+    found += walk
+    assert [storage.nbytes() for storage in found] == [20, 24]
+
+
 def test_a_wake_up_that_fails_leaves_the_model_asleep(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Quantized()
     weight = model.first.weight.detach().clone()
