@@ -28,17 +28,14 @@ import zstandard
 from spectral.archive import archive_pages, restore_pages
 from spectral.bits import frequency_classes
 from spectral.codec import Codebook, LayerCodec
-from spectral.hf import LoadedModel, attending, load_model, observing
-from spectral.hf_reading import last_hidden
+from spectral.hf import LoadedModel, attending, load_model
 from spectral.link_fit import fit_links
+from spectral.link_profile import Pages, joined, pages_of
 from spectral.linked import BINS, SOURCES, Chain, Links, layer_integers, predicted_bins, unpacked_codes
 from spectral.pages import PageStore
 from spectral.profile import SpectralProfile
 from spectral.provenance import provenance
 from spectral.sessions import load_row, save_row
-from spectral.windows import make_window
-
-Pages = list["torch.Tensor | None"]
 
 LINKED = "given the layers below"
 
@@ -53,36 +50,6 @@ def text_windows(loaded: LoadedModel, path: Path, count: int, length: int, seed:
         if len(ids) == length:
             out.append(list(ids))
     return out
-
-
-@torch.no_grad()
-def pages_of(loaded: LoadedModel, books: dict[str, Codebook], ids: Sequence[int]) -> dict[str, Pages]:
-    """What a store would hold of a sequence, by setting and layer."""
-    seen: dict[int, torch.Tensor] = {}
-
-    def observe(layer: int, _: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *__: Any) -> None:
-        seen[layer] = torch.cat([key[0], value[0]], -1).float()
-
-    with observing(observe):
-        last_hidden(loaded, ids)
-    out: dict[str, Pages] = {}
-    for name, book in books.items():
-        count = (len(ids) - book.sinks - book.window) // book.page_tokens
-        out[name] = []
-        for layer, (shape, codec) in enumerate(zip(loaded.shape.layers, book.layers, strict=True)):
-            if codec is None:
-                out[name].append(None)
-                continue
-            window = make_window(shape, book.sinks, book.page_tokens, torch.bfloat16, loaded.device, book.window_bits)
-            kept = window.as_kept(seen[layer])[:, book.sinks : book.sinks + count * book.page_tokens]
-            sides = kept.unflatten(1, (count, -1)).transpose(0, 1).split([shape.key_dim, shape.value_dim], -1)
-            out[name].append(codec.encode(sides[0], sides[1], torch.arange(count)))
-    return out
-
-
-def joined(rows: Sequence[Pages]) -> Pages:
-    """Pages of several sequences, one after the other."""
-    return [None if layers[0] is None else torch.cat(list(layers)) for layers in zip(*rows, strict=True)]
 
 
 # == entropies ======================================================================================================

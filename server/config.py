@@ -100,6 +100,7 @@ class LimitSettings(Section):
 Quantization = Literal["none", "nf4", "int8"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Thoughts = Literal["apart", "in_text"]
+ColdLevel = Literal["auto", "fast", "small"]
 LoadWhen = Literal["startup", "on_demand"]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:\d+)$")]
 SettingName = Annotated[str, Field(min_length=1)]
@@ -117,6 +118,7 @@ class DefaultSettings(DefaultMemory):
     limits: LimitSettings | None = Field(None, description="Those given here; a model's own limits win one by one.")
     threads: Threads | None = None
     thoughts: Thoughts | None = None
+    cold_level: ColdLevel | None = None
 
 
 class ModelSettings(ModelMemory):
@@ -135,6 +137,11 @@ class ModelSettings(ModelMemory):
     aliases: tuple[Name, ...] = Field((), description="Other names for the same model.")
     thoughts: Thoughts = Field(
         "apart", description="Thoughts before answers, of models that mark them: fields of their own, or in the text."
+    )
+    cold_level: ColdLevel = Field(
+        "fast",
+        description="How a chat that moves to another node is written: fast; small, with less to send, twenty times the "
+        "work for both workers, and the same links beside the profile on both nodes; auto: small where there are links.",
     )
     trust_remote_code: bool = Field(False, description="Run Python code that the model's folder brings along.")
 
@@ -167,6 +174,7 @@ class ModelSettings(ModelMemory):
             limits=messages.Limits(**self.limits.model_dump(exclude={"longest_wait_seconds"})),
             threads=self.threads,
             trust_remote_code=self.trust_remote_code,
+            cold_level=self.cold_level,
         )
 
 

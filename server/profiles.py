@@ -247,6 +247,8 @@ class ProfileStore:
                 raise conflict(f"{sha256[:12]} is in use by {model!r}; activate another one first", "in_use")
             if await self._state.run(lambda db: state_tables.delete_profile(db, model, sha256)):
                 self.path(sha256).unlink(missing_ok=True)
+                for links in self._folder.glob(f"{sha256}.*.links"):
+                    links.unlink(missing_ok=True)
         return sha256
 
 

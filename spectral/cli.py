@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from spectral.commands import bench, chat, evaluate, keys, operate, plan, profile, serve, status, top, version
+from spectral.commands import bench, chat, evaluate, keys, link, operate, plan, profile, serve, status, top, version
 from spectral.commands.plain import App
 
 EXIT_STATUS = (
@@ -44,6 +44,7 @@ app.command("eval")(evaluate.evaluate_command)
 app.command("backup")(serve.backup)
 app.command("restore")(serve.restore)
 app.command("version")(version.version)
+profile.app.command("link")(link.link)
 app.add_typer(profile.app, name="profile")
 app.add_typer(keys.app, name="keys")
 app.add_typer(bench.app, name="bench")

@@ -153,25 +153,43 @@ class InferenceEngine:
 
     # -- answers --------------------------------------------------------------------------------------------------
 
-    def generate(self, prompt: str, max_tokens: int = 256, **sampling: Any) -> str:
-        """The continuation of a text. `sampling`: any field of spectral.engine.types.SamplingParams."""
-        return "".join(self.stream(prompt, max_tokens=max_tokens, **sampling))
+    def generate(self, prompt: str, max_tokens: int = 256, *, session: str | None = None, **sampling: Any) -> str:
+        """The continuation of a text. `sampling`: any field of spectral.engine.types.SamplingParams.
 
-    def chat(self, messages: Sequence[Mapping[str, str]], max_tokens: int = 256, **sampling: Any) -> str:
-        """The answer to a conversation: [{"role": "user", "content": "..."}, ...]."""
-        return "".join(self.stream(messages, max_tokens=max_tokens, **sampling))
+        session: a name under which the cache is kept when the answer has ended; a prompt that goes on from there and
+        gives the same name is computed from there on.
+        """
+        return "".join(self.stream(prompt, max_tokens=max_tokens, session=session, **sampling))
 
-    def stream(self, prompt: str | Sequence[Mapping[str, str]], max_tokens: int = 256, **sampling: Any) -> TextStream:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        max_tokens: int = 256,
+        *,
+        session: str | None = None,
+        **sampling: Any,
+    ) -> str:
+        """The answer to a conversation: [{"role": "user", "content": "..."}, ...]. `session`: see `generate`."""
+        return "".join(self.stream(messages, max_tokens=max_tokens, session=session, **sampling))
+
+    def stream(
+        self,
+        prompt: str | Sequence[Mapping[str, str]],
+        max_tokens: int = 256,
+        *,
+        session: str | None = None,
+        **sampling: Any,
+    ) -> TextStream:
         """The same, piece by piece. Closing the stream early ends the generation and frees its cache.
 
         Raises RequestError for a prompt or a parameter that cannot be used, before the first piece.
         """
         engine = self._ready.engine
-        request = self._request(prompt, max_tokens, sampling)
+        request = self._request(prompt, max_tokens, session, sampling)
         engine.submit(request)
         return TextStream(engine, request.request_id, self._mail)
 
-    def _request(self, prompt: Any, max_tokens: int, sampling: dict[str, Any]) -> GenerateRequest:
+    def _request(self, prompt: Any, max_tokens: int, session: str | None, sampling: dict[str, Any]) -> GenerateRequest:
         from spectral.engine.types import GenerateRequest, Message, SamplingParams
 
         if isinstance(sampling.get("stop"), str):
@@ -189,7 +207,26 @@ class InferenceEngine:
             params = SamplingParams(max_tokens=max_tokens, **sampling)
         except TypeError as error:
             raise RequestError(f"unknown sampling parameter: {error}") from error
-        return GenerateRequest(f"call-{next(self._numbers)}", prompt, params)
+        return GenerateRequest(f"call-{next(self._numbers)}", prompt, params, session=session)
+
+    # -- sessions -------------------------------------------------------------------------------------------------
+
+    def save_session(self, session: str, path: str | Path, *, cold_level: str = "auto") -> Path:
+        """Write the cache kept under a name to a file, to go on from it after a restart. Returns the path.
+
+        cold_level: "fast"; "small", a smaller file at a twentieth of the speed, which needs links beside the profile
+        (`spectral profile link`), now and to go on; "auto": small where there are links, else fast.
+        Raises SessionError for an unknown name or missing links, RequestError for another level, OSError.
+        """
+        return self._ready.engine.save_session(session, path, cold_level=cold_level)
+
+    def resume_session(self, session: str, path: str | Path) -> int:
+        """Read such a file: the next prompt with this session name goes on from it. Returns its tokens.
+
+        Raises SessionError for a file that is damaged, of another model, profile or setting, or saved with links that
+        are not beside the profile; OSError. Nothing has changed then.
+        """
+        return self._ready.engine.resume_session(session, path)
 
 
 class TextStream(Iterator[str]):

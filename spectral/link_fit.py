@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,13 +32,23 @@ RIDGE = 0.02
 STEPS_PER_DEVIATION = 4.0
 
 
-def fit_links(book: Codebook, pages: Sequence[torch.Tensor | None]) -> Links:
+def tokens_needed(book: Codebook) -> int:
+    """Tokens in pages that `fit_links` takes at least; 0 where no layer has another one below to be predicted from."""
+    ranks = [sum(unit.rank for unit in codec.units) for codec in book.layers if isinstance(codec, LayerCodec)]
+    below = [sum(ranks[max(0, i - SOURCES) : i]) if rank else 0 for i, rank in enumerate(ranks)]
+    return 2 * max(below, default=0)
+
+
+def fit_links(
+    book: Codebook, pages: Sequence[torch.Tensor | None], progress: Callable[[float], None] | None = None
+) -> Links:
     """Predictors for a setting, from pages of sample text.
 
     Args:
         book: the setting; every compressed layer must hold packed pages.
         pages: per layer uint8 [n, page_nbytes], the same pages of the same sequences in every layer (None where the
             layer has none). Some ten thousand tokens: a layer's map has about as many rows as latents.
+        progress: called with the part of the layers that is done.
 
     Raises:
         CacheError: layers that do not fit the setting, or too few pages.
@@ -46,7 +56,9 @@ def fit_links(book: Codebook, pages: Sequence[torch.Tensor | None]) -> Links:
     layers: list[LayerLinks | None] = []
     counts: dict[int, np.ndarray] = {}
     below: list[torch.Tensor] = []
-    for codec, sample in zip(book.layers, pages, strict=True):
+    for number, (codec, sample) in enumerate(zip(book.layers, pages, strict=True)):
+        if progress is not None:
+            progress(number / len(pages))
         if codec is None or sample is None:
             layers.append(None)
             continue

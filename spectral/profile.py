@@ -104,6 +104,7 @@ class SpectralProfile:
     Attributes:
         layers: per layer of the model; None for layers with sliding attention, which stay exact.
         tables: quantizers by width, for coefficients of unit deviation; bits: setting -> widths.
+        file: where it was read from or last written to; None: it was not.
         frame: "block": keys are turned back to their block of `block_tokens` tokens; "post_rope": they are not.
     """
 
@@ -119,6 +120,7 @@ class SpectralProfile:
     provenance: dict[str, Any] = field(default_factory=dict)
     content_hash: str = ""
     sliding: list[int | None] = field(default_factory=list)  # window of every layer in tokens; [] if none slides
+    file: Path | None = None
 
     # -- settings -------------------------------------------------------------------------------------------------
 

@@ -52,7 +52,8 @@ def write_profile(profile: SpectralProfile, path: str | os.PathLike[str]) -> Pat
     sealed = json.dumps({"document": document, "sha256": digest(document, tensors)}, sort_keys=True)
     data = save(tensors, metadata={"spectral": sealed})
     profile.content_hash = hashlib.sha256(data).hexdigest()
-    return write_atomically(target, data, mode=0o644)
+    profile.file = write_atomically(target, data, mode=0o644)
+    return profile.file
 
 
 def _tensors(profile: SpectralProfile) -> dict[str, np.ndarray]:
@@ -183,6 +184,7 @@ def _build(source: Path) -> SpectralProfile:
         block_tokens=int(meta["block_tokens"]),
         provenance=dict(meta["provenance"]),
         content_hash=hashlib.sha256(source.read_bytes()).hexdigest(),
+        file=source,
         sliding=list(meta.get("sliding", [])),
     )
     if profile.sliding and [w is None for w in profile.sliding] != [x is not None for x in profile.layers]:

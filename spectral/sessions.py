@@ -14,7 +14,7 @@ import os
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -44,6 +44,13 @@ WHAT = {
     "layers": "set of layers",
 }
 """Header entries that a store must share with a file, and what to call them."""
+
+
+class SessionFacts(NamedTuple):
+    """The setting that a saved row was at, and the digest of its links: "" at the fast level."""
+
+    setting: str
+    links: str
 
 
 def save_row(
@@ -115,13 +122,14 @@ def load_row(
     return row, ids
 
 
-def session_setting(path: str | os.PathLike[str]) -> str:
-    """The setting that a saved row was at. Raises SessionError for a file that is no session or is damaged."""
+def session_facts(path: str | os.PathLike[str]) -> SessionFacts:
+    """What loading a saved row takes. Raises SessionError for a file that is no session or is damaged."""
     with open(path, "rb") as file:
-        setting = _read_header(file, _verified_end(file)).get("setting")
-    if not isinstance(setting, str):
-        raise SessionError("the session is damaged: it names no setting")
-    return setting
+        header = _read_header(file, _verified_end(file))
+    setting, links = header.get("setting"), header.get("links") or ""
+    if not isinstance(setting, str) or not isinstance(links, str):
+        raise SessionError("the session is damaged: it names no setting, or no links")
+    return SessionFacts(setting, links)
 
 
 def _identity(store: PageStore, model: str) -> dict[str, Any]:

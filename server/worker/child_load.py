@@ -60,6 +60,7 @@ def load(spec: wire.Load, tell: Callable[[wire.ToParent], None]) -> tuple[Built,
         max_kv_bytes=spec.limits.max_kv_bytes,
         prefill_chunk=chunk,
         token_budget=max(step, chunk + spec.limits.max_concurrency),
+        cold_level=spec.cold_level,
     )
     built = build_engine(loaded, profile, setting=setting, limits=limits)
     tell(wire.Loading("warming up", 0.9))

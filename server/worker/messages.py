@@ -31,7 +31,7 @@ class BadFrame(Exception):
 
 
 class Load(msgspec.Struct, tag="load", frozen=True):
-    """The first message: which model to load and how. `setting` may be "auto"."""
+    """The first message: which model to load and how. `setting` may be "auto". `cold_level`: how sessions are saved."""
 
     name: str
     path: str
@@ -45,6 +45,7 @@ class Load(msgspec.Struct, tag="load", frozen=True):
     trust_remote_code: bool = False
     max_memory: dict[str, int] = {}
     """Bytes by device for weights and cache, where the model is spread over several; {}: all on `device`."""
+    cold_level: str = "fast"
 
 
 class Submit(msgspec.Struct, tag="submit", frozen=True):

@@ -79,7 +79,7 @@ class Engine:
         self._checked, self._debug = checked, bool(os.environ.get("SPECTRAL_DEBUG"))
         chunk = chunk_length(self.limits)
         self.lanes = Lanes(loaded, self.limits, chunk, codebook=codebook, setting=setting, profile=profile)
-        self.sessions = Sessions(self.lanes, loaded.fingerprint, self.limits.max_host_bytes)
+        self.sessions = Sessions(self.lanes, loaded.fingerprint, self.limits, profile)
         self.context_length = effective_context(self)
         self.vocab_size = int(loaded.model.get_input_embeddings().num_embeddings)
         self._longest_token = longest_token(loaded.tokenizer)
@@ -368,12 +368,12 @@ class Engine:
         self.runner.trim(everything=prefixes)
         return before - self.lanes.nbytes
 
-    def save_session(self, session: str, path: str | os.PathLike[str], *, cache_salt: str = "") -> Path:
-        """Write a paused session to a file, from which any engine of the same model and profile can go on.
-
-        Raises SessionError for a name that is unknown, OutOfPages or OSError.
-        """
-        return self.sessions.save((cache_salt, session), path)
+    def save_session(
+        self, session: str, path: str | os.PathLike[str], *, cache_salt: str = "", cold_level: str | None = None
+    ) -> Path:
+        """Write a paused session to a file; engines of the same model, profile and (at level small) links read it.
+        `cold_level`: None: the limits'. Raises RequestError, SessionError (name, links), OutOfPages or OSError."""
+        return self.sessions.save((cache_salt, session), path, cold_level)
 
     def resume_session(self, session: str, path: str | os.PathLike[str], *, cache_salt: str = "") -> int:
         """Read a session from a file; the next request with this name goes on from it. Returns its tokens.

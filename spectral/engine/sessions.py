@@ -6,13 +6,19 @@ import os
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spectral.codec import coarser
 from spectral.engine.lanes import Lane, Lanes
 from spectral.engine.sequence import Sequence
+from spectral.engine.types import EngineLimits, cold_level
 from spectral.errors import DamagedPages, SessionError
+from spectral.link_files import LinkFiles
 from spectral.parking import Parked, park, unpark
-from spectral.sessions import load_row, save_row, session_setting
+from spectral.sessions import load_row, save_row, session_facts
+
+if TYPE_CHECKING:
+    from spectral.profile import SpectralProfile
 
 Name = tuple[str, str]
 """Cache salt and session name: one client cannot name another's session."""
@@ -32,8 +38,9 @@ class Shelved:
 class Sessions:
     """Paused chats of one engine; the longest unused go when max_host_bytes is reached."""
 
-    def __init__(self, lanes: Lanes, model: str, max_host_bytes: int | None) -> None:
-        self._lanes, self._model, self._most = lanes, model, max_host_bytes
+    def __init__(self, lanes: Lanes, model: str, limits: EngineLimits, profile: SpectralProfile | None) -> None:
+        self._lanes, self._model, self._links = lanes, model, LinkFiles(profile)
+        self._most, self._level = limits.max_host_bytes, limits.cold_level
         self._shelf: OrderedDict[Name, Shelved] = OrderedDict()
         self.nbytes = 0
 
@@ -89,20 +96,22 @@ class Sessions:
         sequence.parked, sequence.keep, sequence.resumed, sequence.cached = shelved.parked, same, True, same
         self._lanes.parked_nbytes += shelved.parked.nbytes
 
-    def save(self, name: Name, path: str | os.PathLike[str]) -> Path:
-        """Write a session to a file; it stays. Raises SessionError for an unknown name, OSError, OutOfPages."""
+    def save(self, name: Name, path: str | os.PathLike[str], level: str | None = None) -> Path:
+        """Write a session to a file; it stays. Raises SessionError for an unknown name or where the level's links are
+        not there, OSError, OutOfPages."""
         shelved = self._shelf.get(name)
         if shelved is None:
             raise SessionError(f"there is no paused session {name[1]!r}; a session is kept when its answer has ended")
         lane = self._lane(shelved)
         try:
+            links = self._links.of_level(cold_level(level or self._level), lane.setting)
             try:
                 row = unpark(lane.store, shelved.parked)
             except DamagedPages as error:
                 self.forget(name)
                 raise SessionError(f"the session {name[1]!r} cannot be saved and is given up: {error}") from error
             try:
-                return save_row(lane.store, row, shelved.tokens, path, model=self._model)
+                return save_row(lane.store, row, shelved.tokens, path, model=self._model, links=links)
             finally:
                 lane.store.close(row)
         finally:
@@ -111,9 +120,11 @@ class Sessions:
     def resume(self, name: Name, path: str | os.PathLike[str]) -> int:
         """Read a session from a file, to be gone on from. Returns its tokens. Raises SessionError, SettingError,
         ProfileError, OSError or OutOfPages, and then nothing has changed."""
-        lane = self._lanes.lane(session_setting(path))
+        facts = session_facts(path)
+        lane = self._lanes.lane(facts.setting)
         try:
-            row, tokens = load_row(lane.store, path, model=self._model)
+            links = self._links.need(facts.setting, facts.links) if facts.links else None
+            row, tokens = load_row(lane.store, path, model=self._model, links=links)
             self._put(name, Shelved(tokens, park(lane.store, row), lane.setting))
             lane.store.close(row)
         finally:

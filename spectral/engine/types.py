@@ -9,6 +9,8 @@ from typing import Any, Literal, TypeAlias
 from spectral.errors import RequestError
 
 FinishReason = Literal["stop", "length", "cancelled"]
+COLD_LEVELS = ("auto", "fast", "small")
+"""At which level of the cold tier a session is saved (spectral.link_files)."""
 
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
@@ -30,6 +32,13 @@ def _number(param: str, value: float, low: float, high: float, rule: str, *, ope
 def _integer(param: str, value: int, low: int, high: int | None, rule: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         _refuse(param, rule, value)
+
+
+def cold_level(level: str) -> str:
+    """The level. Raises RequestError for anything else than one of COLD_LEVELS."""
+    if level not in COLD_LEVELS:
+        _refuse("cold_level", f"one of {', '.join(COLD_LEVELS)}", level)
+    return level
 
 
 @dataclass(frozen=True)
@@ -198,6 +207,7 @@ class EngineLimits:
     `max_queue`: sequences that may wait beyond those that run.
     `max_host_bytes`: host memory for parked sequences and sessions. `prefix_bytes`: for prefixes that are kept for
     later prompts, pages and snapshots together; None: half of max_kv_bytes, or 1 GiB; 0: none are kept.
+    `cold_level`: how sessions are saved, fast or small; auto: small where links lie beside the profile.
     """
 
     max_concurrency: int = 8
@@ -208,8 +218,10 @@ class EngineLimits:
     token_budget: int = 512
     max_host_bytes: int | None = 4 << 30
     prefix_bytes: int | None = None
+    cold_level: str = "auto"
 
     def __post_init__(self) -> None:
+        cold_level(self.cold_level)
         for name in ("max_concurrency", "prefill_chunk", "token_budget"):
             _integer(name, getattr(self, name), 1, None, "at least 1")
         _integer("max_queue", self.max_queue, 0, None, "0 or more")

@@ -45,6 +45,14 @@ def test_the_settings_of_the_example_are_in_the_shipped_profile() -> None:
     assert {model.setting for model in three.models} - {"auto", "exact"} <= {row.name for row in ladder}
 
 
+def test_the_cold_level_reaches_the_worker(tmp_path: Path) -> None:
+    named = "{name: a}, {name: b, cold_level: small}, {name: c, cold_level: fast}"
+    text = f"defaults: {{cold_level: auto}}\nmodels: [{named}]"
+    models = load_settings(write(tmp_path, text)).models
+    assert [model.load_message().cold_level for model in models] == ["auto", "small", "fast"]
+    assert load_settings(write(tmp_path, "models: [{name: a}]")).models[0].load_message().cold_level == "fast"
+
+
 def test_schema_file_is_current() -> None:
     current = (ROOT / cli.SCHEMA_FILE).read_text(encoding="utf-8")
     assert current == schema_json(), "run: python -m server schema > config.schema.json"
@@ -55,6 +63,7 @@ def test_schema_file_is_current() -> None:
     [
         ("models: [{name: a, treads: 2}]", "models.0.treads", "check its spelling"),
         ("models: [{path: a}]", "models.0.name", "required"),
+        ("models: [{name: a, cold_level: tiny}]", "models.0.cold_level", "'auto', 'fast' or 'small'"),
         ("models: []", "models", "at least 1"),
         ("models: [{name: a}, {name: b, aliases: [a]}]", "configuration", "'a' is used by model 'a' and again by 'b'"),
         ("models: [{name: a, aliases: [a]}]", "configuration", "must be unique"),

@@ -5,8 +5,13 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import msgspec
+
 from server.worker import messages as wire
+from spectral.hf import load_model
+from spectral.link_profile import link_profile
 from spectral.profile import SpectralProfile
+from spectral.sessions import session_facts
 from tests.server.test_worker_main import ROOT, Parent, parent
 
 __all__ = ["parent"]
@@ -66,3 +71,24 @@ def test_a_setting_changes_alone_and_an_impossible_one_is_refused(parent: Parent
     before, done = parent.until(wire.Done)
     (ready,) = [message for message in before if isinstance(message, wire.Ready)]
     assert ready.setting == "16x" and done == wire.Done("b")
+
+
+def test_chats_are_written_at_the_level_that_the_configuration_says(parent: Parent, tmp_path: Path) -> None:
+    file = tmp_path / "mine.safetensors"
+    file.write_bytes(SHIPPED.read_bytes())
+    texts = [(ROOT / "README.md").read_text(encoding="utf-8")]
+    model = load_model("demo-7m", device="cpu")
+    (report,) = link_profile(model, SpectralProfile.load(file), ["16x"], texts=texts, tokens=1024)
+    load = wire.Load("demo", "demo-7m", device="cpu", setting="16x", profile=str(file), cold_level="auto")
+    parent.send(load, msgspec.structs.replace(ask("a", 160), session="chat"))
+    parent.until(wire.Finished, "a")
+    parent.send(wire.SaveSession("save", str(tmp_path / "chat"), "chat"))
+    assert parent.until(wire.Done)[1] == wire.Done("save")
+    assert session_facts(tmp_path / "chat").links == report.digest
+    parent.send(wire.ResumeSession("resume", str(tmp_path / "chat"), "again"))
+    assert parent.until(wire.Done)[1] == wire.Done("resume")
+    Path(str(report.file)).unlink()
+    parent.send(wire.ResumeSession("lost", str(tmp_path / "chat"), "lost"))
+    _, done = parent.until(wire.Done)
+    assert isinstance(done, wire.Done) and "mine.16x.links are not there; copy the file" in done.error
+    assert wire.Load("demo", "demo-7m").cold_level == "fast"  # nobody waits for the small level unasked

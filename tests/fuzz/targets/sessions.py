@@ -85,13 +85,13 @@ class Sessions(Base):
 
     def check(self, item: bytes) -> str:
         """Load it."""
-        from spectral.sessions import load_row, session_setting
+        from spectral.sessions import load_row, session_facts
 
         path = self.folder / "input"
         path.write_bytes(item)
         before = self.store.used_nbytes
         with contextlib.suppress(SessionError):
-            session_setting(path)
+            session_facts(path)
         try:
             row, ids = load_row(self.store, path, model="m")
         except (SessionError, OutOfPages):
