@@ -78,8 +78,10 @@ def test_upload_activate_roll_back_compare_delete(store: Running, variants: dict
     in_use = client.delete(f"{PATH}/versions/{first}")
     assert (in_use.status_code, in_use.json()["error"]["code"]) == (409, "in_use")
     assert client.post(PATH + "/rollback").json()["running"] == second
+    for sha256 in (first, second):  # links go with their profile
+        Path(tmp_path, "state", "profiles", f"{sha256}.8x.links").touch()
     assert client.delete(f"{PATH}/versions/{first}").json() == {"model": "demo-7m", "deleted": first}
-    assert files(tmp_path) == [f"{second}.safetensors"]
+    assert files(tmp_path) == [f"{second}.8x.links", f"{second}.safetensors"]
     assert client.post(PATH + "/rollback").json()["active"] is None
     nothing = client.post(PATH + "/rollback")
     assert (nothing.status_code, nothing.json()["error"]["code"]) == (409, "no_history")
