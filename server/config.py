@@ -140,8 +140,8 @@ class ModelSettings(ModelMemory):
     )
     cold_level: ColdLevel = Field(
         "fast",
-        description="How a chat that moves to another node is written: fast; small, with less to send, twenty times the "
-        "work for both workers, and the same links beside the profile on both nodes; auto: small where there are links.",
+        description="How a chat that moves to another node is written: fast; small, with less to send, twenty "
+        "times the work for both workers, and the same links beside both nodes' profiles; auto: small where links are.",
     )
     trust_remote_code: bool = Field(False, description="Run Python code that the model's folder brings along.")
 
