@@ -60,6 +60,7 @@ def run(jobs: int) -> int:
     background = command("-n", str(jobs), "--dist", "worksteal", *COMPUTING)
     others = [f"--ignore={path}" for path in COMPUTING]
     waiting = command("-n", str(jobs), "--dist", "loadfile", "--no-loadscope-reorder", "-m", "not alone", *others)
+    print("== tests that compute run in the background and are shown when they have ended", flush=True)
     with tempfile.TemporaryFile() as output:
         computing = subprocess.Popen(
             background, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
