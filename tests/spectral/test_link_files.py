@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from spectral import link_profile as link_module
 from spectral.errors import ModelError, ProfileError, SessionError, SettingError
 from spectral.hf import LoadedModel
 from spectral.link_files import LinkFiles, links_path
-from spectral.link_fit import load_links, save_links
+from spectral.link_fit import fit_links, load_links, save_links
 from spectral.link_profile import LinkReport, link_profile, pages_of
-from spectral.linked import Chain
+from spectral.linked import Chain, Links
 from spectral.pages import PageStore
 from spectral.profile import SpectralProfile
 from tests.spectral.test_profile import TEXT, loaded_model, small_profiler
@@ -136,6 +138,36 @@ def test_links_that_are_there_are_kept_unless_told(profile: SpectralProfile, mod
     assert path.read_bytes() == before  # the same text and seed: the same links
     path.write_bytes(b"no links")  # nothing was saved with these
     assert list(link_profile(model, profile, [SETTING], texts=[TEXT], tokens=2048))[0].file == str(path)
+
+
+def test_settings_beyond_what_is_held_at_once_read_the_text_again(
+    profile: SpectralProfile, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def digests() -> tuple[list[str], int]:
+        told: list[bool] = []
+        made = link_profile(
+            model, profile, [SETTING, "12x"], texts=[TEXT], tokens=2048, replace=True,
+            progress=lambda stage, fraction: told.append(stage == "reading text" and fraction == 1),
+        )  # fmt: skip
+        return [report.digest for report in made], sum(told)
+
+    together = digests()
+    monkeypatch.setattr(link_module, "PAGES_NBYTES", 1)
+    assert (together[1], digests()) == (1, (together[0], 2))
+
+
+def test_links_that_save_nothing_are_not_written(
+    profile: SpectralProfile, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def useless(*given: Any) -> Links:
+        links, generator = fit_links(*given), torch.Generator().manual_seed(0)
+        ranks = {w: torch.rand(r.shape, generator=generator).argsort(1).byte() for w, r in links.ranks.items()}
+        return dataclasses.replace(links, ranks=ranks)
+
+    monkeypatch.setattr(link_module, "fit_links", useless)
+    (report,) = link_profile(model, profile, ["12x"], texts=[TEXT], tokens=2048)
+    assert report.small <= report.fast and (report.file, report.pays_from, report.links_nbytes) == (None, None, 0)
+    assert profile.file is not None and not links_path(profile.file, "12x").exists()
 
 
 def test_what_cannot_be_linked_is_refused_before_any_work(profile: SpectralProfile, model: LoadedModel) -> None:
