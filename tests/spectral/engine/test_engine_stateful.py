@@ -41,6 +41,7 @@ class Step:
 class Ladder:
     """A profile as far as the engine asks."""
 
+    content_hash = "hash"  # as its books have it, so that their tables are remembered
     ladder = [Step(name, kl) for name, kl in KL.items()]
     books = {
         name: random_codebook(LOADED.shape, widths, sinks=4, window=16, page=8, window_bits=8)
