@@ -44,8 +44,7 @@ DECODE, CHUNK, FIRST, ORDINARY = "decode", "chunk", "first", ""
 """How a sequence's tokens run in a step."""
 
 Key = tuple[Any, ...]
-"""Its first part: the generation of the store that it depends on, or 0; its last: how wide page tables are, which
-changes sizes alone, or 0. The others say what is launched."""
+"""Its first part: the generation of the store that it depends on, or 0. The others say what is launched."""
 
 Step = TypeVar("Step", bound=StaticStep)
 
@@ -72,14 +71,14 @@ class Replayer:
     """Runs functions that only launch work on fixed tensors; from the second time on as a captured graph.
 
     The first time compiles and loads what the function launches, which a capture may not do. What has run so over
-    tensors that are somewhere else now (a pool has grown), or over narrower page tables, is captured at once.
+    tensors that are somewhere else now (a pool has grown) is captured at once.
     """
 
     def __init__(self, device: torch.device, capture: bool) -> None:
         self._device, self._capture = device, capture
         self.graphs: dict[Key, Any] = {}
         self._warm: set[Key] = set()
-        self._known: set[Key] = set()  # the same without generations and widths
+        self._known: set[Key] = set()  # the same without generations
         self.refused: dict[str, str] = {}
         """What cannot be captured, and why."""
         self._pool: Any = None
@@ -94,8 +93,8 @@ class Replayer:
         if graph is None:
             launched = (what, key) in self._warm
             self._warm.add((what, key))
-            if not launched and (what, key[1:-1]) not in self._known:
-                self._known.add((what, key[1:-1]))
+            if not launched and (what, key[1:]) not in self._known:
+                self._known.add((what, key[1:]))
                 launch()
                 return
             graph = self._try(what, key, launch, launched)
@@ -110,17 +109,20 @@ class Replayer:
             del self.graphs[next(iter(self.graphs))]
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
+        graph, pool, stream = torch.cuda.CUDAGraph(), self._pool, torch.cuda.current_stream(self._device)
         try:
             # Other threads (of a profile that is being read, of a sleeping model's host memory) may use the device.
-            capturing = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
+            capturing = torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
             with torch.cuda.device(self._device), capturing:
                 launch()
-        except torch.OutOfMemoryError:
-            self.clear()
-            log.warning("no memory to capture the %s; it is launched one by one this time", what)
-            return None
         except Exception as error:  # whatever a model's code does that a graph may not
+            if self._leave(pool, stream):
+                self.clear()
+                error = error.__context__ if isinstance(error.__context__, Exception) else error  # what came first
+            if isinstance(error, torch.OutOfMemoryError):
+                self.clear()
+                log.warning("no memory to capture the %s; it is launched one by one this time", what)
+                return None
             torch.cuda.synchronize(self._device)
             if not self.graphs:
                 self._pool = None
@@ -134,6 +136,19 @@ class Replayer:
         self.graphs[what, key] = graph
         self.captures += 1
         return graph
+
+    def _leave(self, pool: Any, stream: torch.cuda.Stream) -> bool:
+        """After a capture that failed: put right what torch leaves where the end of one fails too; whether it was so.
+        Allocations would be recorded for that pool for ever, no capture could use it and no unused memory would be
+        given back; and this thread would stay on the capture's stream."""
+        torch.cuda.set_stream(stream)
+        device = torch.cuda.current_device() if self._device.index is None else self._device.index
+        try:
+            torch._C._cuda_endAllocateToPool(device, pool)
+        except RuntimeError:
+            return False  # torch has ended it
+        torch._C._cuda_releasePool(device, pool)
+        return True
 
     def drop(self, gone: Callable[[Key], bool]) -> None:
         """Forget graphs by their key."""
@@ -266,7 +281,7 @@ class DecodeGraphs:
         if seals:
             self._seal(store, seals)
         what = "step of short prompts" if how is FirstStep else "chunk step"
-        self.replayer.run(what, _key(store, rows, answers, step.width), step.forward)
+        self.replayer.run(what, _key(store, rows, step.width, answers), step.forward)
         self.chunk_steps += 1
         assert step.numbers.logits is not None
         if len(ending) < len(work):
@@ -296,7 +311,7 @@ class DecodeGraphs:
         if memory is not None:
             memory.follow(states)
         out = self._chosen[rows]
-        self.replayer.run("sampling", (0, rows, kind, 0), lambda: choose(numbers, kind, memory, out))
+        self.replayer.run("sampling", (0, rows, kind), lambda: choose(numbers, kind, memory, out))
         tokens, right = fetch(out).tolist()  # the step's one wait
         if not all(right[: len(states)]):
             if memory is not None:
@@ -327,7 +342,7 @@ class DecodeGraphs:
 
     def _seal(self, store: PageStore, seals: list[tuple[int, int, int, int]]) -> None:
         pages = bucket(len(seals))
-        key = _key(store, pages, 0)
+        key = _key(store, pages)
         found = self._seals.get(key)
         if found is None:
             bound = most_pages(self._loaded.context_length, store.codebook.page_tokens)

@@ -180,7 +180,11 @@ def decode_attention(
     if not paged:
         torch.div(mixed, total[..., None], out=out) if out.dtype == mixed.dtype else out.copy_(mixed / total[..., None])
         return out
-    latent, share = _pages(layer, pool, step, query, scale, cap, top, total, meet)
+    try:
+        latent, share = _pages(layer, pool, step, query, scale, cap, top, total, meet)
+    except Exception:
+        meet()  # no capture can end, not even one that has failed, before its streams have met
+        raise
     up = torch.bmm(latent.flatten(1, 2), layer.value_basis)
     finish_kernel[(heads, rows)](
         up, share, layer.value_mean, mixed, out, heads, rows,
@@ -203,8 +207,12 @@ def _beside(device: torch.device, wanted: bool) -> Iterator[Callable[[], None]]:
         return
     main, side = torch.cuda.current_stream(device), _side_stream(device)
     side.wait_stream(main)
-    with torch.cuda.stream(side):
-        yield lambda: main.wait_stream(side)
+    try:
+        with torch.cuda.stream(side):
+            yield lambda: main.wait_stream(side)
+    except Exception:
+        main.wait_stream(side)
+        raise
 
 
 def _check(
