@@ -268,6 +268,27 @@ def read_nbytes(scene: Scene) -> int:
     return scene.loaded.weights_nbytes - embedding.numel() * embedding.element_size()
 
 
+def random_request(engine: Engine, scene: Scene, number: int, rng: torch.Generator) -> None:
+    """Submit one of 2 to 199 random tokens, of which every tenth is cancelled, and step while more than 32 wait."""
+    length = int(torch.randint(2, 200, (1,), generator=rng))
+    engine.submit(GenerateRequest(f"m{number}", "", greedy(6)), scene.tokens(length, number))
+    if number % 10 == 0:
+        engine.cancel(f"m{number}")
+    while len(engine.scheduler.waiting) > 32:
+        step(engine)
+
+
+def replay_ms(graph: torch.cuda.CUDAGraph) -> float:
+    """Mean device milliseconds of ten replays."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(10):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 10
+
+
 def replayed(scene: Scene, engine: Engine) -> float:
     """Device milliseconds of the last captured decode step by itself; 0 where nothing was captured."""
     graphs = engine.runner.graphs
@@ -276,13 +297,7 @@ def replayed(scene: Scene, engine: Engine) -> float:
     found = [graph for (what, key), graph in kept.items() if what == "decode step" and key[0] == now]
     if not found:
         return 0.0
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    for _ in range(10):
-        found[-1].replay()
-    end.record()
-    scene.wait()
-    return begin.elapsed_time(end) / 10
+    return replay_ms(found[-1])
 
 
 def dense(scene: Scene, rows: int) -> float:
@@ -301,13 +316,7 @@ def dense(scene: Scene, rows: int) -> float:
         forward()
         with torch.cuda.graph(graph):
             forward()
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    for _ in range(10):
-        graph.replay()
-    end.record()
-    scene.wait()
-    return begin.elapsed_time(end) / 10
+    return replay_ms(graph)
 
 
 def counts(engine: Engine) -> dict[str, Any]:

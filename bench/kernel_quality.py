@@ -61,15 +61,6 @@ def through(route: str) -> Iterator[None]:
         os.environ["SPECTRAL_ATTENTION"] = before
 
 
-def scored(loaded: LoadedModel, book: Codebook, windows: list[list[int]], chunk: int) -> dict[str, Any]:
-    """Mean figures of a setting over windows."""
-    from spectral.scoring import ExactPass, score_store, summarised
-
-    found = [score_store(ExactPass.run(loaded, window), book, chunk=chunk)[0] for window in windows]
-    figures = summarised(found, len(windows[0]))
-    return {name: figures[name] for name in (*FIGURES, "scored_tokens")}
-
-
 def facts(loaded: LoadedModel, book: Codebook, asked: list[RecallSequence], chunk: int) -> list[bool]:
     """Which facts are answered through the page store."""
     from spectral.pages import PageStore
@@ -91,6 +82,7 @@ def main() -> None:
     from spectral.hf import load_model
     from spectral.provenance import provenance
     from spectral.recall import recall_sequence
+    from spectral.scoring import score_settings
 
     loaded, profile = load_model(options.model, dtype=options.dtype), SpectralProfile.load(options.profile)
     profile.check_model(loaded)
@@ -112,7 +104,8 @@ def main() -> None:
             for route in ROUTES:
                 began = time.monotonic()
                 with through(route):
-                    row[route] = scored(loaded, book, windows, chunk)
+                    figures = score_settings(loaded, profile, windows, [setting], chunk=chunk)[setting]
+                    row[route] = {name: figures[name] for name in (*FIGURES, "scored_tokens")}
                     if chunk > 1 and asked:
                         hits = facts(loaded, book, asked, chunk)
                         row[route] |= {"facts": len(hits), "recall": sum(hits) / len(hits)}

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from spectral.bits import Table
     from spectral.frames import BlockFrame
 
+EXACT = "exact"
+"""The setting without codes."""
+
 
 class LayerCodec(torch.nn.Module):
     """One layer at one setting: `encode` pages, `open` them for attention, `decode` for those who need tensors.
@@ -290,5 +293,5 @@ def coarser(old: Codebook, new: Codebook) -> bool:
     same = (old.profile_hash, old.sinks, old.window, old.page_tokens) == (
         new.profile_hash, new.sinks, new.window, new.page_tokens
     )  # fmt: skip
-    compressed = "exact" not in (old.setting, new.setting)
+    compressed = EXACT not in (old.setting, new.setting)
     return compressed and same and new.page_nbytes() < old.page_nbytes() and new.window_bits <= old.window_bits

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spectral.codec import EXACT
 from spectral.errors import SessionError
 
 if TYPE_CHECKING:
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from spectral.profile import SpectralProfile
 
 log = logging.getLogger("spectral")
-
-EXACT = "exact"
 
 
 def links_path(profile: Path, setting: str) -> Path:

@@ -24,9 +24,8 @@ import psutil  # noqa: E402
 import torch  # noqa: E402
 
 from bench import engine_scene  # noqa: E402
-from bench.engine_scene import Scene, counts, finish, greedy, step  # noqa: E402
+from bench.engine_scene import Scene, counts, finish, random_request  # noqa: E402
 from spectral.engine.engine import Engine  # noqa: E402
-from spectral.engine.types import GenerateRequest  # noqa: E402
 
 FIELDS = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
 
@@ -66,12 +65,7 @@ def requests(scene: Scene, engine: Engine, first: int, count: int) -> None:
     """Serve them."""
     rng = torch.Generator().manual_seed(1)
     for number in range(first, first + count):
-        length = int(torch.randint(2, 200, (1,), generator=rng))
-        engine.submit(GenerateRequest(f"m{number}", "", greedy(6)), scene.tokens(length, number))
-        if number % 10 == 0:
-            engine.cancel(f"m{number}")
-        while len(engine.scheduler.waiting) > 32:
-            step(engine)
+        random_request(engine, scene, number, rng)
     finish(engine)
     engine.trim(prefixes=True)
 

@@ -23,18 +23,6 @@ import torch  # noqa: E402
 from bench import engine_scene  # noqa: E402
 
 
-def replayed(graph: Any) -> float:
-    """Mean milliseconds of ten replays."""
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    graph.replay()
-    begin.record()
-    for _ in range(10):
-        graph.replay()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 10
-
-
 def kernels(graph: Any, layers: int) -> list[dict[str, Any]]:
     """Those of one replay, the longest in all first."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
@@ -70,7 +58,7 @@ def main() -> None:
             engine_scene.step(engine)
         kept = engine.runner.graphs.replayer.graphs
         graph = [graph for (what, _), graph in kept.items() if what == "decode step"][-1]
-        print(json.dumps({"case": case, "ms": replayed(graph)}))
+        print(json.dumps({"case": case, "ms": engine_scene.replay_ms(graph)}))
         for row in kernels(graph, options.layers):
             print(json.dumps(row), flush=True)
         del engine, graph, kept

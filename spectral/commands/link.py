@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from spectral.commands.evaluate import split_settings
-from spectral.commands.profile import Progress
+from spectral.commands.profile import DEVICE, QUANTIZE, Progress
 from spectral.commands.texts import read_texts
 
 if TYPE_CHECKING:
@@ -30,10 +30,8 @@ def link(
         None, "--text", help="Text to fit on, UTF-8; may be repeated (default: text by the model itself)."
     ),
     tokens: int = typer.Option(49_152, "--tokens", min=1024, help="Tokens to fit on; a few more are for measuring."),
-    quantize: str | None = typer.Option(
-        None, "--quantize", help="Load the weights as 4bit (nf4) or 8bit (int8); needs the gpu extra."
-    ),
-    device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
+    quantize: str | None = QUANTIZE,
+    device: str = DEVICE,
     seed: int = typer.Option(0, "--seed", min=0, help="Same seed, same kind of machine: the same links."),
     replace: bool = typer.Option(
         False, "--replace", help="Fit links anew that are there; sessions saved with them are lost."

@@ -55,6 +55,12 @@ def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
+QUANTIZE = typer.Option(
+    None, "--quantize", help="Load the weights as 4bit (nf4) or 8bit (int8); needs the gpu extra."
+)
+DEVICE = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N.")
+
+
 @app.command("build")
 def build(
     model: str = typer.Argument(..., help="Folder, hub name, or `demo`."),
@@ -63,10 +69,8 @@ def build(
         None, "--text", help="Calibration text, UTF-8; may be repeated (default: text by the model itself)."
     ),
     tokens: int = typer.Option(65_536, "--tokens", min=1024, help="Calibration tokens."),
-    quantize: str | None = typer.Option(
-        None, "--quantize", help="Load the weights as 4bit (nf4) or 8bit (int8); needs the gpu extra."
-    ),
-    device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
+    quantize: str | None = QUANTIZE,
+    device: str = DEVICE,
     seed: int = typer.Option(0, "--seed", min=0, help="Same seed, same kind of machine: the same profile."),
     as_json: bool = typer.Option(False, "--json", help="Print the finished profile's facts as JSON."),
     progress: str = typer.Option("text", "--progress", help="How progress is told on stderr: text or json (lines)."),

@@ -18,7 +18,7 @@ import torch
 
 from spectral.aside import aside
 from spectral.code_dispatch import codes_for
-from spectral.codec import coarser
+from spectral.codec import EXACT, coarser
 from spectral.dispatch import kernels_for
 from spectral.engine.prefix import PrefixCache, block_length
 from spectral.engine.sequence import Sequence
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("spectral.engine")
 
-EXACT = "exact"
 FREE_PREFIX_BYTES = 1 << 30
 """Most bytes of reusable prefixes where the cache has no limit; with one, it is half of the limit."""
 
