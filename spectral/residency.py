@@ -26,6 +26,11 @@ PREFAULT_THREADS = 8
 PIECE = 64 << 20
 """Bytes of a checksum between two looks at whether it is still wanted: some milliseconds."""
 LEAST_BYTES = 1 << 18
+APART_BYTES = 1 << 20
+"""Larger storages lie in torch's segments for large ones, where gaps between them cost something."""
+SLIDES = 8
+"""Most passes of `close_gaps`. By torch's rule (the smallest gap that fits) three to five close all gaps of models of
+28 and 36 layers, whichever order their weights were loaded in."""
 _DEPTH = 6
 """How deep tensors hide in the objects of a module: a quantization state has a state of its own."""
 
@@ -179,6 +184,47 @@ def _tensors(value: Any, depth: int, visited: set[int]) -> Iterator[torch.Tensor
         return
     for child in children:
         yield from _tensors(child, depth - 1, visited)
+
+
+def close_gaps(model: torch.nn.Module, kind: str = "cuda") -> int:
+    """Move a model's large storages together; the bytes that torch has returned to the driver for it.
+
+    What is freed while a model is made ready (projections that became one) leaves a gap in every layer, and torch
+    returns whole pieces of memory only: of an 8B model it kept 1.5 GiB for nothing. Storages go, from the lowest
+    address up, through a buffer and into the smallest gap that they fit in, often that right below them, until none
+    moves any more. All tensors stay valid; addresses change, so nothing may have been captured before. Where the device
+    has no memory for the buffer, everything stays where it is.
+    """
+    places: dict[torch.device, list[torch.UntypedStorage]] = {}
+    for storage in storages_of(model, kind):
+        if storage.nbytes() > APART_BYTES:
+            places.setdefault(storage.device, []).append(storage)
+    give_back(kind)
+    before = sum(map(reserved_nbytes, places))
+    for device, storages in places.items():
+        try:
+            buffer = torch.empty(max(s.nbytes() for s in storages), dtype=torch.uint8, device=device)
+        except torch.OutOfMemoryError:
+            continue
+        passes = 0
+        while passes < SLIDES and _slide(storages, buffer):
+            passes += 1
+        del buffer
+    give_back(kind)
+    return before - sum(map(reserved_nbytes, places))
+
+
+def _slide(storages: list[torch.UntypedStorage], buffer: torch.Tensor) -> bool:
+    """Every storage once to where the allocator puts it now; whether one moved."""
+    moved = False
+    for storage in sorted(storages, key=lambda storage: storage.data_ptr()):
+        at, size = storage.data_ptr(), storage.nbytes()
+        kept = buffer[:size].copy_(bytes_of(storage))
+        storage.resize_(0)
+        storage.resize_(size)
+        bytes_of(storage).copy_(kept)
+        moved |= storage.data_ptr() != at
+    return moved
 
 
 def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:

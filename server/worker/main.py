@@ -22,8 +22,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from server.worker.allocator import prepare_allocator
+
 # Before torch is imported by anything: an OpenMP pool that spins would take the cores from other workers.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if __name__ == "__main__":
+    prepare_allocator()
 
 from server import heap
 from server.worker import child_sessions, child_wire
