@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from bench.kernels import BITS, BLOCK, PAGE, RECENT, SINKS, synthetic_unit
 from spectral.bits import gaussian_tables
 from spectral.codec import Codebook, LayerCodec
 from spectral.engine.engine import Engine
 from spectral.engine.types import Delta, EngineLimits, Failed, GenerateRequest, SamplingParams
 from spectral.frames import BlockFrame
 from spectral.hf import NAME, LoadedModel, wrap_model
+from spectral.kernels.synthetic import BITS, BLOCK, PAGE, RECENT, SINKS, synthetic_unit
 
 SETTING = "8x"
 

@@ -14,84 +14,20 @@ import argparse
 import json
 import math
 import os
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from spectral.basis import Unit
-from spectral.bits import CHANNEL_GROUP, WIDTHS, allocate, frequency_classes, gaussian_step, gaussian_tables
-from spectral.codec import LayerCodec
-from spectral.frames import BlockFrame
 from spectral.kernels.check import Case
-from spectral.kernels.decode import LayerKernels, block_pages
+from spectral.kernels.choices import block_pages
+from spectral.kernels.decode import LayerKernels
+from spectral.kernels.synthetic import BITS, PAGE, RECENT, SINKS, synthetic_codec
+from spectral.kernels.timing import microseconds
 from spectral.provenance import provenance
-
-BITS = {"4x": 3.774, "8x": 1.774, "16x": 0.742}
-"""Bits per number that settings of these names spend on codes (the ladder of a measured profile at 4,096 tokens)."""
-
-PAGE, SINKS, RECENT, BLOCK = 16, 4, 112, 512
-
-
-def synthetic_unit(heads: tuple[int, int], dim: int, bits: float, seed: int) -> tuple[Unit, np.ndarray]:
-    """A unit with an exponential spectrum and tokens that vary slowly, and its widths at `bits` a number."""
-    rng = np.random.default_rng(seed)
-    size = (heads[1] - heads[0]) * 2 * dim
-    basis, _ = np.linalg.qr(rng.normal(size=(size, size)))
-    variance = np.exp(-8.0 * np.arange(size) / size)
-    counts = np.array([len(rows) for rows in frequency_classes(PAGE)])
-    tilt = np.exp(-0.35 * np.arange(len(counts))[:, None] * (1 - 0.5 * np.arange(size) / size))
-    deviation = tilt / np.sqrt((tilt**2 * counts[:, None]).sum(0) / PAGE)
-    scale = np.sqrt(variance / variance.sum() * dim)
-    runs = size // CHANNEL_GROUP
-    energy = (variance * deviation**2 * counts[:, None] / PAGE).reshape(len(counts), runs, CHANNEL_GROUP).sum(2)
-    errors = np.stack([energy.ravel() * gaussian_step(w)[1] for w in WIDTHS])
-    sizes = np.repeat(CHANNEL_GROUP * counts / PAGE, runs)
-    widths = allocate(errors, sizes, bits * size).reshape(len(counts), runs).repeat(CHANNEL_GROUP, axis=1)
-    mean = rng.normal(size=size) * 0.1
-    return Unit(heads, mean, basis * scale, basis / scale, variance, deviation), widths
-
-
-def synthetic_codec(kv_heads: int, dim: int, bits: float, device: str) -> LayerCodec:
-    """A layer with as many heads a unit as make 1,024 numbers."""
-    run = max(1, min(kv_heads, 1024 // (2 * dim)))
-    spans = [(a, min(a + run, kv_heads)) for a in range(0, kv_heads, run)]
-    parts = [synthetic_unit(span, dim, bits, seed) for seed, span in enumerate(spans)]
-    frequencies = 1e6 ** (-np.arange(0, dim, 2) / dim)
-    frame = BlockFrame(frequencies, block_tokens=BLOCK, page_tokens=PAGE, sinks=SINKS, device=device)
-    return LayerCodec(
-        parts, gaussian_tables(), frame, key_dim=dim, value_dim=dim, page_tokens=PAGE, device=device
-    )
-
-
-def microseconds(call: Callable[[], Any], seconds: float = 0.3) -> float:
-    """Median time of a call on the GPU, as graph replays; where it cannot be captured, as plain calls."""
-    call()
-    torch.cuda.synchronize()
-    replay: Callable[[], Any] = call
-    try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-        replay = graph.replay
-    except RuntimeError:
-        torch.cuda.synchronize()
-    found: list[float] = []
-    until = time.monotonic() + seconds
-    while time.monotonic() < until or len(found) < 5:
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        replay()
-        end.record()
-        end.synchronize()
-        found.append(begin.elapsed_time(end) * 1e3)
-    return float(np.median(found))
 
 
 def sdpa(rows: int, context: int, kv_heads: int, group: int, dim: int) -> float:

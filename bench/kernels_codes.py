@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.kernels import BITS, copy_bandwidth, microseconds, synthetic_codec
+from bench.kernels import copy_bandwidth
 from spectral.kernels.check_codes import (
     code_error,
     exact_chunk,
@@ -37,6 +37,8 @@ from spectral.kernels.chunk import TILES, attend_chunk, part_attention, tiled
 from spectral.kernels.code_layer import CodeLayer
 from spectral.kernels.encode import Tokens, encode
 from spectral.kernels.squeeze import SqueezeLayer
+from spectral.kernels.synthetic import BITS, synthetic_codec
+from spectral.kernels.timing import microseconds
 from spectral.pools import empty_pool
 from spectral.provenance import provenance
 

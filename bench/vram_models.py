@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from bench.kernels import BLOCK, PAGE, RECENT, SINKS, synthetic_unit
 from spectral.basis import Unit
 from spectral.bits import CHANNEL_GROUP, WIDTHS, frequency_classes, gaussian_step, gaussian_tables
 from spectral.calibrate import LADDER
 from spectral.fit import Fitted, ladder
+from spectral.kernels.synthetic import BLOCK, PAGE, RECENT, SINKS, synthetic_unit
 from spectral.profile import LayerProfile, SpectralProfile
 from spectral.resources import profile_path
 

@@ -6,7 +6,21 @@ import sys
 
 import typer
 
-from spectral.commands import bench, chat, evaluate, keys, link, operate, plan, profile, serve, status, top, version
+from spectral.commands import (
+    bench,
+    chat,
+    evaluate,
+    keys,
+    link,
+    operate,
+    plan,
+    profile,
+    serve,
+    status,
+    top,
+    tune,
+    version,
+)
 from spectral.commands.plain import App
 
 EXIT_STATUS = (
@@ -41,6 +55,7 @@ app.command("plan")(plan.plan)
 app.command("models")(status.models)
 operate.register(app)
 app.command("eval")(evaluate.evaluate_command)
+app.command("tune")(tune.tune)
 app.command("backup")(serve.backup)
 app.command("restore")(serve.restore)
 app.command("version")(version.version)

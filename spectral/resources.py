@@ -6,6 +6,7 @@ repository; in an installed wheel they lie under ``spectral/_data``.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -24,6 +25,12 @@ def data_root() -> Path:
 def data_path(*parts: str) -> Path:
     """The path of a shipped file; it need not exist."""
     return data_root().joinpath(*parts)
+
+
+def cache_home() -> Path:
+    """The folder for what was measured or made on this machine: $XDG_CACHE_HOME/spectral or ~/.cache/spectral; it need
+    not exist. Raises RuntimeError for a user without a home."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spectral"
 
 
 def config_path() -> Path:

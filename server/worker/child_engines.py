@@ -217,7 +217,7 @@ class Change:
         if not isinstance(outcome, Exception):
             try:
                 if self.command.reload:
-                    outcome.engine.warm_up()
+                    outcome.engine.warm_up(tune=False)  # streams wait for this
                     self._engines.replace(outcome)
                 else:
                     self._engines.set_setting(self.command.setting)

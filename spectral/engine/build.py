@@ -12,7 +12,7 @@ from spectral.engine.engine import Engine
 from spectral.engine.types import EngineLimits
 from spectral.errors import ProfileError
 from spectral.profile import LadderRow, SpectralProfile
-from spectral.resources import profile_path
+from spectral.resources import cache_home, profile_path
 
 if TYPE_CHECKING:
     from spectral.hf import LoadedModel
@@ -35,9 +35,7 @@ class Built:
 
 def saved_profile_path(loaded: LoadedModel) -> Path:
     """Where a profile made on this machine is kept: under $SPECTRAL_PROFILES, else the user's cache folder."""
-    home = os.environ.get("SPECTRAL_PROFILES")
-    if not home:
-        home = str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spectral" / "profiles")
+    home = os.environ.get("SPECTRAL_PROFILES") or cache_home() / "profiles"
     name = re.sub(r"[^A-Za-z0-9._-]", "_", loaded.name.rstrip("/").rsplit("/", 1)[-1])
     return Path(home) / f"{name}-{loaded.fingerprint[:12]}.safetensors"
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from spectral.engine.scheduler import Work
     from spectral.engine.sequence import Sequence
     from spectral.hf import LoadedModel
+    from spectral.kernels.choices import Shape
     from spectral.kernels.decode import StepTables
     from spectral.pages import PageStore
     from spectral.windows import WindowGroup
@@ -45,14 +46,11 @@ def chunk_rows(work: Work) -> tuple[int, int]:
     return max(FEW_ROWS, 1 << (work[0][1] - 1).bit_length()), 1
 
 
-def wide_blocks(rows: int, programs: int) -> int:
+def wide_blocks(rows: int, programs: int, shared: int) -> int:
     """Blocks that page tables of so many rows have at least (a power of two, at most 4,096 tokens of 16 a page);
-    programs: of a block, 0 where they may not be wider than needed."""
-    if not programs:
-        return 1
-    from spectral.kernels.decode import SHARED_BLOCKS
-
-    return min(8, 1 << max(1, SHARED_BLOCKS // (rows * programs)).bit_length() - 1)
+    programs: of a block, 0 where they may not be wider than needed; shared: blocks by unit and head group up to which
+    several programs share each (spectral.kernels.choices)."""
+    return min(8, 1 << max(1, shared // (rows * programs)).bit_length() - 1) if programs else 1
 
 
 class Bounds:
@@ -67,13 +65,16 @@ class Bounds:
         self.sinks = book.sinks
         self._page = self._window = self._token = 0
         programs = 1
+        self._most: tuple[torch.device, Shape] | None = None
         for window, codec in zip(store.windows, book.layers, strict=True):
             if codec is None:
                 self.tokens = min(self.tokens, window.ring)
             group = loaded.shape.query_heads // window.shape.kv_heads
             kernels = kernels_for(codec, book.window, group, dtype)
             if kernels is not None:
-                programs = max(programs, len(kernels.unit_heads) * kernels.head_groups(group))
+                own = len(kernels.unit_heads) * kernels.head_groups(group)
+                if self._most is None or own > programs:
+                    programs, self._most = own, (kernels.key_basis.device, kernels.shape(group))
             else:
                 size = 4 * window.shape.kv_heads * window.shape.head_numbers
                 self._token = max(self._token, size)
@@ -82,6 +83,15 @@ class Bounds:
         self._programs = programs if store.device.type == "cuda" and not self._page else 0
         """Of one block of a row, where kernels read all pages on a GPU."""
 
+    @property
+    def _shared(self) -> int:
+        """Looked up anew: warming up may measure it."""
+        if self._most is None:
+            return 0
+        from spectral.kernels.choices import DecodeChoices, chosen
+
+        return chosen(DecodeChoices, *self._most).shared_blocks
+
     def width(self, rows: int, pages: int) -> int:
         """Of the page tables of a step of so many rows, each with up to `pages` pages.
 
@@ -89,7 +99,7 @@ class Bounds:
         each block (spectral.kernels.decode): those without pages end at once, and a row that grows needs no other step.
         The reference copies pages for the whole width.
         """
-        return table_width(pages, wide_blocks(rows, self._programs))
+        return table_width(pages, wide_blocks(rows, self._programs, self._shared))
 
     def begin(self, sequence: Sequence, count: int) -> bool:
         """Whether a sequence's chunk is a prompt's beginning that may run so."""

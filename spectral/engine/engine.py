@@ -395,6 +395,6 @@ class Engine:
         """A snapshot of what runs, what the cache holds, and the counters."""
         return figures(self)
 
-    def warm_up(self) -> None:
-        """Run a prompt and a decode step once, so that the first request does not pay for what is set up lazily."""
-        warm_up(self)
+    def warm_up(self, *, tune: bool = True) -> None:
+        """See spectral.engine.upkeep: the first request does not pay for what is set up lazily."""
+        warm_up(self, tune=tune)

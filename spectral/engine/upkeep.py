@@ -77,22 +77,29 @@ def figures(engine: Engine) -> EngineStats:
     )
 
 
-def warm_up(engine: Engine) -> None:
+def warm_up(engine: Engine, *, tune: bool = True) -> None:
     """Run a prompt and decode steps; leaves nothing behind. Raises what the model raises.
 
-    On a GPU the prompt is long enough for a page, so that the kernels that read pages are compiled before any request,
-    for few pages and for many; a short chunk and as many decode steps follow as it takes to capture one, and a short
-    prompt.
+    On a GPU what its kernels should choose is measured first, where nobody knows it and `tune` allows it
+    (spectral.kernels.first_use). There the prompt is long enough for a page, so that the kernels that read pages are
+    compiled before any request, for few pages and for many; a short chunk and as many decode steps follow as it takes
+    to capture one, and a short prompt.
     """
     store = engine.store
     if store.device.type != "cuda":
         _warm(engine, 8, 2)
         return
     from spectral.code_dispatch import warm_codes
-    from spectral.kernels.decode import sharing
+    from spectral.dispatch import installed
+    from spectral.kernels.choices import forced
 
+    if tune and installed():
+        from spectral.kernels.first_use import tune_at_first_use
+
+        loaded = engine.loaded
+        tune_at_first_use(store.codebook, loaded.shape.query_heads, next(loaded.model.parameters()).dtype)
     length = 8 + store.codebook.sinks + store.codebook.window + 2 * store.codebook.page_tokens
-    with sharing(0):
+    with forced(shared_blocks=0):
         _warm(engine, length, 2)
     engine.runner.trim(everything=True)  # a step that was launched so must not be captured so
     _warm(engine, length, 5, chunk=3)

@@ -9,6 +9,7 @@ import torch
 
 from spectral.aside import to_device
 from spectral.codec import LayerCodec
+from spectral.kernels.choices import CodeChoices, chosen, layer_shape
 from spectral.kernels.quads import code_parcels, unit_columns
 
 TILE = 16
@@ -86,6 +87,11 @@ class CodeLayer:
             torch.cat([side.spread[slice(*unit.heads)].flatten() for side in (self.keys, self.values)])[:, None]
             for unit in units
         ]
+        self.shape = layer_shape(codec)
+
+    def choices(self) -> CodeChoices:
+        """What launches choose."""
+        return chosen(CodeChoices, self.device, self.shape)
 
     def _side(self, name: str) -> Side:
         """Keys or values of all heads."""

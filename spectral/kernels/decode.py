@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -21,6 +20,7 @@ from spectral.aside import to_device
 from spectral.codec import LayerCodec
 from spectral.errors import SettingError
 from spectral.kernels.cells import held_runs
+from spectral.kernels.choices import DecodeChoices, Shape, block_pages, chosen, forced, layer_shape
 from spectral.kernels.combine import combine_kernel, finish_kernel, query_kernel, window_kernel
 from spectral.kernels.mix import factor_kernel, mix_kernel
 from spectral.kernels.score import block_runs, score_kernel
@@ -29,16 +29,6 @@ from spectral.kernels.tables import QUAD_ORDER, SHARES, LayerTables, layer_table
 from spectral.windows import ExactWindow, QuantizedWindow
 
 LOG2E = math.log2(math.e)
-MIX_WARPS = 4
-MIX_PROGRAMS = 1024
-"""Programs of a mix launch that fill a large GPU: with fewer, sequences are split."""
-
-SHARED_BLOCKS = 48
-"""Blocks of a step, by unit and head group, up to which each has several programs: more fill a large GPU alone."""
-
-_shared_blocks = ContextVar("shared_blocks", default=SHARED_BLOCKS)
-
-LATENT_TILE = 32
 FACTOR_TILE = 64
 
 
@@ -48,15 +38,10 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-@contextmanager
-def sharing(blocks: int) -> Iterator[None]:
+def sharing(blocks: int) -> AbstractContextManager[None]:
     """Steps of up to so many blocks have several programs for each inside: 0 for none. To compile and compare both
     ways before any request."""
-    token = _shared_blocks.set(blocks)
-    try:
-        yield
-    finally:
-        _shared_blocks.reset(token)
+    return forced(shared_blocks=blocks)
 
 
 def unsupported(codec: LayerCodec, window: int) -> str:
@@ -68,11 +53,6 @@ def unsupported(codec: LayerCodec, window: int) -> str:
     if any(not unit.rank for unit in codec.units):
         return "a unit without any bits"
     return "" if window else "a setting without an exact window"
-
-
-def block_pages(codec: LayerCodec) -> int:
-    """Pages that share a projected query."""
-    return codec.frame.pages if codec.frame.turns else 32
 
 
 @dataclass
@@ -127,6 +107,17 @@ class LayerKernels:
         self.vectors = vectors
         self.unit_heads = [unit.heads for unit in units]
         self._units: dict[int, torch.Tensor] = {}
+        self._shapes: dict[int, Shape] = {}
+
+    def choices(self, group: int) -> DecodeChoices:
+        """What launches choose, for `group` heads a KV head."""
+        return chosen(DecodeChoices, self.key_basis.device, self.shape(group))
+
+    def shape(self, group: int) -> Shape:
+        """What choices are kept for."""
+        if group not in self._shapes:
+            self._shapes[group] = layer_shape(self.codec, group)
+        return self._shapes[group]
 
     def units(self, group: int) -> torch.Tensor:
         """int32 [units, 4]: first query head, query heads, offset of the unit's bytes, how many; `group` heads a KV
@@ -175,20 +166,21 @@ def decode_attention(
     top = torch.empty((rows, heads), device=query.device)
     total, mixed = torch.empty_like(top), torch.empty((rows, heads, codec.value_dim), device=query.device)
     paged = bool(step.pages.shape[1])
+    choices = layer.choices(group)
     with _beside(query.device, paged) as meet:
-        _window(window, step, query, key, value, scale, cap, top, total, mixed)
+        _window(choices, window, step, query, key, value, scale, cap, top, total, mixed)
     if not paged:
         torch.div(mixed, total[..., None], out=out) if out.dtype == mixed.dtype else out.copy_(mixed / total[..., None])
         return out
     try:
-        latent, share = _pages(layer, pool, step, query, scale, cap, top, total, meet)
+        latent, share = _pages(layer, choices, pool, step, query, scale, cap, top, total, meet)
     except Exception:
         meet()  # no capture can end, not even one that has failed, before its streams have met
         raise
     up = torch.bmm(latent.flatten(1, 2), layer.value_basis)
     finish_kernel[(heads, rows)](
         up, share, layer.value_mean, mixed, out, heads, rows,
-        GROUP=group, E=triton.next_power_of_2(codec.value_dim), VDIM=codec.value_dim, num_warps=1,
+        GROUP=group, E=triton.next_power_of_2(codec.value_dim), VDIM=codec.value_dim, num_warps=choices.finish_warps,
     )  # fmt: skip
     return out
 
@@ -246,6 +238,7 @@ def _check(
 
 
 def _window(
+    choices: DecodeChoices,
     window: ExactWindow,
     step: StepTables,
     query: torch.Tensor,
@@ -265,14 +258,14 @@ def _window(
     high = low = scales = window.store
     if isinstance(window, QuantizedWindow):
         high, low, scales, bits, group = window.high, window.low, window.scale, window.bits, window.groups
-    tile = 32 if max(dim, value_dim) <= 128 else 16  # what fits a consumer card's shared memory
+    tile = choices.window_tile if max(dim, value_dim) <= 128 else 16  # what fits a consumer card's shared memory
     window_kernel[(kv_heads, rows)](
         query, key, value, window.store, high, low, scales, step.slot, step.length, step.first, step.before,
         top, total, mixed, dim, heads, kv_heads, window.sinks, window.ring, scale,
         GROUP=heads // kv_heads, G=max(16, triton.next_power_of_2(heads // kv_heads)),
         D=max(16, triton.next_power_of_2(dim)), E=max(16, triton.next_power_of_2(value_dim)), DIM=dim, VDIM=value_dim,
         BITS=bits, SCALE=group, T=tile, SOFTCAP=cap,
-        num_warps=4,
+        num_warps=choices.window_warps,
     )  # fmt: skip
 
 
@@ -282,6 +275,7 @@ class _Scoring:
     and largest as spectral.kernels.score leaves them. cap: of softcap, in units of log2, 0 for none."""
 
     layer: LayerKernels
+    choices: DecodeChoices
     pool: torch.Tensor
     step: StepTables
     projected: torch.Tensor
@@ -304,7 +298,8 @@ class _Scoring:
             step.pages.stride(0), layer.codec.page_nbytes, self.projected.stride(0), runs, blocks, blocks * pages,
             units, self.const.shape[2], entries.stride(0),
             GROUPS=parts, GROUP=self.group, CLASSES=layer.classes, P=layer.codec.page_tokens,
-            HOLD=block_runs(runs, warps), SOFTCAP=self.cap, WARPS=warps, FAST=fast, num_warps=warps,
+            HOLD=block_runs(runs, warps) if self.choices.hold else 0, SOFTCAP=self.cap, WARPS=warps, FAST=fast,
+            num_warps=warps,
             num_stages=1, **({"maxnreg": 128} if fast else {}),
         )  # fmt: skip
 
@@ -314,13 +309,14 @@ class _Scoring:
         rows, units, parts, blocks, _ = self.largest.shape
         pages, runs, tokens = block_pages(layer.codec), layer.rank // 16, layer.codec.page_tokens
         octets, fast = blocks * pages // 8, not interpreted()
+        held = held_runs(runs, int(STAGES) * int(STAGE)) if self.choices.hold_share else 0
         sums = torch.empty((rows, units, parts, octets, SHARES, 4 * tokens, 32), device=self.largest.device)
         share_kernel[(units * parts * SHARES, octets, rows)](
             self.projected, self.pool, step.pages, step.count, self.unit, layer.tables["share"],
             layer.tables["entry"], sums,
             step.pages.stride(0), layer.codec.page_nbytes, self.projected.stride(0), runs, blocks, units, octets,
             GROUPS=parts, GROUP=self.group, CLASSES=layer.classes, P=tokens, PB=pages, SHARES=SHARES,
-            HOLD=held_runs(runs, int(STAGES) * int(STAGE)), FAST=fast, num_warps=1, num_stages=1,
+            HOLD=held, FAST=fast, num_warps=1, num_stages=1,
         )  # fmt: skip
         gather_kernel[(units * parts, blocks, rows)](
             sums, self.const, step.count, self.unit, self.weight, self.largest,
@@ -332,6 +328,7 @@ class _Scoring:
 
 def _pages(
     layer: LayerKernels,
+    choices: DecodeChoices,
     pool: torch.Tensor,
     step: StepTables,
     query: torch.Tensor,
@@ -355,18 +352,18 @@ def _pages(
     query_kernel[(codec.kv_heads, blocks, rows)](
         query, cos, sin, layer.vectors, framed, const, dim, blocks, heads, rows, scale,
         GROUP=group, G=triton.next_power_of_2(group), D=triton.next_power_of_2(dim), DIM=dim,
-        HALF=cos.shape[1] if codec.frame.turns else 0, CLASSES=layer.classes, num_warps=1,
+        HALF=cos.shape[1] if codec.frame.turns else 0, CLASSES=layer.classes, num_warps=choices.query_warps,
     )  # fmt: skip
     projected = torch.bmm(framed, layer.key_basis)  # [H, B * blocks * G, R]
     pages_max = blocks * page_blocks
     weight = torch.empty((rows, units, parts, pages_max * tokens * 16), dtype=torch.float16, device=device)
     largest = torch.empty((rows, units, parts, blocks, 16), device=device)
-    scoring = _Scoring(layer, pool, step, projected, const, unit, weight, largest, group, cap)
-    if units * parts * blocks * rows <= _shared_blocks.get():
+    scoring = _Scoring(layer, choices, pool, step, projected, const, unit, weight, largest, group, cap)
+    if units * parts * blocks * rows <= choices.shared_blocks:
         scoring.by_shares()
     else:
         scoring.by_blocks()
-    splits = min(blocks, max(1, triton.cdiv(MIX_PROGRAMS, rows * layer.items)))
+    splits = min(blocks, max(1, triton.cdiv(choices.mix_programs, rows * layer.items)))
     each = triton.cdiv(blocks, splits)
     factor = torch.empty((rows, units, parts, blocks, 16), dtype=torch.int32, device=device)
     tops = torch.empty((rows, splits, units, parts, 16), device=device)
@@ -379,15 +376,16 @@ def _pages(
     mix_kernel[(rows, splits, layer.items * parts)](
         pool, step.pages, step.count, tables["item"], weight, factor, outs, sums, step.pages.stride(0),
         codec.page_nbytes, blocks, pages_max, units, splits, layer.outputs, each,
-        GROUPS=parts, CLASSES=layer.classes, P=tokens, PB=page_blocks, WARPS=MIX_WARPS, FAST=fast,
-        num_warps=MIX_WARPS, num_stages=1, **({"maxnreg": 128} if fast else {}),
+        GROUPS=parts, CLASSES=layer.classes, P=tokens, PB=page_blocks, WARPS=choices.mix_warps, FAST=fast,
+        num_warps=choices.mix_warps, num_stages=1, **({"maxnreg": 128} if fast else {}),
     )  # fmt: skip
     latent = torch.empty((codec.kv_heads, rows, group, layer.rank), dtype=torch.float16, device=device)
     share = torch.empty((rows, heads, 2), device=device)
     meet()
-    combine_kernel[(units * parts, triton.cdiv(layer.rank, LATENT_TILE), rows)](
+    combine_kernel[(units * parts, triton.cdiv(layer.rank, choices.combine_tile), rows)](
         outs, sums, tops, step.count, unit, tables["source"], tables["source_factor"], tables["offset"], top, total,
         latent, share, units, splits, layer.outputs, each, layer.rank, heads, rows,
-        GROUPS=parts, GROUP=group, CLASSES=layer.classes, P=tokens, PB=page_blocks, RT=LATENT_TILE, num_warps=4,
+        GROUPS=parts, GROUP=group, CLASSES=layer.classes, P=tokens, PB=page_blocks, RT=choices.combine_tile,
+        num_warps=choices.combine_warps,
     )  # fmt: skip
     return latent, share

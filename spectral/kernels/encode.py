@@ -19,10 +19,6 @@ import triton.language as tl
 
 from spectral.kernels.code_layer import TILE, CodeLayer, Side
 
-LANES = 128
-PAGES = 8
-"""Pages that a program has in hand at once."""
-
 
 @triton.jit
 def _kept(x, TOP: tl.constexpr, T: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.constexpr):
@@ -173,12 +169,13 @@ def encode(
     for number in range(len(codec.units)):
         out = y[:, layer.columns[number] : layer.columns[number + 1]]
         torch.mm(numbers[:, layer.spans[number] : layer.spans[number + 1]], layer.projection(number), out=out)
+    choices = layer.choices()
     for part in layer.fields:
         lanes = part.at.numel()
-        pack_kernel[(triton.cdiv(lanes, LANES), triton.cdiv(count, PAGES))](
+        pack_kernel[(triton.cdiv(lanes, choices.pack_lanes), triton.cdiv(count, choices.pack_pages))](
             y, ids, part.at, part.table, layer.gain, pool,
             lanes, count, codec.page_nbytes, codec.page_tokens * layer.latents,
-            BITS=part.bits, LANES=LANES, PAGES=PAGES, num_warps=4,
+            BITS=part.bits, LANES=choices.pack_lanes, PAGES=choices.pack_pages, num_warps=choices.pack_warps,
         )  # fmt: skip
 
 
@@ -201,7 +198,8 @@ def _prepare(
         held, new, page, layer.transform, side.mean, side.spread, side.column, cos, sin, out,
         rows, held.shape[1], held.stride(0), held.stride(1), new.stride(0), new.stride(1), out.stride(0),
         P=codec.page_tokens, DIM=side.dim, GROUP=group, GROUPS=groups, WIDE=wide,
-        TOP=tokens.top, HALF=half, BLOCK=max(1, codec.frame.pages), TILE=TILE, num_warps=4, num_stages=1,
+        TOP=tokens.top, HALF=half, BLOCK=max(1, codec.frame.pages), TILE=TILE,
+        num_warps=layer.choices().prepare_warps, num_stages=1,
     )  # fmt: skip
 
 

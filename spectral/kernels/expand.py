@@ -15,16 +15,6 @@ import triton.language as tl
 
 from spectral.kernels.code_layer import TILE, CodeLayer, Side
 
-LANES = 128
-PAGES = 8
-"""Pages that a program has in hand at once."""
-
-SLICE_TOKENS = 8192
-"""Tokens between the three steps at once: what lies between them fits a large GPU's second-level cache."""
-
-ROUNDS = 4
-"""Tiles of TILE tokens that a program of `restore_kernel` does."""
-
 
 @triton.jit(do_not_specialize=["lanes", "count", "nbytes", "stride"])
 def expand_kernel(
@@ -133,7 +123,7 @@ def expand(
     if not count:
         return
     tokens = codec.page_tokens
-    most = min(count, SLICE_TOKENS // tokens)
+    most = min(count, max(1, layer.choices().slice_tokens // tokens))
     # Coefficients without bits are never written: they stay 0.
     coefficients = torch.zeros((most * tokens, layer.latents), dtype=torch.float16, device=pool.device)
     numbers = torch.empty((most * tokens, layer.numbers), dtype=torch.float16, device=pool.device)
@@ -153,14 +143,15 @@ def expand(
 
 def _coefficients(layer: CodeLayer, pool: torch.Tensor, ids: torch.Tensor, out: torch.Tensor) -> None:
     """Quarters of the coefficients of pages: fp16 [n * P, S], those with bits."""
-    words, quads = pool.view(torch.int32), out.view(torch.int64)
+    words, quads, choices = pool.view(torch.int32), out.view(torch.int64), layer.choices()
     for part in layer.quads:
         lanes = part.zero.numel()
         if lanes:
-            expand_kernel[(triton.cdiv(lanes, LANES), triton.cdiv(ids.numel(), PAGES))](
+            grid = (triton.cdiv(lanes, choices.open_lanes), triton.cdiv(ids.numel(), choices.open_pages))
+            expand_kernel[grid](
                 words, ids, part.table, part.zero, layer.size, quads,
                 lanes, ids.numel(), layer.codec.page_nbytes, layer.codec.page_tokens * layer.latents // 4,
-                DOUBLE=part.double, LANES=LANES, PAGES=PAGES, num_warps=4,
+                DOUBLE=part.double, LANES=choices.open_lanes, PAGES=choices.open_pages, num_warps=choices.open_warps,
             )  # fmt: skip
 
 
@@ -169,13 +160,13 @@ def _restore(
 ) -> None:
     """Keys (turned) or values fp16 [H, rows, dim] from numbers fp16 [rows, all units'] by frequency; `last`: block."""
     cos, sin, half = layer.turns(last + 1) if turned else (side.mean, side.mean, 0)
-    rows, codec = numbers.shape[0], layer.codec
-    rounds = min(ROUNDS, triton.cdiv(rows, TILE))
+    rows, codec, choices = numbers.shape[0], layer.codec, layer.choices()
+    rounds = min(choices.restore_rounds, triton.cdiv(rows, TILE))
     restore_kernel[(codec.kv_heads, triton.cdiv(rows, TILE * rounds))](
         numbers, layer.transform, side.mean, side.column, cos, sin, out,
         rows, first, numbers.stride(0), out.stride(0), rounds, codec.page_tokens**0.5,
         P=codec.page_tokens, DIM=side.dim, C=max(16, triton.next_power_of_2(side.dim)), HALF=half,
-        BLOCK=max(1, codec.frame.pages), TILE=TILE, num_warps=4, num_stages=1,
+        BLOCK=max(1, codec.frame.pages), TILE=TILE, num_warps=choices.restore_warps, num_stages=1,
     )  # fmt: skip
 
 

@@ -141,3 +141,13 @@ def test_licence_is_whole() -> None:
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert "Version 2.0, January 2004" in text
     assert "APPENDIX: How to apply the Apache License to your work." in text
+
+
+def test_the_kernels_page_names_every_choice() -> None:
+    from dataclasses import fields
+
+    from spectral.kernels.choices import CodeChoices, DecodeChoices
+
+    text = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    missing = [one.name for kind in (DecodeChoices, CodeChoices) for one in fields(kind) if f"`{one.name}`" not in text]
+    assert missing == []

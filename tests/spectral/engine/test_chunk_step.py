@@ -16,6 +16,7 @@ from spectral.engine.engine import Engine
 from spectral.engine.graphs import CHUNK, FIRST, ORDINARY, DecodeGraphs
 from spectral.engine.types import EngineLimits, Event, Failed, Finished
 from spectral.hf import LoadedModel
+from spectral.kernels.choices import Shape
 from spectral.pages import PageStore
 from tests.spectral.engine.engine_helpers import Letters, answer, ask, drive, request, tiny_engine
 from tests.spectral.helpers import FAMILIES, SMALL, random_codebook, random_model
@@ -389,11 +390,13 @@ def test_bounds_on_what_rows_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_few_rows_have_wide_page_tables_where_several_programs_share_a_block() -> None:
     """Two units of 16 query heads, a model whose blocks are many programs, and one whose pages the reference reads."""
-    assert [wide_blocks(rows, 2) for rows in (1, 2, 4, 8, 16, 32)] == [8, 8, 4, 2, 1, 1]
-    assert [wide_blocks(rows, 12) for rows in (1, 2, 8)] == [4, 2, 1]
-    assert wide_blocks(1, 0) == 1
+    assert [wide_blocks(rows, 2, 48) for rows in (1, 2, 4, 8, 16, 32)] == [8, 8, 4, 2, 1, 1]
+    assert [wide_blocks(rows, 12, 48) for rows in (1, 2, 8)] == [4, 2, 1]
+    assert [wide_blocks(rows, 2, 16) for rows in (1, 2, 4)] == [8, 4, 2]
+    assert wide_blocks(1, 0, 48) == 1 and wide_blocks(1, 2, 0) == 1
     engine = tiny_engine(decode="static")
     bounds = Bounds(engine.loaded, engine.store)
     assert bounds.width(1, 0) == 0 and bounds.width(1, 1) == bounds.width(16, 1)  # on a CPU
     bounds._programs = 2
+    bounds._most = torch.device("cpu"), Shape(4, 2, 8, 8, 16, 32)
     assert bounds.width(1, 1) == 8 * bounds.width(16, 1) and bounds.width(1, 0) == 0

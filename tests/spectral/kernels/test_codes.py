@@ -11,6 +11,7 @@ from spectral.codec import LayerCodec
 from spectral.engine.static_step import SealStep
 from spectral.errors import SettingError
 from spectral.kernels import check_codes, chunk
+from spectral.kernels.choices import forced
 from spectral.kernels.code_layer import CodeLayer
 from spectral.kernels.encode import Tokens, encode
 from spectral.kernels.expand import expand
@@ -48,13 +49,14 @@ def test_opened_pages_are_the_references(
         assert check_codes.relative(got, wanted) < 1e-3
 
 
-def test_slices_of_a_long_row_are_opened_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slices_of_a_long_row_are_opened_alike() -> None:
     layer = layer_of(1, 16, 16, 1, 32)
     pool = check_codes.random_pages(layer.codec, 7)
     ids = torch.arange(7, device=DEVICE, dtype=torch.int32)
     whole = check_codes.opened(layer, pool, ids)
-    monkeypatch.setattr("spectral.kernels.expand.SLICE_TOKENS", 48)
-    for got, wanted in zip(check_codes.opened(layer, pool, ids), whole, strict=True):
+    with forced(slice_tokens=48):
+        parts = check_codes.opened(layer, pool, ids)
+    for got, wanted in zip(parts, whole, strict=True):
         assert check_codes.relative(got, wanted) < 1e-3
 
 
