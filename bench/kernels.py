@@ -23,7 +23,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from spectral.kernels.check import Case
-from spectral.kernels.choices import block_pages
+from spectral.kernels.choices import DecodeChoices, block_pages, known
 from spectral.kernels.decode import LayerKernels
 from spectral.kernels.synthetic import BITS, PAGE, RECENT, SINKS, synthetic_codec
 from spectral.kernels.timing import microseconds
@@ -64,7 +64,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         exact = sdpa(rows, context, kv_heads, group, dim)
         for setting in args.settings.split(","):
             codec = synthetic_codec(kv_heads, dim, BITS[setting], "cuda")
-            held = Case(LayerKernels(codec), rows, context, group, torch.bfloat16)
+            layer = LayerKernels(codec)
+            held = Case(layer, rows, context, group, torch.bfloat16)
             spent = microseconds(held.run)
             rows_out.append(
                 {
@@ -79,6 +80,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                     "bf16_floor_us": held.bf16_nbytes / bandwidth,
                     "speedup_over_sdpa": exact / spent,
                     "relative_error": held.error(),
+                    "choices": known(DecodeChoices, layer.key_basis.device, layer.shape(group)).origin,
                 }
             )
             print(json.dumps(rows_out[-1]), flush=True)

@@ -44,8 +44,12 @@ def tune(
     told: list[dict[str, Any]] = []
     for number, bench in enumerate(_benches(gpu, *sizes)):
         kind = KINDS[type(bench.start())]
-        found = search(bench, left * (1.0 if number else DECODE_SHARE), _progress(kind, left))
-        left -= found.seconds
+        own = left * (1.0 if number else DECODE_SHARE)
+        typer.echo(f"tuning {kind} of {bench.shape} on {name}: compiling, then up to {own:.0f} s", err=True)
+        show = _progress(own)
+        found = search(bench, own, show)
+        show("", own)
+        left = max(0.0, left - found.seconds)
         entry = entry_of(name, bench.shape, found)
         told.append({"kind": kind, "shape": str(bench.shape), "kept_in": str(_keep(entry, output)), **found.to_dict()})
         if not as_json:
@@ -137,12 +141,12 @@ def _keep(entry: Entry, output: Path | None) -> Path:
     return path
 
 
-def _progress(kind: str, seconds: float) -> Any:
-    """On a terminal one line on standard error that says what is tried; elsewhere nothing."""
+def _progress(seconds: float) -> Any:
+    """On a terminal one line on standard error that says what is tried, gone at the end; elsewhere nothing."""
 
     def show(what: str, passed: float) -> None:
         if sys.stderr.isatty():
-            text = f"\r\033[K  {kind}: {what}, {passed:.0f} of {seconds:.0f} s" if what else "\r\033[K"
+            text = f"\r\033[K  {what}, {passed:.0f} of {seconds:.0f} s" if what else "\r\033[K"
             print(text, end="", file=sys.stderr, flush=True)
 
     return show

@@ -88,9 +88,9 @@ class Bounds:
         """Looked up anew: warming up may measure it."""
         if self._most is None:
             return 0
-        from spectral.kernels.choices import DecodeChoices, chosen
+        from spectral.kernels.choices import DecodeChoices, known
 
-        return chosen(DecodeChoices, *self._most).shared_blocks
+        return known(DecodeChoices, *self._most).choices.shared_blocks
 
     def width(self, rows: int, pages: int) -> int:
         """Of the page tables of a step of so many rows, each with up to `pages` pages.

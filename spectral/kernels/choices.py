@@ -62,7 +62,6 @@ class DecodeChoices:
     combine_warps: int = _knob(4, 1, 2, 4, 8, seconds=2)
     query_warps: int = _knob(1, 1, 2, 4, seconds=1)
     finish_warps: int = _knob(1, 1, 2, 4, seconds=1)
-    mix_warps: int = _knob(4, 2, 4, 8, seconds=30)
 
 
 @dataclass(frozen=True)

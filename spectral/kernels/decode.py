@@ -29,6 +29,7 @@ from spectral.kernels.tables import QUAD_ORDER, SHARES, LayerTables, layer_table
 from spectral.windows import ExactWindow, QuantizedWindow
 
 LOG2E = math.log2(math.e)
+MIX_WARPS = 4
 FACTOR_TILE = 64
 
 
@@ -376,8 +377,8 @@ def _pages(
     mix_kernel[(rows, splits, layer.items * parts)](
         pool, step.pages, step.count, tables["item"], weight, factor, outs, sums, step.pages.stride(0),
         codec.page_nbytes, blocks, pages_max, units, splits, layer.outputs, each,
-        GROUPS=parts, CLASSES=layer.classes, P=tokens, PB=page_blocks, WARPS=choices.mix_warps, FAST=fast,
-        num_warps=choices.mix_warps, num_stages=1, **({"maxnreg": 128} if fast else {}),
+        GROUPS=parts, CLASSES=layer.classes, P=tokens, PB=page_blocks, WARPS=MIX_WARPS, FAST=fast,
+        num_warps=MIX_WARPS, num_stages=1, **({"maxnreg": 128} if fast else {}),
     )  # fmt: skip
     latent = torch.empty((codec.kv_heads, rows, group, layer.rank), dtype=torch.float16, device=device)
     share = torch.empty((rows, heads, 2), device=device)

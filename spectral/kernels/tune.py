@@ -177,6 +177,9 @@ def summary(what: str, found: Found) -> str:
     changes = ", ".join(f"{name} {value}" for name, value in found.changed.items())
     text = f"tuned {what} in {found.seconds:.1f} s: "
     text += f"{changes}, {gain:.1%} less time" if changes else "the defaults are as fast as anything tried"
+    failed = [f"{one.name}={one.value}" for one in found.trials if one.verdict.startswith(("wrong", "does not run"))]
+    if failed:
+        text += f"; wrong or not running: {', '.join(failed)}"
     if found.left_out:
         text += f"; not tried for want of time: {', '.join(found.left_out)} (`spectral tune` has more)"
     return text

@@ -59,6 +59,7 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_choices_are_measured_told_and_kept(gpu: Path) -> None:
     result = runner.invoke(app, ["tune", "--shape", "4x2x64", "--seconds", "60"])
     assert result.exit_code == 0, result.output
+    assert "tuning decode of 4x2x64x64-16x32 on NVIDIA Test 90: compiling, then up to 40 s" in result.stderr
     assert "decode of 4x2x64x64-16x32 on NVIDIA Test 90" in result.stdout
     assert "mix_programs 2048" in result.stdout and "chosen: mix_programs 2048; kept in" in result.stdout
     assert str(gpu / "spectral" / "kernels") in result.stdout and "not faster" in result.stdout
@@ -76,7 +77,7 @@ def test_json_has_every_trial_and_what_was_left_out(gpu: Path) -> None:
     assert decode["before"] == {"1 x 1024": 100.0} and decode["after"] == {"1 x 1024": 50.0}
     verdicts = {(trial["name"], trial["value"]): trial["verdict"] for trial in decode["trials"]}
     assert verdicts["mix_programs", 2048] == "taken" and verdicts["shared_blocks", 0] == "not faster"
-    assert "mix_warps=8" in decode["left_out"]
+    assert "hold=False" in decode["left_out"] and "combine_warps=8" not in decode["left_out"]
 
 
 def test_a_table_to_ship_is_written_beside_what_it_has(gpu: Path, tmp_path: Path) -> None:

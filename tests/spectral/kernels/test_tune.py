@@ -27,6 +27,7 @@ from spectral.kernels.tune import CodeBench, DecodeBench, entry_of, summary, tun
 from tests.spectral.engine.engine_helpers import drive, request, tiny_engine
 from tests.spectral.helpers import random_codec
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GPU = torch.device("cuda", 3)
 SHAPE = Shape(32, 8, 128, 128, 16, 32)
 NAME = "NVIDIA Test 90"
@@ -88,7 +89,7 @@ def test_the_best_of_a_landscape_is_found() -> None:
     assert Landscape(best).search(500).choices == best
 
 
-@pytest.mark.parametrize("seconds", [1.0, 8.0, 30.0, 60.0])
+@pytest.mark.parametrize("seconds", [1.0, 8.0, 30.0, 50.0])
 def test_a_search_ends_in_time_and_says_what_it_left_out(seconds: float) -> None:
     gpu = Landscape()
     found = gpu.search(seconds)
@@ -102,7 +103,7 @@ def test_a_search_ends_in_time_and_says_what_it_left_out(seconds: float) -> None
     }
     left = {name for name in found.left_out if name not in tried}
     assert left | tried >= everything - {"shared_blocks=48", "mix_programs=1024"} and left
-    assert "mix_warps=8" in left  # what compiles longest comes last
+    assert "finish_warps=4" in left  # what comes last
     assert (found.choices.shared_blocks == 16) == (seconds > 1)
 
 
@@ -169,7 +170,7 @@ def test_defaults_that_are_wrong_are_not_tuned() -> None:
 def test_what_was_found_is_told_in_a_line_and_kept_whole() -> None:
     found = Landscape().search(8)
     line = summary("decode", found)
-    assert "shared_blocks 16" in line and "% less time" in line and "mix_warps=8" in line and "\n" not in line
+    assert "shared_blocks 16" in line and "% less time" in line and "finish_warps=4" in line and "\n" not in line
     entry = json.loads(json.dumps(entry_of(NAME, SHAPE, found)))
     assert choices.read_choices(DecodeChoices, entry["choices"]) == found.choices
     assert entry["relative_times"]["long"] < 1 and entry["left_out"] == found.left_out
@@ -198,10 +199,11 @@ def no_gpu_needed(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return taken
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU `spectral tune` does the same")
-def test_a_real_layer_is_measured_and_compared(no_gpu_needed: list[float]) -> None:
+def test_a_real_layer_is_measured_and_compared(
+    no_gpu_needed: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What only a GPU times, on a small layer: the right launches, as much as there is memory for."""
-    codec = random_codec(1, 16, [2, 1, 0], block=256)
+    codec = random_codec(1, 16, [2, 1, 0], block=256, device=DEVICE)
     layer = LayerKernels(codec)
     steps = DecodeBench(layer, 2, torch.float32)
     assert steps.shape == Shape(2, 1, 16, 16, 16, 16) == layer.shape(2)
@@ -209,14 +211,15 @@ def test_a_real_layer_is_measured_and_compared(no_gpu_needed: list[float]) -> No
     codes = CodeBench(CodeLayer(codec), torch.float32)
     assert codes.shape == Shape(0, 1, 16, 16, 16, 16)
     assert codes.times(codes.start()) == {"encode 1": 3.0, "encode 3": 4.0, "open 2": 5.0}
-    assert codes.wrong(codes.start()) == steps.wrong(steps.start()) == ""
+    assert codes.wrong(codes.start()) == ""
+    monkeypatch.setattr(tuner, "wrong", lambda kernels, group, dtype: f"with {kernels.choices(group).mix_programs}")
+    assert steps.wrong(DecodeChoices(mix_programs=512)) == "with 512"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU there is memory")
 def test_a_gpu_without_memory_is_not_tuned(no_gpu_needed: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuner, "free_bytes", lambda device: 100)
     with pytest.raises(RuntimeError, match="0 MiB of memory are too few"):
-        DecodeBench(LayerKernels(random_codec(1, 16, [2, 1, 0], block=256)), 2, torch.float32)
+        DecodeBench(LayerKernels(random_codec(1, 16, [2, 1, 0], block=256, device=DEVICE)), 2, torch.float32)
 
 
 # When it runs
