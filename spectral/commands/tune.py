@@ -36,6 +36,7 @@ def tune(
     more time more is tried. Workers that run go on as they are.
     """
     sizes, gpu = _sizes(shape), _gpu(device)
+    from spectral.errors import SpectralError
     from spectral.kernels.choices import KINDS, gpu_name
     from spectral.kernels.tune import DECODE_SHARE, entry_of
     from spectral.kernels.tune import tune as search
@@ -47,8 +48,15 @@ def tune(
         own = left * (1.0 if number else DECODE_SHARE)
         typer.echo(f"tuning {kind} of {bench.shape} on {name}: compiling, then up to {own:.0f} s", err=True)
         show = _progress(own)
-        found = search(bench, own, show)
-        show("", own)
+        try:
+            found = search(bench, own, show)
+        except Exception as failure:  # whatever a compiler or a driver raises
+            raise SpectralError(
+                f"{kind} of {bench.shape} cannot be tuned on {name}, where the defaults serve: "
+                f"{type(failure).__name__}: {failure}"
+            ) from failure
+        finally:
+            show("", own)
         left = max(0.0, left - found.seconds)
         entry = entry_of(name, bench.shape, found)
         told.append({"kind": kind, "shape": str(bench.shape), "kept_in": str(_keep(entry, output)), **found.to_dict()})

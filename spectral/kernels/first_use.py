@@ -119,7 +119,11 @@ def _measure(kind: type[Any], name: str, shape: Shape, bench: Callable[[], Bench
         raise
     finally:
         torch.cuda.empty_cache()
-    write_entry(path, entry_of(name, shape, found))
+    try:
+        write_entry(path, entry_of(name, shape, found))
+    except OSError as failure:
+        path.unlink(missing_ok=True)
+        log.warning("what was tuned serves this process only: %s", failure)
     return found
 
 

@@ -25,6 +25,7 @@ from spectral.kernels.encode import Tokens, encode
 from spectral.kernels.expand import expand
 from spectral.kernels.search import Found, Search, Times
 from spectral.kernels.timing import microseconds
+from spectral.windows import scale_group
 
 STEPS = ((1, 1024), (1, 4096), (8, 1024), (1, 16384), (8, 4096), (1, 32768), (8, 32768))
 """Rows and tokens of the steps that are timed, as far as there is memory for their pages."""
@@ -121,6 +122,7 @@ class CodeBench(_Timed):
             torch.empty((codec.kv_heads, count, dim), dtype=torch.float16, device=self.device)
             for dim in (codec.key_dim, codec.value_dim)
         ]
+        self._scale = scale_group(codec.key_dim, codec.value_dim)
         self._none = torch.empty((codec.kv_heads, 0, codec.key_dim + codec.value_dim), device=self.device)
 
     def start(self) -> CodeChoices:
@@ -133,7 +135,8 @@ class CodeBench(_Timed):
 
     def _encode(self, count: int) -> None:
         codec = self._layer.codec
-        tokens = Tokens(self._none, *(x[:, : count * codec.page_tokens] for x in (self._keys, self._values)))
+        keys, values = (x[:, : count * codec.page_tokens] for x in (self._keys, self._values))
+        tokens = Tokens(self._none, keys, values, 127, self._scale)  # as a window of 8 bits would keep them
         encode(self._layer, tokens, self._pages[:count], codec.frame.blocks(MOST_PAGES), self._own, self._ids[:count])
 
     def _open(self, count: int) -> None:

@@ -95,6 +95,14 @@ def test_a_table_to_ship_is_written_beside_what_it_has(gpu: Path, tmp_path: Path
     assert isinstance(lost.exception, SpectralError) and "--output" in str(lost.exception)
 
 
+def test_defaults_that_do_not_run_are_one_line(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Stub, "wrong", lambda self, found: "they are wrong by 1")
+    result = runner.invoke(app, ["tune", "--shape", "4x2x64"])
+    with pytest.raises(SpectralError, match="decode of 4x2x64x64-16x32 cannot be .*Error: they are wrong by 1"):
+        raise result.exception or AssertionError
+    assert not list((gpu / "spectral").glob("**/*.json"))
+
+
 @pytest.mark.parametrize("shape", ["32x8", "32x8xa", "32x0x128", "30x8x128", "32x8x12", "32x8x1024"])
 def test_shapes_that_are_none_are_refused(shape: str) -> None:
     result = runner.invoke(app, ["tune", "--shape", shape], env={"COLUMNS": "200"})

@@ -363,6 +363,22 @@ def test_a_cache_that_cannot_be_written_is_a_warning(
     assert "set XDG_CACHE_HOME to a folder that can be written" in caplog.text
 
 
+def test_a_disk_that_fills_up_costs_the_next_start_another_measurement(
+    machine: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(path: Path, entry: dict[str, Any]) -> None:
+        if not entry.get("unfinished"):
+            raise OSError(28, "No space left on device")
+        write_entry(path, entry)
+
+    monkeypatch.setattr(first_use, "write_entry", full)
+    assert machine.warm() == (1, 1) and not path_of().exists()
+    assert known(DecodeChoices, GPU, SHAPE) == (BEST, "measured")
+    assert "serves this process only" in caplog.text
+    monkeypatch.setattr(first_use, "write_entry", write_entry)
+    assert machine.warm() == (2, 2) and path_of().exists()
+
+
 def test_warming_up_tunes_first_and_requests_never_do(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[Any] = []
     monkeypatch.setattr(first_use, "tune_at_first_use", lambda *found: done.append(("tune", *found)))
