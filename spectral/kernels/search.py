@@ -1,8 +1,8 @@
 """The search for choices: one after another from the defaults, in a stated time. Knows nothing of GPUs.
 
-1. every other value of a choice is timed while it fits into the time that is left
-2. the fastest is timed again, in turns with what there is: only who gains twice gains
-3. its answers are compared with the reference's, and a wrong one is discarded
+1. what there is is timed, and every other value of a choice while it fits into the time that is left
+2. the answers of the fastest are compared with the reference's, and a wrong one is discarded
+3. it is timed again, in turns with what there is: only who gains twice gains
 4. the next choice begins from there
 """
 
@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 GAIN = 0.02
-"""Of the sum of relative times: what is less may be noise."""
+"""Of a step's time: what is less may be noise."""
+
+FASTER = "faster"
 
 Times = dict[str, float]
 """Microseconds by step."""
@@ -24,8 +26,8 @@ Times = dict[str, float]
 
 @dataclass
 class Trial:
-    """One value of one choice. gain: of the sum of relative times, None where it did not run; verdict: what became of
-    it; seconds: that it took, compiling included."""
+    """One value of one choice. gain: of the mean of all steps' relative times, None where it did not run; verdict: what
+    became of it; seconds: that it took, compiling included."""
 
     name: str
     value: Any
@@ -88,10 +90,12 @@ class Search:
     def run(self, start: Any) -> Found:
         """Search from `start`. Raises what `measure` raises with it."""
         self._begin = self._clock()
-        best, before = start, self._measure(start)
+        best, after = start, self._measure(start)
         self._usual = self._clock() - self._begin
-        after, gained = before, dict.fromkeys(before, 1.0)
+        gained = dict.fromkeys(after, 1.0)
         for choice in dataclasses.fields(start):
+            if self._left() > 2 * self._usual:
+                after = self._measure(best)  # a GPU that was idle is slow at first, and one that is warm later
             new = self._one(choice, best, after)
             if new is not None:
                 (best, after), against = new
@@ -116,7 +120,7 @@ class Search:
             candidate = dataclasses.replace(best, **{choice.name: value})
             trial = self._try(choice.name, value, candidate, times)
             takes = max(0.0, trial.seconds - self._usual)
-            if trial.gain is not None and trial.gain > GAIN:
+            if trial.gain is not None and trial.verdict == FASTER:
                 ahead.append((trial.gain, trial, candidate))
         for _, trial, candidate in sorted(ahead, key=lambda one: -one[0]):
             if self._left() < 5 * self._usual:
@@ -135,9 +139,8 @@ class Search:
         except Exception as error:  # more registers or shared memory than there is, most likely
             trial = Trial(name, value, None, f"does not run: {error}".split("\n")[0], self._clock() - begin)
         else:
-            gain = _gain(times, new)
-            verdict = "faster" if gain > GAIN else "not faster"
-            trial = Trial(name, value, gain, verdict, self._clock() - begin, new)
+            verdict = FASTER if _faster(times, new) else "not faster"
+            trial = Trial(name, value, _gain(times, new), verdict, self._clock() - begin, new)
             self._usual = min(self._usual, trial.seconds)
         self._trials.append(trial)
         return trial
@@ -160,7 +163,7 @@ class Search:
             {step: min(first[step], second[step]) for step in first} for first, second in zip(*pairs, strict=True)
         )
         trial.gain = _gain(old, new)
-        if not trial.gain > GAIN:
+        if not _faster(old, new):
             trial.verdict = "not faster when timed again"
             return None
         trial.verdict, trial.times = "taken", new
@@ -171,7 +174,15 @@ class Search:
 
 
 def _gain(old: Times, new: Times) -> float:
-    """What part of the sum of relative times is won; less than nothing for times that are none."""
+    """What part of the mean of relative times is won; less than nothing for times that are none."""
     ratios = [new[step] / old[step] for step in old]
     mean = sum(ratios) / len(ratios)
     return 1 - mean if math.isfinite(mean) else -math.inf
+
+
+def _faster(old: Times, new: Times) -> bool:
+    """Whether all steps together are faster, and those that differ by more than noise by more than noise: most choices
+    matter to a few sizes only."""
+    gains = [1 - new[step] / old[step] for step in old]
+    differ = [gain for gain in gains if abs(gain) > GAIN]
+    return _gain(old, new) > 0 and bool(differ) and sum(differ) / len(differ) > GAIN
