@@ -47,12 +47,15 @@ class DecodeChoices:
         shared_blocks: blocks of a step, by unit and head group, up to which each has several programs: more fill a
             GPU alone.
         mix_programs: programs of a mix launch that fill a GPU: with fewer, sequences are split.
+        split_blocks: parts of a sequence have a multiple of so many blocks. A program's warps take turns with blocks:
+            where there are fewer than warps, some have nothing to do.
         hold, hold_share: whether the programs of blocks, and of shares of them, keep the block's projected query in
             shared memory where it fits. There it is near; without, more programs are on a multiprocessor that has
             little.
     """
 
     shared_blocks: int = _knob(48, 0, 8, 16, 32, 48, 64, 96, 128)
+    split_blocks: int = _knob(4, 1, 2, 4, 8)
     mix_programs: int = _knob(1024, 256, 512, 1024, 2048, 4096)
     hold: bool = _knob(True, True, False, seconds=15)
     hold_share: bool = _knob(True, True, False, seconds=10)

@@ -64,6 +64,7 @@ class CodeLayer:
         latents: S of all units; numbers: of a token, all units'.
         columns, spans: first latent, and first number of a token, of every unit and the end.
         transform: fp32 [TILE, TILE]: the DCT of one page or two, rows are frequencies.
+        spread: of every unit fp32 [numbers of the unit]: of keys, then of values.
         size: fp32 [P * S]: what one step of every coefficient's code stands for; gain: one over it, 0 without bits.
     """
 
@@ -83,8 +84,8 @@ class CodeLayer:
         self.quads = [QuadTable(double, *rest[2 * double : 2 * double + 2]) for double in (False, True)]
         self.fields = [FieldTable(bits, *rest[4 + 2 * i : 6 + 2 * i]) for i, (bits, _) in enumerate(found.kinds)]
         self.keys, self.values = self._side("key"), self._side("value")
-        self._spread = [  # [numbers of the unit, 1]
-            torch.cat([side.spread[slice(*unit.heads)].flatten() for side in (self.keys, self.values)])[:, None]
+        self.spread = [
+            torch.cat([side.spread[slice(*unit.heads)].flatten() for side in (self.keys, self.values)])
             for unit in units
         ]
         self.shape = layer_shape(codec)
@@ -112,12 +113,6 @@ class CodeLayer:
         """A unit's latents to numbers: fp16 [numbers of the unit, R]."""
         unit = self.codec.units[number]
         return torch.cat([unit.key_decode.flatten(0, 1).half(), unit.value_decode.flatten(0, 1).half()])
-
-    def projection(self, number: int) -> torch.Tensor:
-        """A unit's numbers over their spread to latents: fp16 [numbers of the unit, R]."""
-        project = self.codec.units[number].project
-        out = torch.empty(project.shape, dtype=torch.float16, device=self.device)
-        return torch.mul(project, self._spread[number], out=out)  # one pass, and no fp32 numbers in between
 
     def turns(self, blocks: int) -> tuple[torch.Tensor, torch.Tensor, int]:
         """cos and sin of the first blocks' centres [blocks, half], fp32, and half: 0 where the frame does not turn."""

@@ -364,8 +364,9 @@ def _pages(
         scoring.by_shares()
     else:
         scoring.by_blocks()
-    splits = min(blocks, max(1, triton.cdiv(choices.mix_programs, rows * layer.items)))
-    each = triton.cdiv(blocks, splits)
+    wanted = max(1, triton.cdiv(choices.mix_programs, rows * layer.items))
+    each = triton.cdiv(triton.cdiv(blocks, wanted), choices.split_blocks) * choices.split_blocks
+    splits = triton.cdiv(blocks, each)
     factor = torch.empty((rows, units, parts, blocks, 16), dtype=torch.int32, device=device)
     tops = torch.empty((rows, splits, units, parts, 16), device=device)
     factor_kernel[(units * parts, splits, rows)](

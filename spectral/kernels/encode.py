@@ -19,6 +19,9 @@ import triton.language as tl
 
 from spectral.kernels.code_layer import TILE, CodeLayer, Side
 
+COLUMNS = 1024
+"""Latents that a program of `scale_kernel` takes: mostly all of a unit."""
+
 
 @triton.jit
 def _kept(x, TOP: tl.constexpr, T: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.constexpr):
@@ -129,6 +132,15 @@ def pack_kernel(
     )
 
 
+@triton.jit
+def scale_kernel(x_ptr, scale_ptr, out_ptr, columns, TILE: tl.constexpr):
+    """A row of a matrix times its number, from fp32 to fp16, in one pass."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    x = tl.load(x_ptr + row * columns + column, mask=column < columns, other=0.0)
+    tl.store(out_ptr + row * columns + column, (x * tl.load(scale_ptr + row)).to(tl.float16), mask=column < columns)
+
+
 @dataclass
 class Tokens:
     """Tokens of whole pages, in order, in two parts; d keys and dv values.
@@ -168,7 +180,7 @@ def encode(
     y = torch.empty((rows, layer.latents), dtype=torch.float16, device=pool.device)
     for number in range(len(codec.units)):
         out = y[:, layer.columns[number] : layer.columns[number + 1]]
-        torch.mm(numbers[:, layer.spans[number] : layer.spans[number + 1]], layer.projection(number), out=out)
+        torch.mm(numbers[:, layer.spans[number] : layer.spans[number + 1]], projection(layer, number), out=out)
     choices = layer.choices()
     for part in layer.fields:
         lanes = part.at.numel()
@@ -177,6 +189,18 @@ def encode(
             lanes, count, codec.page_nbytes, codec.page_tokens * layer.latents,
             BITS=part.bits, LANES=choices.pack_lanes, PAGES=choices.pack_pages, num_warps=choices.pack_warps,
         )  # fmt: skip
+
+
+def projection(layer: CodeLayer, number: int) -> torch.Tensor:
+    """A unit's numbers over their spread to latents: fp16 [numbers of the unit, R]. Made anew each time: kept, those of
+    all layers would weigh as much as another setting's tables."""
+    project = layer.codec.units[number].project.contiguous()
+    out = torch.empty(project.shape, dtype=torch.float16, device=project.device)
+    rows, columns = project.shape
+    scale_kernel[(rows, triton.cdiv(columns, COLUMNS))](
+        project, layer.spread[number], out, columns, TILE=COLUMNS, num_warps=4
+    )
+    return out
 
 
 def _prepare(

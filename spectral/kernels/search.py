@@ -18,6 +18,9 @@ from typing import Any
 GAIN = 0.02
 """Of a step's time: what is less may be noise."""
 
+LOSS = 0.05
+"""Most that one step may lose for what the others gain."""
+
 FASTER = "faster"
 
 Times = dict[str, float]
@@ -181,8 +184,8 @@ def _gain(old: Times, new: Times) -> float:
 
 
 def _faster(old: Times, new: Times) -> bool:
-    """Whether all steps together are faster, and those that differ by more than noise by more than noise: most choices
-    matter to a few sizes only."""
+    """Whether all steps together are faster, those that differ by more than noise by more than noise (most choices
+    matter to a few sizes only), and none pays much for the others."""
     gains = [1 - new[step] / old[step] for step in old]
     differ = [gain for gain in gains if abs(gain) > GAIN]
-    return _gain(old, new) > 0 and bool(differ) and sum(differ) / len(differ) > GAIN
+    return _gain(old, new) > 0 and bool(differ) and sum(differ) / len(differ) > GAIN and min(gains) > -LOSS

@@ -13,7 +13,7 @@ from spectral.errors import SettingError
 from spectral.kernels import check_codes, chunk
 from spectral.kernels.choices import forced
 from spectral.kernels.code_layer import CodeLayer
-from spectral.kernels.encode import Tokens, encode
+from spectral.kernels.encode import Tokens, encode, projection
 from spectral.kernels.expand import expand
 from spectral.pages import LayerShape, ModelShape, PageStore
 from spectral.pools import empty_pool
@@ -69,7 +69,7 @@ def rounding(layer: CodeLayer) -> torch.Tensor:
     """What rounding numbers of about their spread to fp16 does to every code, in steps: by unit, in order."""
     parts = []
     for number, unit in enumerate(layer.codec.units):
-        reach = layer.projection(number).float().norm(dim=0)  # of a number, in latents
+        reach = projection(layer, number).float().norm(dim=0)  # of a number, in latents
         parts.append((2.0**-11 * reach * unit._packing.inverse / unit.deviation).flatten())
     return torch.cat(parts)
 

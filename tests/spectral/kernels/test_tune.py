@@ -148,6 +148,16 @@ def test_what_matters_to_one_size_of_steps_is_found(long: float, taken: bool) ->
     assert found.changed == ({"shared_blocks": 64} if taken else {})
 
 
+@pytest.mark.parametrize(("loss", "taken"), [(1.04, True), (1.06, False)])
+def test_no_step_pays_much_for_what_others_gain(loss: float, taken: bool) -> None:
+    def times(found: Any) -> Times:
+        gain, loses = (0.7, loss) if found.mix_programs == 512 else (1.0, 1.0)
+        return {"short": 60 * gain, "middle": 90 * gain, "long": 800 * loses}
+
+    found = Search(times, lambda found: "", seconds=100, clock=lambda: 0.0).run(DecodeChoices())
+    assert found.changed == ({"mix_programs": 512} if taken else {})
+
+
 def test_a_gpu_that_becomes_slower_meanwhile_hides_nothing() -> None:
     """A third slower by the end: what is timed before a choice is what its values are held against."""
     gpu = Landscape(DecodeChoices(finish_warps=4))
