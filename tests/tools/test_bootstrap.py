@@ -77,15 +77,30 @@ def test_failed_install_leaves_no_stamp(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert not (tmp_path / "env" / "spectral-stamp.json").exists()
 
 
+def test_a_fresh_environment_gets_the_newest_pip_first_and_does_without_where_there_is_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine = Machine(monkeypatch)
+    machine.failing = ("--upgrade pip",)
+    bootstrap.bootstrap(tmp_path / "env", set())
+    assert machine.order("create", "--upgrade pip", "torch", "--editable") == [
+        "create", "--upgrade pip", "torch", "--editable",
+    ]  # fmt: skip
+    assert "pip could not be upgraded" in capsys.readouterr().err
+    machine.commands.clear()
+    bootstrap.bootstrap(tmp_path / "env", {"dev"})
+    assert machine.order("--upgrade pip", "--editable") == ["--editable"], "once for an environment"
+
+
 def test_unreachable_cpu_index_falls_back_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     machine = Machine(monkeypatch, pick="2.13.0")
     machine.failing = ("--torch-backend",)
     bootstrap.install_torch(tmp_path / "python", nvidia=False)
-    assert machine.order("--torch-backend=cpu", "pip --disable-pip-version-check install --quiet torch")[-2:] == [
+    assert machine.order("--torch-backend=cpu", "install --quiet --no-compile torch")[-2:] == [
         "--torch-backend=cpu",
-        "pip --disable-pip-version-check install --quiet torch",
+        "install --quiet --no-compile torch",
     ]
     assert "2.7 GB" in capsys.readouterr().err
 
