@@ -18,16 +18,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from spectral.importing import uncollected
 
-from spectral.attention import attend
-from spectral.coded import CodedStates, dense_attention
-from spectral.dispatch import launching
-from spectral.errors import ModelError
-from spectral.lean import lean
-from spectral.pages import LayerShape, ModelShape, StepBatch
+with uncollected():
+    import torch
+    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    from spectral.attention import attend
+    from spectral.coded import CodedStates, dense_attention
+    from spectral.dispatch import launching
+    from spectral.errors import ModelError
+    from spectral.lean import lean
+    from spectral.pages import LayerShape, ModelShape, StepBatch
 
 Observer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float, "float | None"], "torch.Tensor | None"]
 """Called with (layer, query, key, value, scaling, softcap); may answer the attention itself: [B, Hq, N, dv]."""
