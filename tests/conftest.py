@@ -9,11 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# What is imported stays, and looking at it again and again takes a tenth of the tests' time: see the hook below. At the
-# very end it is looked at once more: some libraries say what they still hold then.
-gc.disable()
-atexit.register(gc.unfreeze)
-
 # Before anything imports torch: spinning OpenMP threads make small matmuls up to hundreds of times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -24,6 +19,11 @@ import pytest
 import torch
 
 from tests.chromium import chromium
+
+# What is imported stays, and looking at it again and again takes a tenth of the tests' time: see the hook below. At the
+# very end it is looked at once more: some libraries say what they still hold then.
+gc.disable()
+atexit.register(gc.unfreeze)
 
 if not torch.cuda.is_available():  # before anything imports kernels: they run in Triton's interpreter then
     os.environ.setdefault("TRITON_INTERPRET", "1")
