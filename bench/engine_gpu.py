@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from bench.engine_scene import (
+    QWEN3_8B,
     SETTING,
     Scene,
     counts,
@@ -229,12 +230,14 @@ def memory(scene: Scene) -> Row:
         reserved = torch.cuda.memory_reserved(scene.device) if scene.device.type == "cuda" else 0
         return reserved, process.memory_info().rss, engine.lanes.nbytes
 
-    early, series = (0, 0, 0), []
+    early, series, began = (0, 0, 0), [], time.perf_counter()
     for number in range(sizes.requests):
         random_request(engine, scene, number, rng)
         if number % max(1, sizes.requests // 16) == 0:
             graphs = engine.runner.graphs.replayer.graphs if engine.runner.graphs is not None else {}
             series.append([number, process.memory_info().rss, len(graphs)])
+            spent = time.perf_counter() - began
+            print(f"memory: {number} requests in {spent:.0f} s, process {series[-1][1] >> 20} MiB", flush=True)
         if number + 1 == sizes.requests // 3:
             early = now()
     late = now()
@@ -267,6 +270,8 @@ ROWS: dict[str, Callable[[Scene], Row]] = {
 def run(options: argparse.Namespace, names: list[str], keep: Callable[[Row], None], seed: int) -> None:
     """The named rows; `keep` gets each as soon as it is there. A row that fails says why, and the others go on;
     one that leaves the model other than it was ends the run: the next would be measured on something else."""
+    if options.layers:
+        QWEN3_8B["num_hidden_layers"] = options.layers
     scene = make_scene(options.check, seed)
     if options.requests:
         scene.sizes = replace(scene.sizes, requests=options.requests)
@@ -280,6 +285,8 @@ def run(options: argparse.Namespace, names: list[str], keep: Callable[[Row], Non
             if options.check:
                 raise
             result = {"row": name, "error": f"{type(error).__name__}: {error}", "reached": False}
+        if options.layers:
+            result["layers"] = options.layers
         result["took_s"] = round(time.perf_counter() - began, 1)
         keep(result)
         scene.free()

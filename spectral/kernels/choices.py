@@ -58,7 +58,7 @@ class DecodeChoices:
     split_blocks: int = _knob(4, 1, 2, 4, 8)
     mix_programs: int = _knob(1024, 256, 512, 1024, 2048, 4096)
     hold: bool = _knob(True, True, False, seconds=15)
-    hold_share: bool = _knob(True, True, False, seconds=10)
+    hold_share: bool = _knob(False, True, False, seconds=10)
     window_warps: int = _knob(4, 2, 4, 8, seconds=2)
     window_tile: int = _knob(32, 16, 32, seconds=2)
     combine_tile: int = _knob(32, 16, 32, 64, seconds=2)
@@ -79,15 +79,15 @@ class CodeChoices:
     """
 
     slice_tokens: int = _knob(8192, 2048, 4096, 8192)
-    restore_rounds: int = _knob(4, 1, 2, 4, 8)
+    restore_rounds: int = _knob(2, 1, 2, 4, 8)
     open_lanes: int = _knob(128, 64, 128, 256, seconds=3)
     open_pages: int = _knob(8, 4, 8, 16, seconds=3)
     open_warps: int = _knob(4, 2, 4, 8, seconds=3)
     restore_warps: int = _knob(4, 2, 4, 8, seconds=2)
     pack_lanes: int = _knob(128, 64, 128, 256, seconds=5)
-    pack_pages: int = _knob(8, 4, 8, 16, seconds=5)
+    pack_pages: int = _knob(4, 4, 8, 16, seconds=5)
     pack_warps: int = _knob(4, 2, 4, 8, seconds=5)
-    prepare_warps: int = _knob(4, 2, 4, 8, seconds=3)
+    prepare_warps: int = _knob(8, 2, 4, 8, seconds=3)
 
 
 C = TypeVar("C", DecodeChoices, CodeChoices)

@@ -41,6 +41,11 @@ def test_rows_that_cannot_be_measured_are_refused() -> None:
     assert done.returncode == 2 and "--rows" in done.stderr
 
 
+def test_the_tiny_shape_keeps_its_layers() -> None:
+    done = run("--check", "--layers", "2")
+    assert done.returncode == 2 and "--layers" in done.stderr
+
+
 def test_rows_that_are_not_measured_again_stay_and_say_where_they_come_from(tmp_path: Path) -> None:
     file = tmp_path / "engine.json"
     old = [{"row": "streams", "ratio": 2.0}, {"row": "held", "ratio": 7.0}]

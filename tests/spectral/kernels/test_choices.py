@@ -95,7 +95,7 @@ def test_forced_choices_hold_inside_and_in_this_thread() -> None:
         thread = threading.Thread(target=lambda: seen.append(now()))
         thread.start()
         thread.join()
-        assert seen == [(1024, 8)]
+        assert seen == [(DecodeChoices().mix_programs, CodeChoices().pack_pages)]
     assert now() == (1024, 8)
 
 
