@@ -51,6 +51,13 @@ def told(name: str, status: int, began: float) -> int:
     return status
 
 
+def files_with(mark: str) -> list[str]:
+    """The files outside COMPUTING that have a test with this mark; reading the others takes longer than many a test."""
+    files = (path for path in sorted((ROOT / "tests").rglob("test_*.py")) if f"mark.{mark}" in path.read_text("utf-8"))
+    names = (path.relative_to(ROOT).as_posix() for path in files)
+    return [name for name in names if not name.startswith(tuple(f"{folder}/" for folder in COMPUTING))]
+
+
 def run(jobs: int) -> int:
     """Run everything; the first status that is not 0, else 0."""
     began = time.monotonic()
@@ -74,7 +81,7 @@ def run(jobs: int) -> int:
         output.seek(0)
         sys.stdout.write(output.read().decode(errors="replace"))
         second = told("tests that compute", second, began)
-    third = subprocess.run(command("-m", "alone", *others), cwd=ROOT, env=environment).returncode
+    third = subprocess.run(command("-m", "alone", *files_with("alone")), cwd=ROOT, env=environment).returncode
     third = told("tests that have the machine to themselves", third, began)
     return first or second or third
 

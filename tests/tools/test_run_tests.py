@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -50,10 +52,19 @@ def test_no_test_is_left_out_or_run_twice(monkeypatch: pytest.MonkeyPatch) -> No
     assert run_tests.run(3) == 0
     folders = [path for path in run_tests.COMPUTING if (run_tests.ROOT / path).is_dir()]
     assert folders == run_tests.COMPUTING and set(folders) <= set(asked["compute"])
+    assert {f"--ignore={path}" for path in folders} <= set(asked["wait"])
     for part, mark in (("wait", "not alone"), ("alone", "alone")):
-        assert {f"--ignore={path}" for path in folders} <= set(asked[part])
         assert asked[part][asked[part].index("-m") + 1] == mark
     assert "-m" not in asked["compute"], "a mark would leave tests out that no other part runs"
+    marked = {path for path in (run_tests.ROOT / "tests").rglob("*.py") if uses(path, "alone")}
+    assert marked and {str(path.relative_to(run_tests.ROOT)) for path in marked} == set(asked["alone"][2:])
+    assert not [path for folder in folders for path in marked if run_tests.ROOT / folder in path.parents]
+
+
+def uses(path: Path, mark: str) -> bool:
+    """Whether a file names this mark, however it came by it."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return any(isinstance(node, ast.Attribute) and node.attr == mark for node in ast.walk(tree))
 
 
 def test_what_runs_in_the_background_ends_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
