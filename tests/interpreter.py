@@ -1,10 +1,11 @@
-"""Triton's interpreter, without what it does for nothing: half of the time of the kernels' tests.
+"""Triton's interpreter, without what it does for nothing: two thirds of the time of the kernels' tests.
 
 A launch replaces the functions of `triton.language` by interpreted ones and puts the old ones back at its end. Every
 call of a device function within it goes through all members of the language again, to replace what is replaced already.
 Here only the launch does. And every sum and product of integers is made again in 64 bits to see whether it overflows,
 for an assertion that is then left out unless the interpreter's option `debug` is set. And every value gets a type and a
 shape of its own, put together from many objects, where a program has a handful of them: here the same are used again.
+And two operands of one shape go a long way to find that neither has to be broadcast.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ def make_quick(interpreter: Any) -> None:
         _replace_once(interpreter)
     with suppress(AttributeError):
         _share_types(interpreter)
+    with suppress(AttributeError):
+        _keep_what_fits(type(interpreter.interpreter_semantic))
 
 
 def _replace_once(interpreter: Any) -> None:
@@ -99,3 +102,15 @@ def _share_types(interpreter: Any) -> None:
 
     interpreter._get_np_dtype = shared_numpy_type
     core.block_type.__init__, core.tensor.__init__ = block, tensor
+
+
+def _keep_what_fits(semantic: Any) -> None:
+    broadcast = semantic.broadcast_impl_value
+
+    def broadcast_impl_value(self: Any, lhs: Any, rhs: Any) -> Any:
+        left, right = lhs.type, rhs.type
+        if left.is_block() and right.is_block() and left.shape.values == right.shape.values:
+            return lhs, rhs
+        return broadcast(self, lhs, rhs)
+
+    semantic.broadcast_impl_value = broadcast_impl_value
