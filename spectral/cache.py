@@ -24,7 +24,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindo
 from spectral.codec import Codebook
 from spectral.coded import Update, coded
 from spectral.errors import CacheError
-from spectral.hf import fingerprint, model_shape
+from spectral.hf import fingerprint
+from spectral.model_shapes import model_shape
 from spectral.padding import Columns, from_positions
 from spectral.pages import LayerShape, ModelShape, PageStore, Row
 from spectral.rows import cut_row, select_rows

@@ -30,22 +30,18 @@ with uncollected():
     from spectral.dispatch import launching
     from spectral.errors import ModelError
     from spectral.lean import lean
-    from spectral.pages import LayerShape, ModelShape, StepBatch
+    from spectral.model_shapes import SeenLayer, attention_modules, text_config
+    from spectral.own_answer import check_own_answer, probed_shape
+    from spectral.pages import ModelShape, StepBatch
 
 Observer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float, "float | None"], "torch.Tensor | None"]
 """Called with (layer, query, key, value, scaling, softcap); may answer the attention itself: [B, Hq, N, dv]."""
 
 _BATCH: ContextVar[StepBatch | None] = ContextVar("spectral_batch", default=None)
 _OBSERVER: ContextVar[Observer | None] = ContextVar("spectral_observer", default=None)
+_SEEN: ContextVar[list[SeenLayer] | None] = ContextVar("spectral_seen", default=None)
 
 NAME = "spectral"
-
-UNSUPPORTED = {
-    "gpt_oss": "attention sinks inside the softmax",
-    "deepseek_v2": "latent attention (its cache is compressed already)",
-    "deepseek_v3": "latent attention (its cache is compressed already)",
-}
-
 
 def _attention(
     module: torch.nn.Module,
@@ -57,7 +53,7 @@ def _attention(
     dropout: float = 0.0,
     softcap: float | None = None,
     sliding_window: int | None = None,
-    **_: Any,
+    **more: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: query [B, Hq, N, d], key/value [B, H, N, d] -> [B, N, Hq, dv]."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -71,6 +67,10 @@ def _attention(
             return attend(batch, layer, query, key, value, scaling=scale, softcap=softcap), None
         with launching(query.device):
             return attend(batch.on(query.device), layer, query, key, value, scaling=scale, softcap=softcap), None
+    seen = _SEEN.get()
+    if seen is not None:
+        sizes = query.shape[1], key.shape[1], key.shape[3], value.shape[3]
+        seen.append(SeenLayer(layer, *sizes, sliding_window, more))
     observer = _OBSERVER.get()
     if observer is not None:
         answer = observer(layer, query, key, value, scale, softcap)
@@ -135,6 +135,16 @@ def observing(observer: Observer) -> Iterator[None]:
         _OBSERVER.reset(token)
 
 
+@contextmanager
+def seeing(seen: list[SeenLayer]) -> Iterator[None]:
+    """Within: every attention call (no store) is told to `seen`."""
+    token = _SEEN.set(seen)
+    try:
+        yield
+    finally:
+        _SEEN.reset(token)
+
+
 @dataclass
 class LoadedModel:
     """A model ready to serve.
@@ -186,46 +196,6 @@ class LoadedModel:
         seen = {t.data_ptr(): t.numel() * t.element_size() for t in self.model.parameters()}
         seen |= {t.data_ptr(): t.numel() * t.element_size() for t in self.model.buffers()}
         return sum(seen.values())
-
-
-def text_config(model: Any) -> Any:
-    """The configuration of a model's language part (multimodal models keep several)."""
-    config = model.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def attention_modules(model: Any) -> dict[int, Any]:
-    """Layer index -> attention module (with `k_proj` and `v_proj`, or a fused `qkv_proj`)."""
-    projecting = (m for m in model.modules() if hasattr(m, "k_proj") or hasattr(m, "qkv_proj"))
-    return {m.layer_idx: m for m in projecting if hasattr(m, "layer_idx")}
-
-
-def model_shape(model: Any) -> ModelShape:
-    """The attention layers of a decoder-only model. Raises ModelError for kinds that Spectral cannot serve."""
-    config = text_config(model)
-    kind = str(getattr(config, "model_type", "?"))
-    if kind in UNSUPPORTED:
-        raise ModelError(f"{kind} is not supported: {UNSUPPORTED[kind]}")
-    modules = attention_modules(model)
-    count = int(config.num_hidden_layers)
-    if sorted(modules) != list(range(count)):
-        raise ModelError(
-            f"{kind} is not supported: {len(modules)} of its {count} layers have ordinary attention; "
-            "Spectral serves decoder-only models whose every layer is attention (Llama, Mistral, Qwen, Gemma, Phi-3)"
-        )
-    types = getattr(config, "layer_types", None) or []
-    heads = int(config.num_attention_heads)
-    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    window = getattr(config, "sliding_window", None)
-    layers = []
-    for index in range(count):
-        module_window = getattr(modules[index], "sliding_window", None)
-        slides = types[index] == "sliding_attention" if types else (window is not None and module_window is not None)
-        if not types and module_window is None and kind in {"mistral", "phi3"} and window:
-            slides = True  # these keep the window in the config only
-        layers.append(LayerShape(kv_heads, head_dim, head_dim, int(window) if slides and window else None))
-    return ModelShape(tuple(layers), heads, int(config.hidden_size))
 
 
 def fingerprint(model: Any) -> str:
@@ -348,7 +318,8 @@ def load_model(
 
 
 def wrap_model(name: str, model: Any, tokenizer: Any, *, quantization: str = "none") -> LoadedModel:
-    """A LoadedModel around a model that exists already (its attention is set to Spectral's)."""
+    """A LoadedModel around a model that exists already (its attention is set to Spectral's). Raises ModelError for a
+    kind of model that Spectral cannot serve, or that would answer otherwise than by itself."""
     model.set_attn_implementation(NAME)
     lean(model)
     config = text_config(model)
@@ -356,14 +327,16 @@ def wrap_model(name: str, model: Any, tokenizer: Any, *, quantization: str = "no
     for source in (getattr(model, "generation_config", None), config, tokenizer):
         value = getattr(source, "eos_token_id", None)
         ends |= {int(v) for v in (value if isinstance(value, list) else [value]) if v is not None}
-    return LoadedModel(
+    loaded = LoadedModel(
         name=name,
         model=model,
         tokenizer=tokenizer,
-        shape=model_shape(model),
+        shape=probed_shape(model),
         fingerprint=fingerprint(model),
         context_length=int(getattr(config, "max_position_embeddings", None) or 2048),
         eos_token_ids=ends,
         device=next(model.parameters()).device,
         quantization=quantization,
     )
+    check_own_answer(loaded, NAME)
+    return loaded

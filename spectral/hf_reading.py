@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from spectral.errors import ModelError
-from spectral.hf import LoadedModel, attention_modules, text_config
+from spectral.hf import LoadedModel
+from spectral.model_shapes import attention_modules, text_config
 from spectral.prefill import softcapped
 
 

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, P
 from transformers import logging as transformers_logging
 
 from spectral.from_tensors import profile_from_tensors
-from spectral.hf import fingerprint, model_shape
+from spectral.hf import fingerprint
+from spectral.model_shapes import model_shape
 from spectral.profile import SpectralProfile
 from tests.spectral.helpers import FAMILIES, SMALL
 

@@ -27,7 +27,7 @@ from spectral.comparison import (
     score_method,
 )
 from spectral.errors import ModelError
-from spectral.hf import LoadedModel, attention_modules, observing, wrap_model
+from spectral.hf import LoadedModel, observing, wrap_model
 from spectral.hf_reading import (
     decoder_layers,
     last_hidden,
@@ -37,6 +37,7 @@ from spectral.hf_reading import (
     watching_inputs,
 )
 from spectral.layer_outputs import LayerOutputs
+from spectral.model_shapes import attention_modules
 from spectral.pages import LayerShape, ModelShape
 from spectral.prefill import causal_attention, softcapped
 from spectral.scoring import ExactPass, Tally, summarised

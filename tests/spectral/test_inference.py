@@ -148,7 +148,7 @@ def test_a_models_language_part_is_found_in_a_nested_configuration() -> None:
     """Multimodal models keep their text configuration inside another one."""
     from transformers import Gemma3Config, Gemma3TextConfig
 
-    from spectral.hf import text_config
+    from spectral.model_shapes import text_config
 
     text = Gemma3TextConfig(vocab_size=96, hidden_size=32, num_hidden_layers=3, num_attention_heads=4)
     nested = SimpleNamespace(config=Gemma3Config(text_config=text))

@@ -1,0 +1,139 @@
+"""A model that would answer otherwise through Spectral's attention than by itself is refused, and layers are what they
+are seen to be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    Cohere2Config,
+    DiffLlamaConfig,
+    FalconH1Config,
+    MixtralConfig,
+    PhimoeConfig,
+    PreTrainedConfig,
+    Starcoder2Config,
+)
+
+from spectral.engine.engine import Engine
+from spectral.engine.types import EngineLimits
+from spectral.errors import ModelError
+from spectral.hf import NAME, wrap_model
+from spectral.model_shapes import model_shape
+from spectral.own_answer import check_own_answer
+from spectral.shapes import LayerShape
+from tests.spectral.engine.engine_helpers import Letters, ask, request
+from tests.spectral.helpers import FAMILIES, SMALL, NoTokenizer, random_model
+
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+WINDOW = 24
+OTHERS: dict[str, PreTrainedConfig] = {
+    "mixtral": MixtralConfig(**SMALL, **EXPERTS, sliding_window=WINDOW),
+    "starcoder2": Starcoder2Config(**SMALL, sliding_window=WINDOW),
+    "phimoe": PhimoeConfig(**SMALL, **EXPERTS, sliding_window=WINDOW),
+    "cohere2": Cohere2Config(**SMALL, sliding_window=WINDOW),
+}
+"""Families with a sliding window that their configuration or their layers' types say."""
+
+
+def made(config: PreTrainedConfig) -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            parameter.data.mul_(4.0)
+    return model
+
+
+@pytest.mark.parametrize("family", sorted(OTHERS))
+def test_beyond_the_window_tokens_are_those_of_generate(family: str) -> None:
+    model = made(OTHERS[family])
+    prompt = torch.randint(3, 96, (1, 2 * WINDOW), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wanted = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    loaded = wrap_model(family, model, NoTokenizer())
+    assert WINDOW in {layer.sliding for layer in loaded.shape.layers}
+    loaded.eos_token_ids, loaded.tokenizer = set(), Letters()
+    limits = EngineLimits(prefill_chunk=16, token_budget=64, max_concurrency=2)
+    engine = Engine(loaded, setting="exact", limits=limits, checked=True)
+    assert ask(engine, request("x", prompt[0].tolist(), 12))["x"] == wanted[0, 2 * WINDOW :].tolist()
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_known_families_agree_and_look_as_their_configuration_says(family: str) -> None:
+    loaded = random_model(family)
+    assert check_own_answer(loaded, NAME) < 1e-4
+    assert loaded.shape == model_shape(loaded.model)
+    assert loaded.model.config._attn_implementation == NAME
+
+
+BART = BartConfig(
+    vocab_size=96, d_model=32, encoder_layers=3, decoder_layers=3, decoder_attention_heads=4, decoder_ffn_dim=48,
+    is_decoder=True, max_position_embeddings=512,
+)  # fmt: skip
+"""Counts positions by its cache's length."""
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (BART, "away from its own"),
+        (DiffLlamaConfig(**SMALL), "6 times"),
+        (FalconH1Config(**SMALL), "its layers are hybrid"),
+    ],
+)
+def test_a_model_that_would_answer_wrongly_is_refused(config: PreTrainedConfig, why: str) -> None:
+    model = made(config)
+    with pytest.raises(ModelError, match=f"{config.model_type} is not supported.*{why}"):
+        wrap_model("other", model, NoTokenizer())
+
+
+class Sinks(torch.nn.Module):
+    """An attention module that gives the attention function what Spectral's does not know."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module, self.layer_idx, self.k_proj = module, module.layer_idx, module.k_proj
+
+    def forward(self, *args: Any, **more: Any) -> Any:
+        return self.module(*args, **more, s_aux=torch.zeros(4))
+
+
+def test_attention_sinks_are_seen_whatever_the_model_is_called() -> None:
+    model = made(FAMILIES["llama"])
+    for layer in model.model.layers:
+        layer.self_attn = Sinks(layer.self_attn)
+    with pytest.raises(ModelError, match="llama is not supported: attention sinks"):
+        wrap_model("other", model, NoTokenizer())
+
+
+def test_layers_may_differ_in_heads_and_sizes() -> None:
+    model = made(FAMILIES["llama"])
+    attention = model.model.layers[1].self_attn
+    torch.manual_seed(1)
+    attention.k_proj, attention.v_proj = torch.nn.Linear(32, 8, bias=False), torch.nn.Linear(32, 8, bias=False)
+    attention.num_key_value_groups = 4
+    loaded = wrap_model("uneven", model, NoTokenizer())
+    assert loaded.shape.layers == (LayerShape(2, 8, 8), LayerShape(1, 8, 8), LayerShape(2, 8, 8))
+
+
+def test_a_model_whose_code_fails_says_why() -> None:
+    model = made(FAMILIES["llama"])
+
+    def forward(*args: Any, **more: Any) -> Any:
+        raise KeyError("a mask of its own")
+
+    model.model.layers[2].self_attn.forward = forward
+    with pytest.raises(ModelError, match=r"llama is not supported: it does not run .*KeyError: 'a mask of its own'"):
+        wrap_model("other", model, NoTokenizer())
+
+
+def test_answers_that_are_no_numbers_say_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    loaded = random_model("llama")
+    loaded.model.lm_head.weight.data.fill_(float("inf"))
+    assert check_own_answer(loaded, NAME) != check_own_answer(loaded, NAME), "NaN"
+    assert "not finite" in caplog.text
