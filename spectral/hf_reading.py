@@ -73,10 +73,18 @@ def rope_frequencies(loaded: LoadedModel, layer: int) -> np.ndarray | None:
     return torch.atan2(sin[1, :half].double(), cos[1, :half].double()).numpy()
 
 
+def _projecting(loaded: LoadedModel) -> dict[int, Any]:
+    """Attention modules whose projections of keys and values are known by name. Raises ModelError."""
+    modules = attention_modules(loaded.model)
+    if not all(hasattr(m, "qkv_proj") or (hasattr(m, "k_proj") and hasattr(m, "v_proj")) for m in modules.values()):
+        raise ModelError(f"{loaded.name}: comparisons need attention with k_proj and v_proj, or qkv_proj")
+    return modules
+
+
 @torch.no_grad()
 def projections(loaded: LoadedModel, layer: int) -> Projections:
     """W_K, W_V and W_O of a layer, asked of its modules by unit vectors: quantized weights are no special case."""
-    module, shape = attention_modules(loaded.model)[layer], loaded.shape.layers[layer]
+    module, shape = _projecting(loaded)[layer], loaded.shape.layers[layer]
     heads, queries, hidden = shape.kv_heads, loaded.shape.query_heads, loaded.shape.hidden_size
     dtype = loaded.model.get_input_embeddings().weight.dtype
 
@@ -109,7 +117,7 @@ def projections(loaded: LoadedModel, layer: int) -> Projections:
 def watching_inputs(loaded: LoadedModel, watch: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
     """Within: `watch(layer, hidden [N, hidden])` sees what every layer's key and value projections are given."""
     handles = []
-    for layer, module in attention_modules(loaded.model).items():
+    for layer, module in _projecting(loaded).items():
         linear = module.qkv_proj if hasattr(module, "qkv_proj") else module.k_proj
 
         def take(_: Any, args: tuple[Any, ...], at: int = layer) -> None:
@@ -131,7 +139,7 @@ def projection_gradients(loaded: LoadedModel, ids: Sequence[int]) -> dict[int, t
     inputs: dict[tuple[int, str], torch.Tensor] = {}
     outputs: dict[tuple[int, str], torch.Tensor] = {}
     handles = [loaded.model.get_input_embeddings().register_forward_hook(lambda _, __, x: x.requires_grad_())]
-    for layer, module in attention_modules(loaded.model).items():
+    for layer, module in _projecting(loaded).items():
         for name in ("qkv_proj",) if hasattr(module, "qkv_proj") else ("k_proj", "v_proj"):
 
             def take(_: Any, args: tuple[Any, ...], output: torch.Tensor, at: tuple[int, str] = (layer, name)) -> None:

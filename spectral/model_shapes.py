@@ -37,9 +37,13 @@ def text_config(model: Any) -> Any:
 
 
 def attention_modules(model: Any) -> dict[int, Any]:
-    """Layer index -> attention module (with `k_proj` and `v_proj`, or a fused `qkv_proj`)."""
-    projecting = (m for m in model.modules() if hasattr(m, "k_proj") or hasattr(m, "qkv_proj"))
-    return {m.layer_idx: m for m in projecting if hasattr(m, "layer_idx")}
+    """Layer index -> attention module: the first with that `layer_idx` (attention to an encoder follows it)."""
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        projects = hasattr(module, "k_proj") or hasattr(module, "qkv_proj")
+        if (projects or "Attention" in type(module).__name__) and hasattr(module, "layer_idx"):
+            found.setdefault(module.layer_idx, module)
+    return found
 
 
 def model_shape(model: Any) -> ModelShape:

@@ -13,6 +13,9 @@ from transformers import (
     Cohere2Config,
     DiffLlamaConfig,
     FalconH1Config,
+    Gemma4TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
     MixtralConfig,
     PhimoeConfig,
     PreTrainedConfig,
@@ -23,11 +26,13 @@ from spectral.engine.engine import Engine
 from spectral.engine.types import EngineLimits
 from spectral.errors import ModelError
 from spectral.hf import NAME, wrap_model
+from spectral.hf_reading import projections
 from spectral.model_shapes import model_shape
 from spectral.own_answer import check_own_answer
 from spectral.shapes import LayerShape
 from tests.spectral.engine.engine_helpers import Letters, ask, request
 from tests.spectral.helpers import FAMILIES, SMALL, NoTokenizer, random_model
+from tests.spectral.test_profile import TEXT, ByteTokenizer, small_profiler
 
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 WINDOW = 24
@@ -36,8 +41,17 @@ OTHERS: dict[str, PreTrainedConfig] = {
     "starcoder2": Starcoder2Config(**SMALL, sliding_window=WINDOW),
     "phimoe": PhimoeConfig(**SMALL, **EXPERTS, sliding_window=WINDOW),
     "cohere2": Cohere2Config(**SMALL, sliding_window=WINDOW),
-}
+    "gemma4": Gemma4TextConfig(
+        **SMALL, head_dim=8, global_head_dim=16, sliding_window=WINDOW, hidden_size_per_layer_input=4,
+        vocab_size_per_layer_input=96, layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+    ),
+}  # fmt: skip
 """Families with a sliding window that their configuration or their layers' types say."""
+PLAIN: dict[str, PreTrainedConfig] = {
+    "gpt2": GPT2Config(vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=512, bos_token_id=1, eos_token_id=2),
+    "gpt_neox": GPTNeoXConfig(**SMALL),
+}
+"""Families whose projections of keys and values have no names of their own."""
 
 
 def made(config: PreTrainedConfig) -> Any:
@@ -49,14 +63,14 @@ def made(config: PreTrainedConfig) -> Any:
     return model
 
 
-@pytest.mark.parametrize("family", sorted(OTHERS))
-def test_beyond_the_window_tokens_are_those_of_generate(family: str) -> None:
-    model = made(OTHERS[family])
+@pytest.mark.parametrize("family", sorted(OTHERS | PLAIN))
+def test_tokens_are_those_of_generate_beyond_the_window_too(family: str) -> None:
+    model = made((OTHERS | PLAIN)[family])
     prompt = torch.randint(3, 96, (1, 2 * WINDOW), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         wanted = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
     loaded = wrap_model(family, model, NoTokenizer())
-    assert WINDOW in {layer.sliding for layer in loaded.shape.layers}
+    assert (WINDOW in {layer.sliding for layer in loaded.shape.layers}) == (family in OTHERS)
     loaded.eos_token_ids, loaded.tokenizer = set(), Letters()
     limits = EngineLimits(prefill_chunk=16, token_budget=64, max_concurrency=2)
     engine = Engine(loaded, setting="exact", limits=limits, checked=True)
@@ -101,6 +115,14 @@ class Sinks(torch.nn.Module):
 
     def forward(self, *args: Any, **more: Any) -> Any:
         return self.module(*args, **more, s_aux=torch.zeros(4))
+
+
+def test_a_model_without_named_projections_has_a_profile_and_no_comparison() -> None:
+    loaded = wrap_model("gpt2", made(GPT2Config(**{**PLAIN["gpt2"].to_dict(), "vocab_size": 260})), ByteTokenizer())
+    profile = small_profiler().profile_from_loaded(loaded, texts=[TEXT])
+    assert [layer is not None for layer in profile.layers] == [True] * 3 and profile.ladder
+    with pytest.raises(ModelError, match="gpt2: comparisons need attention with k_proj"):
+        projections(loaded, 0)
 
 
 def test_attention_sinks_are_seen_whatever_the_model_is_called() -> None:
