@@ -88,7 +88,8 @@ def running_server(folder: Path, *arguments: str, seconds: float = 60) -> Iterat
     """The server, ready; ended when the block is left."""
     port = free_port()
     log = folder / "server.log"
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
     command = [sys.executable, "-m", "server", "--host", "127.0.0.1", "--port", str(port), *arguments]
     with log.open("wb") as out:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=subprocess.STDOUT)

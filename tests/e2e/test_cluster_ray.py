@@ -36,10 +36,9 @@ class Nodes:
 
     def __init__(self, log: Path) -> None:
         command = [sys.executable, str(Path(__file__).with_name("ray_nodes.py"))]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         with log.open("wb") as errors:
-            self.process = subprocess.Popen(
-                command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
-            )
+            self.process = subprocess.Popen(command, cwd=ROOT, stderr=errors, **pipes)
         self.log = log
 
     def ask(self, line: str) -> dict[str, Any]:
@@ -52,6 +51,16 @@ class Nodes:
                 found: dict[str, Any] = json.loads(said)
                 return found
         raise AssertionError(f"the nodes' process ended:\n{self.log.read_text(errors='replace')[-3000:]}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment() -> Iterator[None]:
+    """Of every process of Ray's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("PYTHONPATH", str(Path(__file__).with_name("without")), prepend=os.pathsep)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +88,8 @@ def server(nodes: Nodes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         nodes.ask("add spectral")
     config = folder / "config.yaml"
     config.write_text(CONFIG.format(address=nodes.ask("head")["address"], state=folder / "state"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        with running_server(folder, "--cluster", "ray", "--config", str(config), seconds=120) as running:
-            yield running
+    with running_server(folder, "--cluster", "ray", "--config", str(config), seconds=120) as running:
+        yield running
 
 
 def places(server: Server) -> dict[str, str]:
