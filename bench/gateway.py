@@ -32,8 +32,8 @@ sys.path.insert(0, str(ROOT))
 from bench.report import deliver, run_facts  # noqa: E402
 
 STAMP = re.compile(rb'"content":"(\d+):(\d+);"')
-SERVE = """import functools, server.app as app, server.__main__ as main
-main.create_app = functools.partial(app.create_app, command={command!r})
+SERVE = """import functools, server.app as app, server.__main__ as main, server.serving as serving
+serving.create_app = functools.partial(app.create_app, command={command!r})
 raise SystemExit(main.main())
 """
 

@@ -102,9 +102,10 @@ def test_hang_up_reads_the_configuration_again_and_ends_no_stream(tmp_path: Path
     given = {"server": {"port": port, "state_dir": str(tmp_path / "state")}, "models": [{"name": "demo-7m"}]}
     config.write_text(json.dumps(given))
     start = (
-        "import functools, signal, sys; import server.__main__ as program; from server.app import create_app\n"
+        "import functools, signal, sys; from server import __main__ as program, serving\n"
+        "from server.app import create_app\n"
         "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # a shell's nohup is inherited, and respected
-        f"program.create_app = functools.partial(create_app, command=(sys.executable, {FAKE!r}))\n"
+        f"serving.create_app = functools.partial(create_app, command=(sys.executable, {FAKE!r}))\n"
         "sys.exit(program.main(['--config', sys.argv[1]]))"
     )
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent.parent)}

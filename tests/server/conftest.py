@@ -20,11 +20,11 @@ import httpx
 import pytest
 import uvicorn
 
-from server.__main__ import GracefulServer
 from server.app import create_app
 from server.config import Settings
 from server.http_limits import uvicorn_config
 from server.scheduler.slots import Slot
+from server.serving import GracefulServer
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent

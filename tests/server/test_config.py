@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from server import __main__ as cli
+from server import serving as program
 from server.config import ConfigError, load_settings, schema_json
 from tests.server.conftest import FAKE, ROOT, alive, serving, settings, until
 
@@ -159,20 +160,30 @@ def test_a_port_in_use_is_a_message_and_status_1(capsys: pytest.CaptureFixture[s
 
 
 def test_the_gateway_does_not_import_torch() -> None:
-    code = "import sys, server.app, server.__main__; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, server.serving, server.__main__; sys.exit(bool({'torch', 'transformers'} & {*sys.modules}))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=30, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["check", "schema", "metrics"])
+def test_questions_are_answered_without_the_application(command: str) -> None:
+    code = (
+        f"import sys; from server.__main__ import main; status = main(['{command}', '--config', 'config.yaml'])\n"
+        "sys.exit(status or bool({'fastapi', 'uvicorn', 'numpy'} & {*sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=30, check=False, capture_output=True)
+    assert done.returncode == 0 and done.stdout, done.stderr
 
 
 def test_banner_says_what_is_loaded_and_how_to_try_it() -> None:
     config = settings({"name": "demo"}, {"name": "later", "load": "on_demand"})
     with serving(config) as server:
         server.until_state("demo", "hot")
-        text = cli.banner(server.app.state.scheduler, config, server.url)
+        text = program.banner(server.app.state.scheduler, config, server.url)
         assert text.startswith(f"Spectral is listening on {server.url}\n")
         assert "setting 8x (cache 8.0x smaller than bf16 at 2048 tokens, KL 0.0120)" in text
         assert "later: cold, loaded on first use" in text
         assert f"spectral chat --url {server.url}" in text
-        assert "spectral chat\n" in cli.banner(server.app.state.scheduler, config, cli.DEFAULT_URL)
+        assert "spectral chat\n" in program.banner(server.app.state.scheduler, config, program.DEFAULT_URL)
         line = next(line for line in text.splitlines() if "curl" in line)
         if shutil.which("curl") is None:
             pytest.skip("no curl here to paste the line for")
@@ -183,8 +194,8 @@ def test_banner_says_what_is_loaded_and_how_to_try_it() -> None:
 @contextlib.contextmanager
 def started(tmp_path: Path, models: str, drain_seconds: float = 1) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The command line's server with fake workers, as a process of its own, once it is ready; and its address."""
-    code = f"import server.app as a, server.__main__ as m, functools\nFAKE = {FAKE!r}\n"
-    code += "m.create_app = functools.partial(a.create_app, command=FAKE)\nraise SystemExit(m.main())"
+    code = f"import server.app as a, server.serving as s, server.__main__ as m, functools\nFAKE = {FAKE!r}\n"
+    code += "s.create_app = functools.partial(a.create_app, command=FAKE)\nraise SystemExit(m.main())"
     config = write(tmp_path, f"server: {{port: 0, drain_seconds: {drain_seconds}}}\nmodels: {models}")
     command = [sys.executable, "-c", code, "--config", str(config)]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}

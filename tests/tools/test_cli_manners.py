@@ -8,10 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -136,5 +138,8 @@ def test_ctrl_c_ends_a_command_without_a_word() -> None:
             connection, _ = silent.accept()
             with connection:
                 assert connection.recv(10)
+                # A signal just before the command begins to wait is noticed when the wait is over, ten seconds later.
+                while psutil.Process(process.pid).status() == psutil.STATUS_RUNNING:
+                    time.sleep(0.001)
                 process.send_signal(signal.SIGINT)
                 assert (*process.communicate(timeout=60), process.returncode) == ("", "", 130)

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import httpx
 import uvicorn
 
-from server.__main__ import GracefulServer
 from server.app import create_app
 from server.cluster import wire
 from server.cluster.agent import ConductorAway, NodeAgent
@@ -22,6 +21,7 @@ from server.cluster.facade import Client, configuration
 from server.cluster.join import scheduler_of
 from server.cluster.store import Store
 from server.config import Settings
+from server.serving import GracefulServer
 from tests.server.conftest import FAKE, until
 
 T = TypeVar("T")

@@ -34,7 +34,7 @@ def test_replicas_need_an_order() -> None:
 
 
 def test_ray_is_loaded_only_when_asked_for() -> None:
-    code = "import server.__main__, server.app, server.cluster.gateway, sys; sys.exit('ray' in sys.modules)"
+    code = "import server.__main__, server.serving, server.cluster.gateway, sys; sys.exit('ray' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
 
