@@ -9,7 +9,6 @@ The trace's requests are spread over six models by a Zipf law (exponent 1, seed 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import platform
 import random
@@ -17,7 +16,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,8 @@ from bench.whole_model_rules import LeastCost, LeastKeepAlive
 from server import heap
 from server.scheduler.planner import plan
 from server.scheduler.steward import Wishes
+from spectral.commands.bench_load import read_trace as load_trace
+from spectral.errors import SpectralError
 
 SEED = 6
 ZIPF = 1.0
@@ -86,13 +86,8 @@ def read_trace(trace: Path) -> list[tuple[float, str, int, int]]:
     rng = random.Random(SEED)
     names = [name for name, _, _ in MODELS]
     weights = [1 / rank**ZIPF for rank in range(1, len(names) + 1)]
-    rows = []
-    with trace.open(newline="") as file:
-        for row in csv.DictReader(file):
-            at = datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp()
-            rows.append((at, int(row["ContextTokens"]), int(row["GeneratedTokens"])))
-    rows.sort()
-    return [(at - rows[0][0], rng.choices(names, weights)[0], prompt, max(1, answer)) for at, prompt, answer in rows]
+    rows = sorted((row.at, row.prompt_tokens, row.output_tokens) for row in load_trace(trace))
+    return [(at, rng.choices(names, weights)[0], prompt, answer) for at, prompt, answer in rows]
 
 
 def figures(sim: Simulator, requests: list[Request]) -> dict[str, Any]:
@@ -164,7 +159,10 @@ def main() -> None:
     result: dict[str, Any] = {"about": about}
     if options.trace:
         result["trace"] = options.trace.name
-        result["study"] = study(options.trace)
+        try:
+            result["study"] = study(options.trace)
+        except SpectralError as error:
+            parser.error(f"--trace: {error}")
     if options.planner:
         result["planner"] = planner_figures()
     if options.json:

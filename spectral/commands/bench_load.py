@@ -7,7 +7,9 @@ GeneratedTokens, as the Azure LLM inference traces have them; other columns are 
 from __future__ import annotations
 
 import csv
+import math
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -49,7 +51,7 @@ def read_trace(
             for row in reader:
                 if requests is not None and len(out) == requests:
                     break
-                when, prompt, output = _seconds(row[COLUMNS[0]]), int(row[COLUMNS[1]]), int(row[COLUMNS[2]])
+                when, prompt, output = _seconds(row[COLUMNS[0]] or ""), _count(row, COLUMNS[1]), _count(row, COLUMNS[2])
                 out.append(_bounded(when, prompt, output, max_context))
     except OSError as error:
         raise SpectralError(f"{path} cannot be read: {error}") from error
@@ -62,12 +64,35 @@ def read_trace(
     return [Planned((item.at - first) / speed, item.prompt_tokens, item.output_tokens) for item in out]
 
 
+STAMP = re.compile(r"(\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d)?)(\.\d+)? ?(Z|[+-]\d\d:?\d\d)?", re.ASCII)
+"""Traces have up to seven digits of a second, where Python 3.10 reads six, and a time zone or none."""
+
+
 def _seconds(text: str) -> float:
+    """Of seconds, or of a date and time, in UTC where no zone is named. Raises ValueError."""
     try:
-        return float(text)
+        seconds = float(text)
     except ValueError:
-        stamp, _, fraction = text.strip().partition(".")  # the traces have seven digits, Python 3.10 reads six
-        return datetime.fromisoformat(stamp).timestamp() + (float(f"0.{fraction}") if fraction else 0.0)
+        found = STAMP.fullmatch(text.strip())
+        if found is None:
+            raise ValueError(f"TIMESTAMP must be seconds or an ISO date and time, got {text!r}") from None
+        stamp, fraction, zone = found.groups()
+        zone = "+00:00" if zone in (None, "Z") else zone if ":" in zone else f"{zone[:3]}:{zone[3:]}"
+        return datetime.fromisoformat(stamp + zone).timestamp() + float(fraction or 0)
+    if not math.isfinite(seconds):
+        raise ValueError(f"TIMESTAMP must be finite, got {text!r}")
+    return seconds
+
+
+def _count(row: dict[str, str], name: str) -> int:
+    """Raises ValueError."""
+    try:
+        count = int(row[name])
+    except (ValueError, TypeError):
+        count = -1
+    if count < 0:
+        raise ValueError(f"{name} must be a whole number of tokens, got {row[name]!r}")
+    return count
 
 
 def _bounded(at: float, prompt: int, output: int, max_context: int | None) -> Planned:

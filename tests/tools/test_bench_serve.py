@@ -106,14 +106,35 @@ def test_a_trace_is_replayed_and_what_fails_is_counted(server: str, tmp_path: Pa
     assert json.loads(result.output)["failed"] == 0
 
 
+def test_times_of_all_traces_are_read(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    first, second = "2024-05-10 00:00:00.009930+00:00", "2024-05-10T00:00:01Z"
+    times = [first, second, "2024-05-10 02:00:02.5+0200", "2024-05-10 00:00:03.1234567"]
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(f"{at},5,2\n" for at in times))
+    found = [row.at for row in read_trace(trace)]
+    assert found == pytest.approx([0.0, 0.99007, 2.49007, 3.1135267], abs=1e-6)
+
+
 def test_what_cannot_be_done_is_said(server: str, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.csv"
     wrong.write_text("a,b\n1,2\n")
     with pytest.raises(SpectralError, match="must name TIMESTAMP"):
         read_trace(wrong)
-    wrong.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n1.0,5,many\n")
-    with pytest.raises(SpectralError, match="row 2"):
+    head = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+    for row, why in (
+        ("1.0,5,many", "GeneratedTokens must be a whole number of tokens, got 'many'"),
+        ("1.0,-5,2", "ContextTokens must be a whole number of tokens, got '-5'"),
+        ("1.0,5", "GeneratedTokens must be a whole number of tokens, got None"),
+        ("yesterday,5,2", "TIMESTAMP must be seconds or an ISO date and time, got 'yesterday'"),
+        ("nan,5,2", "TIMESTAMP must be finite"),
+    ):
+        wrong.write_text(head + f"0.5,1,1\n{row}\n")
+        with pytest.raises(SpectralError, match=f"row 3: {why}"):
+            read_trace(wrong)
+    wrong.write_text(head)
+    with pytest.raises(SpectralError, match="has no requests"):
         read_trace(wrong)
+    wrong.write_text(head + "1.0,5,many\n")
     assert run("--url", server, "--trace", str(wrong), "--rate", "2").exit_code == 2
     assert run("--url", server, "--concurrency", "2", "--rate", "2").exit_code == 2
     failed = run("--url", server, "--model", "m", "--prompt-tokens", "2000", "--requests", "2")
