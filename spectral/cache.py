@@ -25,7 +25,7 @@ from spectral.codec import Codebook
 from spectral.coded import Update, coded
 from spectral.errors import CacheError
 from spectral.hf import fingerprint
-from spectral.model_shapes import model_shape
+from spectral.own_answer import any_shape
 from spectral.padding import Columns, from_positions
 from spectral.pages import LayerShape, ModelShape, PageStore, Row
 from spectral.rows import cut_row, select_rows
@@ -343,7 +343,7 @@ def _sliding_windows(profile: SpectralProfile, model: Any) -> list[int | None]:
     """The sliding window of every layer, None where it sees all; checks the profile against a model, if given."""
     if model is not None:
         name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-        shape = model_shape(model)
+        shape = any_shape(model)
         stub = SimpleNamespace(name=name, fingerprint=fingerprint(model), shape=shape)
         profile.check_model(stub)  # type: ignore[arg-type]
         return [layer.sliding for layer in shape.layers]

@@ -18,6 +18,10 @@ LAYER_TYPES = {"full_attention": False, "attention": False, "sliding_attention":
 """Kinds of layers that Spectral knows, by the names of configurations, and whether they slide."""
 
 
+class DifferentLayersError(ModelError):
+    """A configuration whose layers differ in heads or sizes: what they are shows when they are called."""
+
+
 class SeenLayer(NamedTuple):
     """One call of the attention function: sizes of its tensors, its sliding window, and what else it was given."""
 
@@ -55,8 +59,8 @@ def model_shape(model: Any) -> ModelShape:
         heads = int(config.num_attention_heads)
         kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
         head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    except AttributeError as error:  # a configuration whose layers differ says so like this
-        raise ModelError(f"{_kind(config)} is not supported here: {error}") from error
+    except Exception as error:  # a configuration whose layers differ says so, in its own way
+        raise DifferentLayersError(f"{_kind(config)} is not supported here: {error}") from error
     layers = [LayerShape(kv_heads, head_dim, head_dim, window) for window in slides]
     return ModelShape(tuple(layers), heads, int(config.hidden_size))
 

@@ -16,7 +16,7 @@ import torch
 
 from spectral.dispatch import launching
 from spectral.errors import ModelError
-from spectral.model_shapes import SeenLayer, seen_shape
+from spectral.model_shapes import DifferentLayersError, SeenLayer, model_shape, seen_shape
 from spectral.pages import PageStore
 from spectral.shapes import ModelShape
 
@@ -35,14 +35,27 @@ attended to, or at the wrong place, makes about as much as the logits themselves
 
 
 def probed_shape(model: Any) -> ModelShape:
-    """The attention layers of a model whose attention is Spectral's, as one forward calls it. Raises ModelError."""
-    from spectral.hf import seeing
+    """The attention layers of a model as one forward through Spectral's attention calls it. Raises ModelError."""
+    from spectral.hf import NAME, seeing
 
     model_type, device = _kind(model), next(model.parameters()).device
     seen: list[SeenLayer] = []
-    with torch.inference_mode(), launching(device), seeing(seen), _refusing(model_type):
-        model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=device), use_cache=False)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        with torch.inference_mode(), launching(device), seeing(seen), _refusing(model_type):
+            model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=device), use_cache=False)
+    finally:
+        model.set_attn_implementation(before)
     return seen_shape(model, seen)
+
+
+def any_shape(model: Any) -> ModelShape:
+    """The same by the configuration, where that says it for all layers."""
+    try:
+        return model_shape(model)
+    except DifferentLayersError:
+        return probed_shape(model)
 
 
 def check_own_answer(loaded: LoadedModel, implementation: str) -> float:

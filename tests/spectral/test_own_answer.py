@@ -22,6 +22,7 @@ from transformers import (
     Starcoder2Config,
 )
 
+from spectral.cache import SpectralCache
 from spectral.engine.engine import Engine
 from spectral.engine.types import EngineLimits
 from spectral.errors import ModelError
@@ -30,6 +31,7 @@ from spectral.hf_reading import projections
 from spectral.model_shapes import model_shape
 from spectral.own_answer import check_own_answer
 from spectral.shapes import LayerShape
+from tests.spectral.cache_helpers import ARGUMENT
 from tests.spectral.engine.engine_helpers import Letters, ask, request
 from tests.spectral.helpers import FAMILIES, SMALL, NoTokenizer, random_model
 from tests.spectral.test_profile import TEXT, ByteTokenizer, small_profiler
@@ -123,6 +125,22 @@ def test_a_model_without_named_projections_has_a_profile_and_no_comparison() -> 
     assert [layer is not None for layer in profile.layers] == [True] * 3 and profile.ladder
     with pytest.raises(ModelError, match="gpt2: comparisons need attention with k_proj"):
         projections(loaded, 0)
+
+
+def test_the_librarys_cache_knows_layers_that_differ() -> None:
+    """All layers of two kinds of heads; the sliding ones stay exact, so with a fine setting tokens are the same."""
+    config = Gemma4TextConfig(**{**OTHERS["gemma4"].to_dict(), "vocab_size": 260, "vocab_size_per_layer_input": 260})
+    model = made(config)
+    profile = small_profiler(ratios=(2.0,)).profile_from_loaded(
+        wrap_model("gemma4", model, ByteTokenizer()), texts=[TEXT]
+    )
+    cache = SpectralCache(profile, model=model, setting="exact")
+    prompt = torch.randint(3, 96, (1, 2 * WINDOW), generator=torch.Generator().manual_seed(1))
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    with torch.no_grad():
+        found = model.generate(prompt, **{ARGUMENT: cache}, **options)
+        model.set_attn_implementation("eager")
+        assert torch.equal(found, model.generate(prompt, **options))
 
 
 def test_attention_sinks_are_seen_whatever_the_model_is_called() -> None:
