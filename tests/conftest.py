@@ -20,8 +20,9 @@ import torch
 
 from tests.chromium import chromium
 
-# What is imported stays, and looking at it again and again takes a tenth of the tests' time: see the hook below. At the
-# very end it is looked at once more: some libraries say what they still hold then.
+# What is imported stays: looking at it again and again takes a quarter of the time in which tests are collected, and
+# pytest looks five times more at the end (see the hook below). Then it is looked at once: some libraries say what they
+# still hold.
 gc.disable()
 atexit.register(gc.unfreeze)
 
