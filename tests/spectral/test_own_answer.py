@@ -172,6 +172,37 @@ def test_a_model_whose_code_fails_says_why() -> None:
         wrap_model("other", model, NoTokenizer())
 
 
+class Noisy(torch.nn.Module):
+    """A projection whose activations are rounded by how many there are, as int8 rounds them by what else there is."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = x.abs().max() / (100 + x.shape[-2])
+        out: torch.Tensor = self.inner((x / scale).round() * scale)
+        return out
+
+
+def test_rounding_of_quantized_activations_is_no_other_answer() -> None:
+    def noisy(**changes: Any) -> Any:
+        model = made(FAMILIES["llama"])
+        for layer in model.model.layers:
+            layer.mlp.gate_proj, layer.mlp.down_proj = Noisy(layer.mlp.gate_proj), Noisy(layer.mlp.down_proj)
+        for name, value in changes.items():
+            setattr(model.config, name, value)
+        return model
+
+    with pytest.raises(ModelError, match="away from its own"):
+        wrap_model("noisy", noisy(), NoTokenizer())
+    for loaded in (
+        wrap_model("int8", noisy(), NoTokenizer(), quantization="int8"),
+        wrap_model("ready", noisy(quantization_config={"quant_method": "any"}), NoTokenizer()),
+    ):
+        assert 0.002 < check_own_answer(loaded, NAME) < 0.2
+
+
 def test_answers_that_are_no_numbers_say_nothing(caplog: pytest.LogCaptureFixture) -> None:
     loaded = random_model("llama")
     loaded.model.lm_head.weight.data.fill_(float("inf"))
