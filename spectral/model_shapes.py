@@ -107,7 +107,7 @@ def _slides(model: Any, config: Any) -> list[int | None]:
         )
     types = list(getattr(config, "layer_types", None) or [])
     window = getattr(config, "sliding_window", None)
-    size = int(window) if window else None
+    size = int(window) if window and getattr(config, "use_sliding_window", True) is not False else None
     if not types:  # models of one kind of layers use their window in all of them
         return [size] * count
     unknown = sorted({str(name) for name in types} - {*LAYER_TYPES})

@@ -16,6 +16,7 @@ from transformers import (
     Gemma4TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    LlamaConfig,
     MixtralConfig,
     PhimoeConfig,
     PreTrainedConfig,
@@ -77,6 +78,15 @@ def test_tokens_are_those_of_generate_beyond_the_window_too(family: str) -> None
     limits = EngineLimits(prefill_chunk=16, token_budget=64, max_concurrency=2)
     engine = Engine(loaded, setting="exact", limits=limits, checked=True)
     assert ask(engine, request("x", prompt[0].tolist(), 12))["x"] == wanted[0, 2 * WINDOW :].tolist()
+
+
+@pytest.mark.parametrize(("used", "sliding"), [(None, WINDOW), (True, WINDOW), (False, None)])
+def test_a_window_that_a_configuration_switches_off_is_none(used: bool | None, sliding: int | None) -> None:
+    model = made(LlamaConfig(**SMALL))
+    model.config.sliding_window = WINDOW
+    if used is not None:
+        model.config.use_sliding_window = used
+    assert {layer.sliding for layer in model_shape(model).layers} == {sliding}
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
