@@ -116,6 +116,14 @@ def weights_nbytes(folder: Path, quantization: str, element: int | None) -> int:
     return round(total)
 
 
+_OLDER = {
+    "num_attention_heads": ("n_head", "n_heads", "num_heads"),
+    "hidden_size": ("n_embd", "d_model"),
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
+    "max_position_embeddings": ("n_positions", "n_ctx"),
+}
+
+
 def _natural(value: Any) -> int:
     """A whole number that can be a size. Raises ValueError."""
     if type(value) is not int or not 0 <= value < 2**48:
@@ -127,12 +135,26 @@ def shape_of(folder: Path) -> tuple[int, int]:
     """(bf16 bytes of one token's keys and values over all full-attention layers, the model's longest context)."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config = config.get("text_config", config)
-    heads = _natural(config.get("num_attention_heads", 1))
-    kv_heads = _natural(config.get("num_key_value_heads") or heads)
-    dim = _natural(config.get("head_dim") or _natural(config.get("hidden_size", heads)) // heads)
-    kinds, count = config.get("layer_types"), _natural(config.get("num_hidden_layers", 1))
-    layers = sum("sliding" not in str(kind) for kind in kinds) if kinds else count
-    return 2 * 2 * kv_heads * dim * layers, _natural(config.get("max_position_embeddings", 8192))
+    heads = _named(config, "num_attention_heads", 1)
+    kv_heads = 1 if config.get("multi_query") else _natural(config.get("num_key_value_heads") or heads)
+    dim = _natural(config.get("head_dim") or _named(config, "hidden_size", heads) // heads)
+    kinds, count = config.get("layer_types"), _named(config, "num_hidden_layers", 1)
+    if kinds and any("sliding" in str(kind) for kind in kinds):  # those that see everything may be larger (Gemma 4)
+        kv_heads = _natural(config.get("num_global_key_value_heads") or kv_heads)
+        dim = _natural(config.get("global_head_dim") or dim)
+    full = {i for i, kind in enumerate(kinds) if "sliding" not in str(kind)} if kinds else None
+    numbers = kv_heads * dim * (count if full is None else len(full))
+    for layer, own in (config.get("per_layer_config") or {}).items():
+        if (int(layer) < count) if full is None else (int(layer) in full):
+            numbers += _natural(own.get("num_key_value_heads") or kv_heads) * _natural(own.get("head_dim") or dim)
+            numbers -= kv_heads * dim
+    return 2 * 2 * numbers, _named(config, "max_position_embeddings", 8192)
+
+
+def _named(config: dict[str, Any], name: str, default: int) -> int:
+    """A size by its usual name, or by one that older families have. Raises ValueError."""
+    found = next((config[key] for key in (name, *_OLDER[name]) if config.get(key) is not None), default)
+    return _natural(found)
 
 
 def ladder_of(profile: Path) -> tuple[tuple[Rung, ...], str]:

@@ -21,6 +21,37 @@ def write(path: Path, tensors: dict[str, tuple[str, list[int]]]) -> None:
     path.write_bytes(struct.pack("<Q", len(body)) + body)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "gemma4", "cohere2", "qwen3", "phi3", "gpt_bigcode"])
+def test_a_tokens_bytes_are_those_of_the_layers_that_see_everything(name: str, tmp_path: Path) -> None:
+    from spectral.own_answer import probed_shape
+    from tests.spectral.helpers import FAMILIES
+    from tests.spectral.test_families import small_config
+    from tests.spectral.test_own_answer import OTHERS, PLAIN, made
+
+    known = OTHERS | PLAIN | FAMILIES
+    model = made(known[name] if name in known else small_config(name))
+    model.config.save_pretrained(tmp_path)
+    wanted = sum(layer.token_nbytes() for layer in probed_shape(model).layers if layer.sliding is None)
+    assert facts.shape_of(tmp_path) == (wanted, 512)
+
+
+def test_gemma_4_as_its_makers_write_it(tmp_path: Path) -> None:
+    config = {
+        "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4, "num_global_key_value_heads": 2,
+        "head_dim": 256, "global_head_dim": 512, "layer_types": [*["sliding_attention"] * 5, "full_attention"],
+        "max_position_embeddings": 131072,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": config}))
+    assert facts.shape_of(tmp_path) == (2 * 2 * 2 * 512, 131072)
+
+
+@pytest.mark.parametrize("broken", [{"3": []}, {"x": {}}, [1], {"0": {"head_dim": -2}}])
+def test_layers_of_their_own_that_are_none_are_refused(broken: Any, tmp_path: Path) -> None:
+    config = {"num_hidden_layers": 4, "num_attention_heads": 2, "hidden_size": 8, "per_layer_config": broken}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert not predict(ModelSettings(name="m", path=str(tmp_path)), "cpu").known
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     write(
