@@ -10,8 +10,9 @@ from typing import Any
 VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """torch's own; whoever sets one of them has chosen."""
 
-_VIRTUAL_MEMORY = 102
-"""CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED of the CUDA driver's API."""
+_NEEDED = (102, 103)
+"""CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED and _HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED of the CUDA
+driver's API: torch asks for pieces with such handles, and where there are none (WSL) every allocation would fail."""
 
 
 def prepare_allocator(environ: MutableMapping[str, str] = os.environ, driver: Any = None) -> bool:
@@ -34,13 +35,14 @@ def _maps_pieces(driver: Any) -> bool:
         count = ctypes.c_int()
         if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)):
             return False
-        return count.value > 0 and all(_attribute(cuda, number) for number in range(count.value))
+        asked = [(number, name) for number in range(count.value) for name in _NEEDED]
+        return bool(asked) and all(_attribute(cuda, number, name) for number, name in asked)
     except (OSError, AttributeError):  # no driver, or one that does not know these calls
         return False
 
 
-def _attribute(cuda: Any, number: int) -> bool:
+def _attribute(cuda: Any, number: int, name: int) -> bool:
     device, found = ctypes.c_int(), ctypes.c_int()
     failed = cuda.cuDeviceGet(ctypes.byref(device), number)
-    failed = failed or cuda.cuDeviceGetAttribute(ctypes.byref(found), _VIRTUAL_MEMORY, device)
+    failed = failed or cuda.cuDeviceGetAttribute(ctypes.byref(found), name, device)
     return not failed and bool(found.value)

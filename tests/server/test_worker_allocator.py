@@ -13,10 +13,10 @@ from server.worker.allocator import prepare_allocator
 
 
 class Driver:
-    """The CUDA driver's calls: `able` of each GPU."""
+    """The CUDA driver's calls: `able` of each GPU; handles: whether pieces can have them."""
 
-    def __init__(self, *able: bool, broken: str = "") -> None:
-        self.able, self.broken = able, broken
+    def __init__(self, *able: bool, broken: str = "", handles: bool = True) -> None:
+        self.able, self.broken, self.handles = able, broken, handles
 
     def _status(self, call: str) -> int:
         return 801 if call == self.broken else 0
@@ -33,8 +33,7 @@ class Driver:
         return self._status("get")
 
     def cuDeviceGetAttribute(self, found: Any, attribute: int, device: ctypes.c_int) -> int:
-        assert attribute == 102
-        found._obj.value = int(self.able[device.value - 10])
+        found._obj.value = int({102: self.able[device.value - 10], 103: self.handles}[attribute])
         return self._status("attribute")
 
 
@@ -53,7 +52,7 @@ def test_who_has_chosen_is_left_alone(name: str) -> None:
 
 @pytest.mark.parametrize(
     "driver",
-    [Driver(), Driver(True, False), *(Driver(True, broken=call) for call in ("init", "count", "get", "attribute")),
+    [Driver(), Driver(True, False), Driver(True, handles=False), *(Driver(True, broken=call) for call in ("init", "count", "get", "attribute")),
      object()],
 )  # fmt: skip
 def test_elsewhere_torch_does_as_it_does(driver: Any) -> None:
