@@ -52,8 +52,10 @@ def test_who_has_chosen_is_left_alone(name: str) -> None:
 
 @pytest.mark.parametrize(
     "driver",
-    [Driver(), Driver(True, False), Driver(True, handles=False), *(Driver(True, broken=call) for call in ("init", "count", "get", "attribute")),
-     object()],
+    [
+        Driver(), Driver(True, False), Driver(True, handles=False), object(),
+        *(Driver(True, broken=call) for call in ("init", "count", "get", "attribute")),
+    ],
 )  # fmt: skip
 def test_elsewhere_torch_does_as_it_does(driver: Any) -> None:
     environ: dict[str, str] = {}
