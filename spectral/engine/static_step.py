@@ -111,7 +111,10 @@ class StaticStep:
                 # Rows may grow up to the model's context; tables that grew later would lie elsewhere.
                 codec.frame.reserve(max(self.width, most_pages(loaded.context_length, codec.page_tokens)))
             group = loaded.shape.query_heads // window.shape.kv_heads
-            kernels = kernels_for(codec, book.window, group, dtype) is not None
+            found = kernels_for(codec, book.window, group, dtype)
+            if found is not None:
+                found.units(group)  # copied from the host, which no capture may do
+            kernels = found is not None
             name = f"decode:{window.sinks}:{window.ring}:{codec is None}"
             _, by_kernels, by_reference = kinds.get(name, (layer, False, False))
             kinds[name] = layer, by_kernels or kernels, by_reference or not kernels

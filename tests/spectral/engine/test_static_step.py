@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from spectral.engine import sampler
+from spectral.engine import sampler, static_step
 from spectral.engine.device_sampler import Memory, choose, kind_of, numbers_of
 from spectral.engine.engine import Engine
 from spectral.engine.graphs import DecodeGraphs, Replayer, decode_choice
@@ -98,6 +98,22 @@ def test_steps_of_a_store_that_moved_are_forgotten() -> None:
     engine.trim()
     kept.prune()
     assert not kept._steps and not kept._seals
+
+
+def test_what_comes_from_the_host_is_there_before_a_step_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A capture may copy nothing from the host: kernels of a setting that was made anew have their table of units."""
+    asked: list[int] = []
+
+    class Found:
+        def units(self, group: int) -> None:
+            asked.append(group)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(static_step, "kernels_for", lambda *_: Found())
+        engine = tiny_engine("qwen3", decode="static")
+        store = engine.store
+        static_step.StaticStep(engine.loaded, store, 2, 4, Numbers(2, store.device))
+    assert asked == [2] * 3, "query heads to a KV head, for each of three layers"
 
 
 @pytest.mark.parametrize(("setting", "failing"), [("test", (1, 4, 8)), ("exact", (2, 3, 4, 5, 6, 7, 8, 9))])
