@@ -29,7 +29,6 @@ from typing import Any
 import torch
 
 from bench.engine_scene import (
-    QWEN3_8B,
     SETTING,
     Scene,
     counts,
@@ -270,9 +269,7 @@ ROWS: dict[str, Callable[[Scene], Row]] = {
 def run(options: argparse.Namespace, names: list[str], keep: Callable[[Row], None], seed: int) -> None:
     """The named rows; `keep` gets each as soon as it is there. A row that fails says why, and the others go on;
     one that leaves the model other than it was ends the run: the next would be measured on something else."""
-    if options.layers:
-        QWEN3_8B["num_hidden_layers"] = options.layers
-    scene = make_scene(options.check, seed)
+    scene = make_scene(options.check, seed, options.layers)
     if options.requests:
         scene.sizes = replace(scene.sizes, requests=options.requests)
     for name in names:

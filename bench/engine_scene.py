@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -130,11 +130,13 @@ class Scene:
             torch.cuda.empty_cache()
 
 
-def make_scene(check: bool, seed: int) -> Scene:
-    """The model on the GPU; with `check` a tiny one on the CPU."""
+def make_scene(check: bool, seed: int, layers: int | None = None) -> Scene:
+    """The model on the GPU, with fewer layers if wanted; with `check` a tiny one on the CPU."""
     from transformers import AutoModelForCausalLM, Qwen3Config
 
     device, sizes = (torch.device("cpu"), CHECK) if check else (torch.device("cuda:0"), FULL)
+    if layers is not None:
+        sizes = replace(sizes, shape={**sizes.shape, "num_hidden_layers": layers})
     torch.manual_seed(seed)
     began = time.perf_counter()
     with torch.device(device):

@@ -12,7 +12,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,6 +42,7 @@ _OBSERVER: ContextVar[Observer | None] = ContextVar("spectral_observer", default
 _SEEN: ContextVar[list[SeenLayer] | None] = ContextVar("spectral_seen", default=None)
 
 NAME = "spectral"
+
 
 def _attention(
     module: torch.nn.Module,
@@ -116,33 +117,27 @@ AttentionMaskInterface.register(NAME, _mask)
 
 
 @contextmanager
-def attending(model: torch.nn.Module, batch: StepBatch) -> Iterator[None]:
+def _within(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def attending(model: torch.nn.Module, batch: StepBatch) -> AbstractContextManager[None]:
     """Within: the model's attention appends to and reads from the batch's store."""
-    token = _BATCH.set(batch)
-    try:
-        yield
-    finally:
-        _BATCH.reset(token)
+    return _within(_BATCH, batch)
 
 
-@contextmanager
-def observing(observer: Observer) -> Iterator[None]:
+def observing(observer: Observer) -> AbstractContextManager[None]:
     """Within: the observer sees every attention call (no store) and may answer it; else attention is exact."""
-    token = _OBSERVER.set(observer)
-    try:
-        yield
-    finally:
-        _OBSERVER.reset(token)
+    return _within(_OBSERVER, observer)
 
 
-@contextmanager
-def seeing(seen: list[SeenLayer]) -> Iterator[None]:
+def seeing(seen: list[SeenLayer]) -> AbstractContextManager[None]:
     """Within: every attention call (no store) is told to `seen`."""
-    token = _SEEN.set(seen)
-    try:
-        yield
-    finally:
-        _SEEN.reset(token)
+    return _within(_SEEN, seen)
 
 
 @dataclass
@@ -176,6 +171,12 @@ class LoadedModel:
     def split(self) -> bool:
         """Whether the layers lie on several devices."""
         return len({*self.layer_devices, self.device}) > 1
+
+    @cached_property
+    def no_mask(self) -> torch.Tensor:
+        """bool [1, 1, 1, 1], False. Spectral's attention needs no mask; transformers takes a four-dimensional one as it
+        is, without building its own in every step, and the attention function ignores it."""
+        return torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=self.device)
 
     def kept(self, places: list[int]) -> Any:
         """These places as transformers' `logits_to_keep`. Plain numbers for a model on several devices: its hooks take
@@ -338,5 +339,5 @@ def wrap_model(name: str, model: Any, tokenizer: Any, *, quantization: str = "no
         device=next(model.parameters()).device,
         quantization=quantization,
     )
-    check_own_answer(loaded, NAME)
+    check_own_answer(loaded)
     return loaded

@@ -40,6 +40,11 @@ def text_config(model: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def kind_of(model: Any) -> str:
+    """The family's name in transformers, for messages."""
+    return str(getattr(text_config(model), "model_type", "?"))
+
+
 def attention_modules(model: Any) -> dict[int, Any]:
     """Layer index -> attention module: the first with that `layer_idx` (attention to an encoder follows it)."""
     found: dict[int, Any] = {}
@@ -54,13 +59,13 @@ def model_shape(model: Any) -> ModelShape:
     """The attention layers of a decoder-only model by its configuration. Raises ModelError for kinds that Spectral
     cannot serve."""
     config = text_config(model)
-    slides = _slides(model, config)
+    slides = _slides(model)
     try:
         heads = int(config.num_attention_heads)
         kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
         head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     except Exception as error:  # a configuration whose layers differ says so, in its own way
-        raise DifferentLayersError(f"{_kind(config)} is not supported here: {error}") from error
+        raise DifferentLayersError(f"{kind_of(model)} is not supported here: {error}") from error
     layers = [LayerShape(kv_heads, head_dim, head_dim, window) for window in slides]
     return ModelShape(tuple(layers), heads, int(config.hidden_size))
 
@@ -68,7 +73,7 @@ def model_shape(model: Any) -> ModelShape:
 def seen_shape(model: Any, seen: Sequence[SeenLayer]) -> ModelShape:
     """The same as attention was called in one forward, where layers may differ. Raises ModelError."""
     config = text_config(model)
-    slides, kind = _slides(model, config), _kind(config)
+    slides, kind = _slides(model), kind_of(model)
     by_layer = {one.layer: one for one in seen}
     if sorted(by_layer) != list(range(len(slides))) or len(seen) != len(slides):
         raise ModelError(
@@ -90,13 +95,9 @@ def seen_shape(model: Any, seen: Sequence[SeenLayer]) -> ModelShape:
     return ModelShape(tuple(layers), heads.pop(), int(config.hidden_size))
 
 
-def _kind(config: Any) -> str:
-    return str(getattr(config, "model_type", "?"))
-
-
-def _slides(model: Any, config: Any) -> list[int | None]:
+def _slides(model: Any) -> list[int | None]:
     """Of every layer the tokens of its sliding window, None where it sees all. Raises ModelError."""
-    kind = _kind(config)
+    config, kind = text_config(model), kind_of(model)
     if kind in UNSUPPORTED:
         raise ModelError(f"{kind} is not supported: {UNSUPPORTED[kind]}")
     modules, count = attention_modules(model), int(config.num_hidden_layers)

@@ -206,9 +206,9 @@ def close_gaps(model: torch.nn.Module, kind: str = "cuda") -> int:
             buffer = torch.empty(max(s.nbytes() for s in storages), dtype=torch.uint8, device=device)
         except torch.OutOfMemoryError:
             continue
-        passes = 0
-        while passes < SLIDES and _slide(storages, buffer):
-            passes += 1
+        for _ in range(SLIDES):
+            if not _slide(storages, buffer):
+                break
         del buffer
     give_back(kind)
     return before - sum(map(reserved_nbytes, places))

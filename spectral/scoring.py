@@ -161,6 +161,7 @@ def store_blocks(loaded: LoadedModel, store: PageStore, ids: Sequence[int], *, c
             with torch.inference_mode(), attending(loaded.model, batch):
                 logits = loaded.model(
                     input_ids=torch.tensor([piece], device=loaded.device),
+                    attention_mask=loaded.no_mask,
                     position_ids=torch.arange(begin, begin + len(piece), device=loaded.device)[None],
                     use_cache=False,
                 ).logits[0]

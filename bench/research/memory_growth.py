@@ -81,8 +81,8 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=300, help="of a round")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    engine_scene.QWEN3_8B["num_hidden_layers"] = options.layers
-    scene = engine_scene.make_scene(not torch.cuda.is_available(), 0)
+    small = not torch.cuda.is_available()
+    scene = engine_scene.make_scene(small, 0, None if small else options.layers)
     engine = scene.engine(max_concurrency=32, prefix_bytes=64 << 20)
     for number in range(options.rounds):
         before = held(scene)

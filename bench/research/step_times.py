@@ -48,8 +48,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--cases", default="1x1024,8x32768", help="rows x context")
     options = parser.parse_args()
-    engine_scene.QWEN3_8B["num_hidden_layers"] = options.layers
-    scene = engine_scene.make_scene(False, 0)
+    scene = engine_scene.make_scene(False, 0, options.layers)
     for case in options.cases.split(","):
         rows, context = map(int, case.split("x"))
         engine = scene.engine()

@@ -10,6 +10,7 @@ import json
 import logging
 import struct
 import threading
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,13 @@ _UNREADABLE = (OSError, ProfileError, *_BROKEN)
 """What the files of a model or profile can raise that are not what they should be."""
 _WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _WIDTH |= {"F8_E4M3": 1, "F8_E5M2": 1}
+_OLDER = {
+    "num_attention_heads": ("n_head", "n_heads", "num_heads"),
+    "hidden_size": ("n_embd", "d_model"),
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
+    "max_position_embeddings": ("n_positions", "n_ctx"),
+}
+"""Names of sizes in older families' configurations."""
 NF4_BYTES, INT8_BYTES = 0.5 + 4 / 64, 1.0 + 4 / 1024
 """Bytes per number of a quantized linear layer, scales included (nf4: one float32 per 64; int8: one per row)."""
 CPU_OVERHEAD, GPU_OVERHEAD = 400 << 20, 900 << 20
@@ -116,14 +124,6 @@ def weights_nbytes(folder: Path, quantization: str, element: int | None) -> int:
     return round(total)
 
 
-_OLDER = {
-    "num_attention_heads": ("n_head", "n_heads", "num_heads"),
-    "hidden_size": ("n_embd", "d_model"),
-    "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
-    "max_position_embeddings": ("n_positions", "n_ctx"),
-}
-
-
 def _natural(value: Any) -> int:
     """A whole number that can be a size. Raises ValueError."""
     if type(value) is not int or not 0 <= value < 2**48:
@@ -138,14 +138,16 @@ def shape_of(folder: Path) -> tuple[int, int]:
     heads = _named(config, "num_attention_heads", 1)
     kv_heads = 1 if config.get("multi_query") else _natural(config.get("num_key_value_heads") or heads)
     dim = _natural(config.get("head_dim") or _named(config, "hidden_size", heads) // heads)
-    kinds, count = config.get("layer_types"), _named(config, "num_hidden_layers", 1)
-    if kinds and any("sliding" in str(kind) for kind in kinds):  # those that see everything may be larger (Gemma 4)
-        kv_heads = _natural(config.get("num_global_key_value_heads") or kv_heads)
-        dim = _natural(config.get("global_head_dim") or dim)
-    full = {i for i, kind in enumerate(kinds) if "sliding" not in str(kind)} if kinds else None
-    numbers = kv_heads * dim * (count if full is None else len(full))
+    kinds = config.get("layer_types")
+    full: Collection[int] = range(_named(config, "num_hidden_layers", 1))
+    if kinds:
+        full = {i for i, kind in enumerate(kinds) if "sliding" not in str(kind)}
+        if len(full) < len(kinds):  # those that see everything may be larger (Gemma 4)
+            kv_heads = _natural(config.get("num_global_key_value_heads") or kv_heads)
+            dim = _natural(config.get("global_head_dim") or dim)
+    numbers = kv_heads * dim * len(full)
     for layer, own in (config.get("per_layer_config") or {}).items():
-        if (int(layer) < count) if full is None else (int(layer) in full):
+        if int(layer) in full:
             numbers += _natural(own.get("num_key_value_heads") or kv_heads) * _natural(own.get("head_dim") or dim)
             numbers -= kv_heads * dim
     return 2 * 2 * numbers, _named(config, "max_position_embeddings", 8192)

@@ -26,9 +26,7 @@ class Runner:
         lean_decoding(loaded.model)
         self._device = loaded.device
         self._kept = loaded.kept
-        # Spectral's attention needs no mask. transformers takes a four-dimensional one as it is, without building its
-        # own in every step; the attention function ignores it.
-        self._no_mask = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=loaded.device)
+        self._no_mask = loaded.no_mask
 
     def step(self, part: Part) -> Chosen:
         """One forward and what it leads to: the sequences that get a token now, the tokens, and their log

@@ -97,7 +97,7 @@ class StaticStep:
         self._order = torch.arange(rows, device=self._device)
         self._alone = torch.zeros(rows, dtype=torch.int32, device=self._device)
         self._written: list[tuple[Row | None, int]] = [(None, 0)] * rows  # by row of the table: whose, how many pages
-        self._no_mask = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=self._device)
+        self._no_mask = loaded.no_mask
         self.seals_first = bool(store.codebook.window)
         """Without a window a page is full with the new token: it is sealed behind the step, and read from then on."""
         self._kinds = self._find_kinds(loaded)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from spectral.kernels.decode import LayerKernels, StepTables, block_pages, decode_attention, sharing
+from spectral.kernels.choices import block_pages, forced
+from spectral.kernels.decode import LayerKernels, StepTables, decode_attention
 from spectral.pools import empty_pool
 from spectral.shapes import LayerShape
 from spectral.windows import ExactWindow, WindowGroup, make_window
@@ -99,7 +100,7 @@ def relative_error(kernels: LayerKernels, group: int, dtype: torch.dtype) -> flo
     pages = block_pages(kernels.codec) * 3 // 2
     errors = []
     for rows, blocks in ((1, 1 << 30), (2, 0)):
-        with sharing(blocks):
+        with forced(shared_blocks=blocks):
             case = Case(kernels, rows, 116 + pages * kernels.codec.page_tokens, group, dtype, chunk=rows > 1)
             errors.append(case.error())
     return max(errors)

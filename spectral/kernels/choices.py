@@ -46,9 +46,9 @@ class DecodeChoices:
     Attributes:
         shared_blocks: blocks of a step, by unit and head group, up to which each has several programs: more fill a
             GPU alone.
-        mix_programs: programs of a mix launch that fill a GPU: with fewer, sequences are split.
         split_blocks: parts of a sequence have a multiple of so many blocks. A program's warps take turns with blocks:
             where there are fewer than warps, some have nothing to do.
+        mix_programs: programs of a mix launch that fill a GPU: with fewer, sequences are split.
         hold, hold_share: whether the programs of blocks, and of shares of them, keep the block's projected query in
             shared memory where it fits. There it is near; without, more programs are on a multiprocessor that has
             little.
@@ -135,7 +135,8 @@ def forced(**values: Any) -> Iterator[None]:
 
 
 class Known(NamedTuple):
-    """Choices, and where they are from: "measured", "shipped" or "default"."""
+    """Choices, and where they are from: "measured", "shipped", "default", or "untuned": defaults that are
+    not to be measured again in this process."""
 
     choices: Any
     origin: str

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -20,7 +20,7 @@ from spectral.aside import to_device
 from spectral.codec import LayerCodec
 from spectral.errors import SettingError
 from spectral.kernels.cells import held_runs
-from spectral.kernels.choices import DecodeChoices, Shape, block_pages, chosen, forced, layer_shape
+from spectral.kernels.choices import DecodeChoices, Shape, block_pages, chosen, layer_shape
 from spectral.kernels.combine import combine_kernel, finish_kernel, query_kernel, window_kernel
 from spectral.kernels.mix import factor_kernel, mix_kernel
 from spectral.kernels.score import block_runs, score_kernel
@@ -37,12 +37,6 @@ FACTOR_TILE = 64
 def interpreted() -> bool:
     """Whether Triton runs kernels in its interpreter."""
     return bool(triton.knobs.runtime.interpret)
-
-
-def sharing(blocks: int) -> AbstractContextManager[None]:
-    """Steps of up to so many blocks have several programs for each inside: 0 for none. To compile and compare both
-    ways before any request."""
-    return forced(shared_blocks=blocks)
 
 
 def unsupported(codec: LayerCodec, window: int) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from transformers import (
@@ -54,14 +56,19 @@ class NoTokenizer:
     chat_template = None
 
 
-def random_model(family: str, seed: int = 0) -> LoadedModel:
-    """A tiny float32 model with random weights."""
+def made(config: PreTrainedConfig, seed: int = 0) -> Any:
+    """transformers' float32 model with random weights, as it has it."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family], attn_implementation="eager").float().eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     for name, parameter in model.named_parameters():
         if "norm" not in name:
             parameter.data.mul_(4.0)  # random initialisations attend almost uniformly; make attention matter
-    return wrap_model(family, model, NoTokenizer())
+    return model
+
+
+def random_model(family: str, seed: int = 0) -> LoadedModel:
+    """A tiny float32 model with random weights."""
+    return wrap_model(family, made(FAMILIES[family], seed), NoTokenizer())
 
 
 def random_unit(heads: tuple[int, int], dim: int, seed: int, page: int = 16) -> Unit:

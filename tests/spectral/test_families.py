@@ -5,15 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from spectral.engine.engine import Engine
-from spectral.engine.types import EngineLimits
-from spectral.hf import wrap_model
-from tests.spectral.engine.engine_helpers import Letters, ask, request
-from tests.spectral.helpers import SMALL, NoTokenizer
+from tests.spectral.engine.engine_helpers import both_ways
+from tests.spectral.helpers import SMALL, made
 
 SIZES = {
     **SMALL, "num_hidden_layers": 4, "hidden_size": 64, "head_dim": 16, "sliding_window": 24,
@@ -53,16 +48,5 @@ def small_config(name: str) -> Any:
 def test_tokens_are_those_of_generate(name: str) -> None:
     if name not in CONFIG_MAPPING:
         pytest.skip(f"the transformers that is installed has no {name}")
-    torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(small_config(name), attn_implementation="eager").float().eval()
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.data.mul_(4.0)  # random initialisations attend almost uniformly
-    prompt = torch.randint(3, 96, (1, 40), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        wanted = model.generate(prompt, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)
-    loaded = wrap_model(name, model, NoTokenizer())
-    loaded.eos_token_ids, loaded.tokenizer = set(), Letters()
-    limits = EngineLimits(prefill_chunk=16, token_budget=64, max_concurrency=2)
-    engine = Engine(loaded, setting="exact", limits=limits, checked=True)
-    assert ask(engine, request("x", prompt[0].tolist(), 16))["x"] == wanted[0, 40:].tolist()
+    wanted, found, _ = both_ways(made(small_config(name)), 40, 16)
+    assert found == wanted

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     BartConfig,
     Cohere2Config,
     DiffLlamaConfig,
@@ -24,8 +23,6 @@ from transformers import (
 )
 
 from spectral.cache import SpectralCache
-from spectral.engine.engine import Engine
-from spectral.engine.types import EngineLimits
 from spectral.errors import ModelError
 from spectral.hf import NAME, wrap_model
 from spectral.hf_reading import projections
@@ -33,8 +30,8 @@ from spectral.model_shapes import model_shape
 from spectral.own_answer import check_own_answer
 from spectral.shapes import LayerShape
 from tests.spectral.cache_helpers import ARGUMENT
-from tests.spectral.engine.engine_helpers import Letters, ask, request
-from tests.spectral.helpers import FAMILIES, SMALL, NoTokenizer, random_model
+from tests.spectral.engine.engine_helpers import both_ways
+from tests.spectral.helpers import FAMILIES, SMALL, NoTokenizer, made, random_model
 from tests.spectral.test_profile import TEXT, ByteTokenizer, small_profiler
 
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -57,27 +54,11 @@ PLAIN: dict[str, PreTrainedConfig] = {
 """Families whose projections of keys and values have no names of their own."""
 
 
-def made(config: PreTrainedConfig) -> Any:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
-    for name, parameter in model.named_parameters():
-        if "norm" not in name:
-            parameter.data.mul_(4.0)
-    return model
-
-
 @pytest.mark.parametrize("family", sorted(OTHERS | PLAIN))
 def test_tokens_are_those_of_generate_beyond_the_window_too(family: str) -> None:
-    model = made((OTHERS | PLAIN)[family])
-    prompt = torch.randint(3, 96, (1, 2 * WINDOW), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        wanted = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
-    loaded = wrap_model(family, model, NoTokenizer())
+    wanted, found, loaded = both_ways(made((OTHERS | PLAIN)[family]), 2 * WINDOW, 12)
     assert (WINDOW in {layer.sliding for layer in loaded.shape.layers}) == (family in OTHERS)
-    loaded.eos_token_ids, loaded.tokenizer = set(), Letters()
-    limits = EngineLimits(prefill_chunk=16, token_budget=64, max_concurrency=2)
-    engine = Engine(loaded, setting="exact", limits=limits, checked=True)
-    assert ask(engine, request("x", prompt[0].tolist(), 12))["x"] == wanted[0, 2 * WINDOW :].tolist()
+    assert found == wanted
 
 
 @pytest.mark.parametrize(("used", "sliding"), [(None, WINDOW), (True, WINDOW), (False, None)])
@@ -92,7 +73,7 @@ def test_a_window_that_a_configuration_switches_off_is_none(used: bool | None, s
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_known_families_agree_and_look_as_their_configuration_says(family: str) -> None:
     loaded = random_model(family)
-    assert check_own_answer(loaded, NAME) < 1e-4
+    assert check_own_answer(loaded) < 1e-4
     assert loaded.shape == model_shape(loaded.model)
     assert loaded.model.config._attn_implementation == NAME
 
@@ -210,11 +191,11 @@ def test_rounding_of_quantized_activations_is_no_other_answer() -> None:
         wrap_model("int8", noisy(), NoTokenizer(), quantization="int8"),
         wrap_model("ready", noisy(quantization_config={"quant_method": "any"}), NoTokenizer()),
     ):
-        assert 0.002 < check_own_answer(loaded, NAME) < 0.2
+        assert 0.002 < check_own_answer(loaded) < 0.2
 
 
 def test_answers_that_are_no_numbers_say_nothing(caplog: pytest.LogCaptureFixture) -> None:
     loaded = random_model("llama")
     loaded.model.lm_head.weight.data.fill_(float("inf"))
-    assert check_own_answer(loaded, NAME) != check_own_answer(loaded, NAME), "NaN"
+    assert check_own_answer(loaded) != check_own_answer(loaded), "NaN"
     assert "not finite" in caplog.text

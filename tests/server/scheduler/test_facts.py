@@ -24,9 +24,9 @@ def write(path: Path, tensors: dict[str, tuple[str, list[int]]]) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "gemma4", "cohere2", "qwen3", "phi3", "gpt_bigcode"])
 def test_a_tokens_bytes_are_those_of_the_layers_that_see_everything(name: str, tmp_path: Path) -> None:
     from spectral.own_answer import probed_shape
-    from tests.spectral.helpers import FAMILIES
+    from tests.spectral.helpers import FAMILIES, made
     from tests.spectral.test_families import small_config
-    from tests.spectral.test_own_answer import OTHERS, PLAIN, made
+    from tests.spectral.test_own_answer import OTHERS, PLAIN
 
     known = OTHERS | PLAIN | FAMILIES
     model = made(known[name] if name in known else small_config(name))

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from spectral.engine.engine import Engine
 from spectral.engine.types import Delta, EngineLimits, Event, Failed, GenerateRequest, SamplingParams
-from tests.spectral.helpers import random_codebook, random_model
+from spectral.hf import LoadedModel, wrap_model
+from tests.spectral.helpers import NoTokenizer, random_codebook, random_model
 
 GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
 
@@ -67,3 +70,15 @@ def ask(engine: Engine, *requests: GenerateRequest) -> dict[str, list[int]]:
         engine.submit(each)
     events = drive(engine)
     return {each.request_id: answer(events, each.request_id) for each in requests}
+
+
+def both_ways(model: Any, length: int, count: int) -> tuple[list[int], list[int], LoadedModel]:
+    """Greedy tokens of a model by `generate`, and by an engine at the exact setting; and the model as it was served."""
+    prompt = torch.randint(3, 96, (1, length), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wanted = model.generate(prompt, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
+    loaded = wrap_model(model.config.model_type, model, NoTokenizer())
+    loaded.eos_token_ids, loaded.tokenizer = set(), Letters()
+    limits = EngineLimits(prefill_chunk=16, token_budget=64, max_concurrency=2)
+    engine = Engine(loaded, setting="exact", limits=limits, checked=True)
+    return wanted[0, length:].tolist(), ask(engine, request("x", prompt[0].tolist(), count))["x"], loaded

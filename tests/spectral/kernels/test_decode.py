@@ -13,7 +13,8 @@ from spectral.attention import attend
 from spectral.codec import LayerCodec
 from spectral.errors import SettingError
 from spectral.kernels.check import TOLERANCE, Case, relative_error
-from spectral.kernels.decode import LayerKernels, StepTables, decode_attention, sharing
+from spectral.kernels.choices import forced
+from spectral.kernels.decode import LayerKernels, StepTables, decode_attention
 from spectral.pages import LayerShape, ModelShape, PageStore, Row
 from tests.spectral.helpers import random_codebook
 from tests.spectral.kernels.chunks import random_sides, run_chunk
@@ -76,7 +77,7 @@ def test_decoding_on_codes_equals_the_reference(
         run_chunk(store, row, tokens, group, i)
     expected = step(store, rows, group, 99, softcap, commit=False)
     monkeypatch.setenv("SPECTRAL_ATTENTION", "triton")
-    with sharing(1 << 20 if shared else 0):
+    with forced(shared_blocks=1 << 20 if shared else 0):
         got = step(store, rows, group, 99, softcap, commit=False)
     assert got.dtype == expected.dtype and got.shape == expected.shape
     error = (got - expected).float().norm() / expected.float().norm()
