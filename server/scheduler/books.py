@@ -95,3 +95,7 @@ class Books:
             return
         rest = max(0, self._memory.devices.resident(slot.worker.pid) - holding.weights - holding.kv)
         self._ledger.hold(slot.name, HOST, Holding(holding.weights, rest, 0, holding.kv))
+        ward = self._steward.wards[slot.name]
+        if abs(rest - ward.beside) > NEWS_BYTES:  # not kept for later starts: memory that was freed counts for a while
+            ward.beside = rest
+            self._steward.changed()

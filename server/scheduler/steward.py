@@ -79,6 +79,7 @@ class Ward:
     keep_alive_s: float | None = None
     squeezed_at: float = -math.inf
     residue: int = 0
+    beside: int = 0  # bytes that its process on a CPU is seen to hold beside weights and cache
     refused_at: float = -math.inf
     pinned: bool = False
     laid_down: bool = False  # put to sleep by hand: until somebody asks for it
@@ -208,7 +209,7 @@ class Steward:
             name=ward.name,
             weights=facts.weights,
             rungs=rungs or facts.rungs,
-            overhead=facts.overhead,
+            overhead=max(facts.overhead, ward.beside),
             tokens=max(floor, math.ceil(ward.peak_tokens * 1.25)),
             sequences=max(sequences, math.ceil(ward.peak_sequences)),
             held=ward.kv_tokens if ward.running else 0,

@@ -143,6 +143,24 @@ async def test_a_model_that_does_not_fit_beside_others_loads_because_they_are_sq
         server.scheduler.release(server.scheduler.slots["a"], stream, cancel=True)
 
 
+async def test_a_cpu_worker_that_holds_more_than_was_expected_makes_room_for_another(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The plan is made with what is there: with the 256 MiB that were expected both fit, and the second load would wait
+    for room that nobody makes."""
+
+    class Fat(Scripted):
+        def resident(self, pid: int) -> int:
+            return 6 * GIB
+
+    models = (model("a", 2, device="cpu"), model("b", 2, device="cpu"))
+    async with serving(monkeypatch, tmp_path, Fat(host=64), *models, max_host="8GiB") as server:
+        await server.ask("a")
+        await server.until(lambda: server.scheduler.memory.ledger.of("a")[HOST].workspace > 3 * GIB)
+        await server.ask("b")
+        assert (server.state("a"), server.state("b")) == ("cold", "hot")
+
+
 async def test_an_idle_model_sleeps_for_another_and_wakes_when_asked(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
