@@ -20,7 +20,7 @@ from spectral.engine.engine import Engine
 from spectral.engine.types import Delta, EngineLimits, Failed, GenerateRequest, SamplingParams
 from spectral.frames import BlockFrame
 from spectral.hf import NAME, LoadedModel, wrap_model
-from spectral.kernels.synthetic import BITS, BLOCK, PAGE, RECENT, SINKS, synthetic_unit
+from spectral.kernels.synthetic import BITS, BLOCK, PAGE, RECENT, SINKS, synthetic_parts
 
 SETTING = "8x"
 
@@ -85,9 +85,7 @@ class Scene:
 
     def _make_book(self, setting: str) -> Codebook:
         shape = self.loaded.shape.layers[0]
-        run = max(1, min(shape.kv_heads, 1024 // shape.head_numbers))
-        spans = [(a, min(a + run, shape.kv_heads)) for a in range(0, shape.kv_heads, run)]
-        parts = [synthetic_unit(span, shape.key_dim, BITS[setting], seed) for seed, span in enumerate(spans)]
+        parts = synthetic_parts(shape.kv_heads, shape.key_dim, BITS[setting])
         layers: list[Any] = []
         for _ in self.loaded.shape.layers:
             frequencies = 1e6 ** (-torch.arange(0, shape.key_dim, 2).double() / shape.key_dim)

@@ -8,6 +8,7 @@ plain squared error of its latents, and the latents are uncorrelated: allocation
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +37,8 @@ class Basis:
 
 @dataclass(frozen=True)
 class Unit:
-    """Keys and values of a run of KV heads in one basis: x = [k of every head | v of every head], D = h * (d + dv).
+    """Keys and values of a run of KV heads in one basis: x = [k of every head | v of every head], D = h * (d + dv); or
+    the keys alone, or the values.
 
     Latents are scaled to unit variance: a column of `decode` is what one standard deviation of a latent adds to x.
 
@@ -44,6 +46,7 @@ class Unit:
         heads: first KV head and one past the last; mean: [D]; decode, encode: [D, R], encode^T decode = I;
         variance: [R] importance of the latents: expected loss in nats per token when one is dropped, descending.
         deviation: [classes, R] standard deviation of the latents' page DCT in each frequency class.
+        side: "both", "key" or "value": what x holds.
     """
 
     heads: tuple[int, int]
@@ -52,6 +55,34 @@ class Unit:
     encode: np.ndarray
     variance: np.ndarray
     deviation: np.ndarray
+    side: str = "both"
+
+    def numbers(self, key_dim: int, value_dim: int) -> tuple[int, int]:
+        """How many of the D numbers are keys and how many values, for heads of these sizes."""
+        return side_numbers(self.heads, self.side, key_dim, value_dim)
+
+
+def side_numbers(heads: tuple[int, int], side: str, key_dim: int, value_dim: int) -> tuple[int, int]:
+    """Numbers of keys and of values that a unit of heads[0] .. heads[1] - 1 with this side has."""
+    count = heads[1] - heads[0]
+    return (0 if side == "value" else count * key_dim), (0 if side == "key" else count * value_dim)
+
+
+def covered_heads(units: Sequence[tuple[tuple[int, int], str]]) -> int:
+    """KV heads of a layer with units given as (heads, side).
+
+    Raises ValueError unless those with keys, and those with values, cover the heads from 0 on in order, each once.
+    """
+    found = []
+    for side in ("key", "value"):
+        spans = [heads for heads, own in units if own in ("both", side)]
+        ends = [0, *(last for _, last in spans)]
+        if len(ends) < 2 or any(first != end or last <= first for (first, last), end in zip(spans, ends, strict=False)):
+            raise ValueError(f"the units' {side}s do not cover the KV heads in order")
+        found.append(ends[-1])
+    if found[0] != found[1]:
+        raise ValueError(f"the units hold keys of {found[0]} heads and values of {found[1]}")
+    return found[0]
 
 
 def symmetric_roots(matrix: np.ndarray, floor: float = FLOOR) -> tuple[np.ndarray, np.ndarray]:

@@ -19,6 +19,9 @@ import numpy as np
 WIDTHS = (0, 1, 2, 3, 4, 6, 8)
 """Widths a coefficient may have."""
 
+FIELDS = (0, 1, 1, 2, 1, 2, 1)
+"""Fields that a code of each width is stored in (spectral.layout.PLANES): what reading it costs, whatever its bits."""
+
 CHANNEL_GROUP = 16
 """Widths are given to runs of this many latents, so that every run of codes fills whole bytes at every width."""
 
@@ -133,7 +136,7 @@ def dct_matrix(size: int) -> np.ndarray:
     return matrix
 
 
-def allocate(errors: np.ndarray, sizes: np.ndarray, total_bits: float) -> np.ndarray:
+def allocate(errors: np.ndarray, sizes: np.ndarray, total_bits: float, *, field_bits: float = 0.0) -> np.ndarray:
     """The widths with the least total error under a budget of bits: one Lagrangian over all items.
 
     Reverse water-filling with measured, possibly non-convex error curves: width = argmin error + lambda * size * width,
@@ -144,6 +147,8 @@ def allocate(errors: np.ndarray, sizes: np.ndarray, total_bits: float) -> np.nda
         errors: [len(WIDTHS), n] error of each item at each width.
         sizes: [n] how many codes an item stands for.
         total_bits: budget; sum(sizes * widths) stays at or below it.
+        field_bits: what reading a field counts for beside its bits. Kernels spend the same time on a field of any size:
+            with this above 0 there are fewer and larger ones, for more error.
 
     Returns:
         [n] uint8 widths.
@@ -155,7 +160,8 @@ def allocate(errors: np.ndarray, sizes: np.ndarray, total_bits: float) -> np.nda
     if not np.isfinite(cost).all() or (cost < 0).any() or (weight <= 0).any():
         raise ValueError("errors must be finite and non-negative, and sizes positive")
     widths = np.array(WIDTHS, dtype=np.float64)
-    bits = widths[:, None] * weight
+    fields = np.array(FIELDS)
+    bits = (widths + field_bits * fields)[:, None] * weight
     low, high = -80.0, 40.0
     for _ in range(90):
         middle = (low + high) / 2
@@ -166,6 +172,8 @@ def allocate(errors: np.ndarray, sizes: np.ndarray, total_bits: float) -> np.nda
     every = np.arange(weight.size)
     following = np.minimum(pick + 1, len(WIDTHS) - 1)
     gain = (cost[pick, every] - cost[following, every]) / np.maximum(weight * (widths[following] - widths[pick]), 1e-9)
+    if field_bits:
+        gain[fields[following] > fields[pick]] = 0.0
     for item in np.argsort(-gain, kind="stable"):
         need = float(weight[item] * (widths[following[item]] - widths[pick[item]]))
         if 0 < need <= left and gain[item] > 0:

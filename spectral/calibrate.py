@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from spectral.errors import ModelError
-from spectral.fit import default_by_energy, fit, ladder
+from spectral.fit import check_preference, default_by_energy, fit, ladder
 from spectral.profile import LadderRow, SpectralProfile
 from spectral.profile_file import as_stored
 from spectral.provenance import config_sha256
@@ -58,6 +58,7 @@ class SpectralProfiler:
         recent: latest tokens that stay exact.
         page_tokens: tokens that are packed together.
         ratios: the ladder's all-in ratios, finest first.
+        prefer: "quality" or "speed" (spectral.fit.PREFERENCES): what decodes fastest loses more at the same bytes.
         measure_tokens: tokens of held-back text on which the ladder is measured (a quarter of `tokens` at most), in
             windows of `measure_window` or the model's context; recall is measured on `recall_windows` of them
             (left out where the exact cache recalls nothing).
@@ -75,6 +76,7 @@ class SpectralProfiler:
     recent: int = 112
     page_tokens: int = 16
     ratios: Sequence[float] = LADDER
+    prefer: str = "quality"
     measure_tokens: int = 4_096
     recall_windows: int = 2
     measure_window: int = 2_048
@@ -87,6 +89,7 @@ class SpectralProfiler:
             raise ModelError(f"target_energy must be above 0 and at most 1, got {self.target_energy}")
         if self.window % self.page_tokens or self.recent % self.page_tokens:
             raise ModelError("window and recent must be multiples of page_tokens")
+        check_preference(self.prefer)
 
     # -- entry points ---------------------------------------------------------------------------------------------
 
@@ -118,15 +121,9 @@ class SpectralProfiler:
         measure, windows = self._corpus(loaded, texts, wanted, measured, state)
         statistics = self._collect(loaded, windows, state)
         self._report("fitting bases", 0.0)
-        fitted = fit(statistics, self.page_tokens)
-        rows, bits = ladder(
-            fitted,
-            loaded.shape,
-            self.ratios,
-            sinks=self.sinks,
-            recent=self.recent,
-            page_tokens=self.page_tokens,
-        )
+        fitted = fit(statistics, self.page_tokens, self.prefer)
+        exact = {"sinks": self.sinks, "recent": self.recent, "page_tokens": self.page_tokens}
+        rows, bits = ladder(fitted, loaded.shape, self.ratios, **exact)
         self._report("fitting bases", 1.0)
         profile = SpectralProfile(
             model=loaded.name.rstrip("/").rsplit("/", 1)[-1],
@@ -165,6 +162,7 @@ class SpectralProfiler:
             sliding=sliding,
             target_energy=0.95 if self.target_energy is None else self.target_energy,
             ratios=self.ratios,
+            prefer=self.prefer,
             sinks=self.sinks,
             recent=self.recent,
             page_tokens=self.page_tokens,
@@ -300,6 +298,7 @@ class SpectralProfiler:
             "measured_on_tokens": sum(len(w) for w in measure),
             "measured_context": len(measure[0]),
             "seed": self.seed,
+            "prefer": self.prefer,
             "library": spectral.__version__,
             "torch": torch.__version__,
             "dtype": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),

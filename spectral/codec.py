@@ -1,7 +1,8 @@
 """Packing latents into pages, and attention arithmetic on the packed pages.
 
 A `LayerCodec` is one layer of a profile at one setting, ready on a device. It has one or more units: keys and values of
-a run of KV heads share one basis, so that one read of the codes serves both. Per page of P tokens and unit: latents of
+a run of KV heads share one basis, so that one code serves both; or each has its own, and scores and sums read half of
+the codes. Per page of P tokens and unit: latents of
 every token, an orthonormal DCT over the page's tokens, one code per coefficient (`spectral.layout.PageLayout`).
 
 Scores and values never rebuild keys or values. With DCT coefficients y, basis B and DCT matrix M,
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from spectral.basis import covered_heads, side_numbers
 from spectral.errors import SettingError
 from spectral.unit_codec import UnitCodec
 
@@ -39,7 +41,8 @@ class LayerCodec(torch.nn.Module):
     Shapes: H KV heads, d key and dv value dimensions of a head, P tokens a page, n pages.
 
     Args:
-        units: (unit, widths [classes, R]) in the order of their heads, covering heads 0 .. H - 1.
+        units: (unit, widths [classes, R]), those with keys in the order of their heads, covering heads 0 .. H - 1, and
+            those with values likewise.
         tables: quantizers by width; frame: of the keys.
         finer: the same layer at another setting on the same device, whose matrices are taken over where they suffice.
     """
@@ -74,10 +77,15 @@ class LayerCodec(torch.nn.Module):
             )
             for (unit, widths), like in zip(units, known, strict=True)
         )
-        ends = [0, *(unit.heads[1] for unit, _ in units)]
-        if [unit.heads[0] for unit, _ in units] != ends[:-1]:
-            raise SettingError("the units of a layer must cover its KV heads in order")
-        self.kv_heads = ends[-1]
+        held = [(unit.heads, unit.side) for unit, _ in units]
+        try:
+            self.kv_heads = covered_heads(held)
+        except ValueError as error:
+            raise SettingError(str(error)) from None
+        self.key_units = [number for number, (_, side) in enumerate(held) if side != "value"]
+        """Units that hold keys, in the order of their heads."""
+        self.value_units = [number for number, (_, side) in enumerate(held) if side != "key"]
+        """The same of values."""
         self.starts = [0, *accumulate(unit.layout.nbytes for unit in self.units)]
         """Where the units' bytes begin in a page, and the end."""
         self._bounds = [slice(a, b) for a, b in zip(self.starts, self.starts[1:], strict=False)]
@@ -97,7 +105,8 @@ class LayerCodec(torch.nn.Module):
         parts = []
         for unit in self.units:
             span = slice(*unit.heads)
-            sides = (keys[:, span], values[:, span].float())
+            sides = [keys[:, span]] if unit.side != "value" else []
+            sides += [values[:, span].float()] if unit.side != "key" else []
             x = torch.cat([side.transpose(1, 2).reshape(n, self.page_tokens, -1) for side in sides], -1)
             parts.append(unit.encode(x))
         return torch.cat(parts, 1)
@@ -122,9 +131,11 @@ class LayerCodec(torch.nn.Module):
         sides: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         for unit, bounds in zip(self.units, self._bounds, strict=True):
             count = unit.heads[1] - unit.heads[0]
-            x = unit.decode(pages[:, bounds], plain=plain).split([count * self.key_dim, count * self.value_dim], -1)
-            for side, part in zip(sides, x, strict=True):
-                side.append(part.reshape(n, tokens, count, -1).transpose(1, 2))
+            sizes = side_numbers(unit.heads, unit.side, self.key_dim, self.value_dim)
+            x = unit.decode(pages[:, bounds], plain=plain).split(sizes, -1)
+            for side, part, size in zip(sides, x, sizes, strict=True):
+                if size:
+                    side.append(part.reshape(n, tokens, count, -1).transpose(1, 2))
         return self.frame.keys(torch.cat(sides[0], 1), page, back=True), torch.cat(sides[1], 1)
 
     def squeeze(self, pages: torch.Tensor, coarser: LayerCodec) -> torch.Tensor:
@@ -163,8 +174,9 @@ class OpenPages:
         blocks = frame.blocks(self.pages)
         whole, rest = divmod(self.pages, frame.pages) if blocks > 1 else (0, self.pages)
         framed = frame.queries(query, blocks).permute(2, 0, 1, 3, 4)  # [H, B, blocks, G, d]
-        for unit, y in zip(self.codec.units, self.coefficients, strict=True):
-            q = framed if len(self.coefficients) == 1 else framed[slice(*unit.heads)]
+        for number in self.codec.key_units:
+            unit, y = self.codec.units[number], self.coefficients[number]
+            q = framed if len(self.codec.key_units) == 1 else framed[slice(*unit.heads)]
             heads, batch, _, group, _ = q.shape
             latent = torch.bmm(q.flatten(1, 3), unit.key_basis)
             latent = latent.view(heads, batch, blocks, group, -1).permute(1, 2, 0, 3, 4).flatten(2, 3)
@@ -191,8 +203,9 @@ class OpenPages:
             [B, H, G, dv] float32.
         """
         out = []
-        for unit, y in zip(self.codec.units, self.coefficients, strict=True):
-            w = weight if len(self.coefficients) == 1 else weight[:, slice(*unit.heads)]
+        for number in self.codec.value_units:
+            unit, y = self.codec.units[number], self.coefficients[number]
+            w = weight if len(self.codec.value_units) == 1 else weight[:, slice(*unit.heads)]
             batch, heads, group, _ = w.shape
             by_frequency = torch.mm(w.reshape(-1, unit.page_tokens), unit.inverse_dct)
             mixed = torch.bmm(by_frequency.view(batch, heads * group, -1), y)  # [B, h * G, R + 1]

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
 
-from spectral.basis import Unit, regularised, weighted_basis
+from spectral.basis import Unit, regularised, side_numbers, weighted_basis
 from spectral.bits import (
     CHANNEL_GROUP,
     WIDTHS,
@@ -31,6 +32,13 @@ from spectral.windows import slot_nbytes
 TABLE_SAMPLE = 2_000_000
 """Coefficients on which quantizer tables are fitted, at most."""
 
+PREFERENCES = ("quality", "speed")
+"""What a profile is made for. Quality: keys and values of a unit share a basis, which takes fewest bytes for the same
+loss. Speed: each has its own, so that scores and sums read half of the codes, and codes are fewer and larger."""
+
+SPEED_FIELD_BITS = 1.0
+"""What a field counts for beside its bits where speed is preferred (spectral.bits.allocate; docs/codec-research.md)."""
+
 FINE_WINDOW_BELOW = 8.0
 """All-in ratios below this keep 10 bits of recent tokens, the rest 8: there the window's own error would rule."""
 
@@ -40,7 +48,7 @@ class Fitted:
     """Bases and tables, and the error of every run of `CHANNEL_GROUP` latents at every width.
 
     Attributes:
-        layers: index -> LayerProfile; tables: quantizers by width.
+        layers: index -> LayerProfile; tables: quantizers by width; prefer: of PREFERENCES.
         errors: [len(WIDTHS), n] nats per token; sizes: [n] codes per token of an item;
         where: per item (layer, unit, class, run).
     """
@@ -50,20 +58,29 @@ class Fitted:
     errors: np.ndarray
     sizes: np.ndarray
     where: list[tuple[int, int, int, int]]
+    prefer: str = "quality"
 
 
-def fit(statistics: Statistics, page_tokens: int) -> Fitted:
+def check_preference(prefer: str) -> None:
+    """Raise SettingError for what is none of PREFERENCES."""
+    if prefer not in PREFERENCES:
+        raise SettingError(f"prefer must be quality or speed, got {prefer!r}")
+
+
+def fit(statistics: Statistics, page_tokens: int, prefer: str = "quality") -> Fitted:
     """Bases, tables and error curves. Raises ValueError on statistics that are not finite."""
+    check_preference(prefer)
     layers: dict[int, LayerProfile] = {}
     pool: list[np.ndarray] = []
     latents: dict[tuple[int, int], np.ndarray] = {}
-    count = sum(len(layer.units) for layer in statistics.layers.values())
+    sides = ("key", "value") if prefer == "speed" else ("both",)
+    count = len(sides) * sum(len(layer.units) for layer in statistics.layers.values())
     for index, layer in statistics.layers.items():
-        units = []
-        for number in range(len(layer.units)):
-            unit, latent = _fit_unit(layer, number, statistics, page_tokens)
+        units: list[Unit] = []
+        for side, number in product(sides, range(len(layer.units))):
+            unit, latent = _fit_unit(layer, number, side, statistics, page_tokens)
+            latents[index, len(units)] = latent
             units.append(unit)
-            latents[index, number] = latent
             flat = latent[..., : latent.shape[-1] // 2].ravel()  # the leading half gets nearly all bits
             pool.append(flat[:: max(1, flat.size * count // TABLE_SAMPLE)])
         layers[index] = LayerProfile(units, layer.shape.key_dim, layer.shape.value_dim, layer.frequencies)
@@ -74,28 +91,31 @@ def fit(statistics: Statistics, page_tokens: int) -> Fitted:
         errors.append(table.reshape(len(WIDTHS), -1))
         sizes.append(size.ravel())
         where += [(index, number, c, run) for c in range(table.shape[1]) for run in range(table.shape[2])]
-    return Fitted(layers, tables, np.concatenate(errors, 1), np.concatenate(sizes), where)
+    return Fitted(layers, tables, np.concatenate(errors, 1), np.concatenate(sizes), where, prefer)
 
 
-def _fit_unit(layer: LayerStatistics, number: int, statistics: Statistics, page_tokens: int) -> tuple[Unit, np.ndarray]:
-    """One unit's basis, and its sample as latents of unit variance: float32 [pages, P, R]."""
-    sums, (first, last) = layer.units[number], layer.heads[number]
-    mean = (sums.total / statistics.tokens).numpy()
-    covariance = (sums.moment / statistics.tokens).numpy() - np.outer(mean, mean)
-    metric = 0.5 * (sums.fisher / statistics.fisher_tokens).numpy()
-    parts = ((last - first) * layer.shape.key_dim, (last - first) * layer.shape.value_dim)
-    basis = weighted_basis(mean, covariance, regularised(metric, parts))
+def _fit_unit(
+    layer: LayerStatistics, number: int, side: str, statistics: Statistics, page_tokens: int
+) -> tuple[Unit, np.ndarray]:
+    """The basis of keys and values of a run of heads, or of one side alone, and its sample as latents of unit variance:
+    float32 [pages, P, R]."""
+    sums, heads = layer.units[number], layer.heads[number]
+    parts = side_numbers(heads, side, layer.shape.key_dim, layer.shape.value_dim)
+    start = side_numbers(heads, "key", layer.shape.key_dim, layer.shape.value_dim)[0] if side == "value" else 0
+    own = slice(start, start + sum(parts))
+    mean = (sums.total[own] / statistics.tokens).numpy()
+    covariance = (sums.moment[own, own] / statistics.tokens).numpy() - np.outer(mean, mean)
+    metric = 0.5 * (sums.fisher[own, own] / statistics.fisher_tokens).numpy()
+    basis = weighted_basis(mean, covariance, regularised(metric, tuple(size for size in parts if size)))
     floor = max(float(basis.variance[0]) * 1e-12, 1e-30)
     scale = np.sqrt(np.maximum(basis.variance, floor))
-    x = torch.cat(layer.sample[number]).float()
+    x = torch.cat(layer.sample[number])[..., own].float()
     latent = (x - torch.tensor(mean, dtype=torch.float32)) @ torch.tensor(basis.encode / scale, dtype=torch.float32)
     coefficients = torch.matmul(torch.tensor(dct_matrix(page_tokens), dtype=torch.float32), latent)
     square = coefficients.square().mean(0, dtype=torch.float64).numpy()  # [P, R]
     deviation = np.stack([np.sqrt(square[list(rows)].mean(0)) for rows in frequency_classes(page_tokens)])
-    unit = Unit(
-        (first, last), mean, basis.decode * scale, basis.encode / scale, np.maximum(basis.variance, floor), deviation
-    )
-    return unit, latent.numpy()
+    variance = np.maximum(basis.variance, floor)
+    return Unit(heads, mean, basis.decode * scale, basis.encode / scale, variance, deviation, side), latent.numpy()
 
 
 def _error_curves(
@@ -151,7 +171,8 @@ def ladder(
             raise SettingError(
                 f"{ratio:g}x cannot be reached: the exact window alone takes more; use fewer recent tokens"
             )
-        picked = allocate(fitted.errors, fitted.sizes, page_budget * 8 / page_tokens)
+        field_bits = SPEED_FIELD_BITS if fitted.prefer == "speed" else 0.0
+        picked = allocate(fitted.errors, fitted.sizes, page_budget * 8 / page_tokens, field_bits=field_bits)
         widths = _widths(fitted, shape, picked)
         page_nbytes = sum(page_layout(w, page_tokens).nbytes for layer in widths for w in layer or [])
         sliding = sum(layer.sliding * layer.token_nbytes() for layer in shape.layers if layer.sliding is not None)

@@ -45,6 +45,7 @@ class _Unit:
     channels: int
     class_deviation: np.ndarray
     steps: dict[int, float]
+    side: str
 
     @property
     def rank(self) -> int:
@@ -57,6 +58,14 @@ class _Layer:
 
     units: list[_Unit]
     page_tokens: int
+
+    @property
+    def key_units(self) -> list[int]:
+        return [number for number, unit in enumerate(self.units) if unit.side != "value"]
+
+    @property
+    def value_units(self) -> list[int]:
+        return [number for number, unit in enumerate(self.units) if unit.side != "key"]
 
     @property
     def starts(self) -> list[int]:
@@ -72,7 +81,7 @@ def _layer(profile: SpectralProfile, setting: str, number: int) -> LayerCodec | 
     for unit, table in zip(layer.units, widths, strict=True):
         used = np.flatnonzero(np.asarray(table).any(0))
         layout = unit_layout(np.asarray(table)[:, used], page_tokens)
-        units.append(_Unit(layout, used, unit.decode.shape[1], class_deviation(unit, used), steps))
+        units.append(_Unit(layout, used, unit.decode.shape[1], class_deviation(unit, used), steps, unit.side))
     return cast("LayerCodec", cast(Any, _Layer(units, page_tokens)))
 
 
@@ -86,7 +95,7 @@ def foresee(profile: SpectralProfile, setting: str) -> Iterator[str]:
             if layer is None:
                 continue
             code_parcels(layer)
-            layer_tables([(unit.layout, unit.class_deviation) for unit in layer.units], layer.units[0].steps)
+            layer_tables(layer)
             before = _layer(profile, setting, number) if setting in names else None
             if before is not None:
                 with suppress(ValueError):  # the kernel cannot map them, and the reference will

@@ -30,6 +30,7 @@ def profile_from_tensors(
     sliding: Sequence[int | None] | None = None,
     target_energy: float = 0.95,
     ratios: Sequence[float] = LADDER,
+    prefer: str = "quality",
     sinks: int = 4,
     recent: int = 112,
     page_tokens: int = 16,
@@ -45,7 +46,8 @@ def profile_from_tensors(
         queries: per layer [Hq, N, d], Hq a multiple of H. sliding: per layer the window of tokens, None where it
             sees all; needed where `kv_tensors` has None and the profile is to be used in a cache.
         target_energy: the default setting is the coarsest that keeps this share of the weighted variance.
-        ratios: all-in ratios of the settings, finest first. sinks, recent, page_tokens: the exact window.
+        ratios: all-in ratios of the settings, finest first; prefer: of spectral.fit.PREFERENCES.
+        sinks, recent, page_tokens: the exact window.
         model: the name of the model that the tensors come from, if known.
         fingerprint: that model's (`spectral.hf.fingerprint`), if known.
 
@@ -76,7 +78,7 @@ def profile_from_tensors(
         for index in range(len(pairs))
     ]
     shape = ModelShape(tuple(shapes), first.kv_heads, first.kv_heads * first.key_dim)
-    fitted = fit(Statistics(layers, tokens=1, fisher_tokens=1), page_tokens)
+    fitted = fit(Statistics(layers, tokens=1, fisher_tokens=1), page_tokens, prefer)
     rows, bits = ladder(fitted, shape, ratios, sinks=sinks, recent=recent, page_tokens=page_tokens)
     return SpectralProfile(
         model=model,

@@ -81,7 +81,7 @@ class LadderRow:
 
 @dataclass
 class LayerProfile:
-    """One full-attention layer: its units cover the KV heads in order.
+    """One full-attention layer: its units with keys cover the KV heads in order, and so do those with values.
 
     Attributes:
         frequencies: [r / 2] RoPE frequencies of the keys' frame, None if keys are not turned (spectral.frames).
@@ -218,6 +218,11 @@ class SpectralProfile:
         """The keys' frame."""
         return "block" if self.block_tokens else "post_rope"
 
+    @property
+    def apart(self) -> bool:
+        """Whether keys and values have bases of their own (made for speed) in any layer."""
+        return any(unit.side != "both" for layer in self.layers if layer is not None for unit in layer.units)
+
     def bits_map(self, setting: str = "auto") -> list[np.ndarray | None]:
         """Widths of a setting by page frequency: per layer uint8 [P, latents of all units] (None: not compressed)."""
         row = self.row(setting)
@@ -244,11 +249,11 @@ class SpectralProfile:
             raise ProfileError(
                 f"layer {layer} has sliding attention and stays exact: choose a layer with full attention"
             )
-        unit = next(u for u in found.units if u.heads[0] <= head < u.heads[1])
+        unit = next(u for u in found.units if u.heads[0] <= head < u.heads[1] and u.side in ("both", side))
         dim = found.key_dim if side == "key" else found.value_dim
         start = (head - unit.heads[0]) * dim
         if side == "value":
-            start += (unit.heads[1] - unit.heads[0]) * found.key_dim
+            start += unit.numbers(found.key_dim, found.value_dim)[0]
         rows = slice(start, start + dim)
         encode, decode = unit.encode[rows], unit.decode[rows]
         return unit.mean[rows], (encode * unit.variance) @ encode.T, decode @ decode.T
@@ -273,10 +278,7 @@ class SpectralProfile:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the tensors, JSON-ready; `spectrum` holds each unit's latent importances as shares of 1."""
-        spectrum = [
-            None if x is None else {f"heads {u.heads[0]}-{u.heads[1] - 1}": _shares(u.variance) for u in x.units}
-            for x in self.layers
-        ]
+        spectrum = [None if x is None else {_unit_name(u): _shares(u.variance) for u in x.units} for x in self.layers]
         return {
             **self.metadata(),
             "content_hash": self.content_hash,
@@ -307,6 +309,7 @@ class SpectralProfile:
                     "key_dim": layer.key_dim,
                     "value_dim": layer.value_dim,
                     "heads": [list(unit.heads) for unit in layer.units],
+                    **({"sides": [u.side for u in layer.units]} if any(u.side != "both" for u in layer.units) else {}),
                 }
                 for layer in self.layers
             ],
@@ -322,7 +325,8 @@ class SpectralProfile:
             f"SpectralProfile: {self.model}",
             f"Architecture: {len(self.layers)} layers ({full} compressed), {self.kv_heads} KV heads, "
             f"{self.token_nbytes} bytes/token in bf16",
-            f"Frame: {self.frame}; bases {self.basis_nbytes / 2**20:.2f} MiB; "
+            f"Frame: {self.frame}; bases of keys and values {'apart' if self.apart else 'together'}, "
+            f"{self.basis_nbytes / 2**20:.2f} MiB; "
             f"calibrated on {self.provenance.get('tokens', '?')} tokens ({self.provenance.get('corpus', '?')})",
             f"{'setting':>8} {'bits/el':>8} {'x @2K':>6} {'x @8K':>6} {'x @32K':>6} "
             f"{'KL':>8} {'KL p99':>8} {'top-1':>7} {'top-5':>7} {'ppl':>8} {'recall':>7}",
@@ -351,6 +355,11 @@ class SpectralProfile:
         from spectral.profile_file import read_profile
 
         return read_profile(path)
+
+
+def _unit_name(unit: Unit) -> str:
+    heads = f"heads {unit.heads[0]}-{unit.heads[1] - 1}"
+    return heads if unit.side == "both" else f"{unit.side}s of {heads}"
 
 
 def _shares(variance: np.ndarray) -> list[float]:

@@ -29,6 +29,7 @@ _COUNTS |= {"window_nbytes": MAX_BYTES}
 _FIGURES = ("energy", "kl_mean", "kl_p99", "top1", "top5", "perplexity", "exact_perplexity", "recall")
 _ROW = {"name", "bits_per_element", "rank", "page_tokens", *_COUNTS}
 _LAYER = {"key_dim", "value_dim", "heads"}
+_SIDES = ("both", "key", "value")
 
 
 def parse_document(text: str) -> Any:
@@ -106,8 +107,8 @@ def check_sizes(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _check_layer(layer: Any, where: str) -> None:
     facts = _object(layer, where)
-    if facts.keys() != _LAYER:
-        raise ProfileError(f"{where}: must have {', '.join(sorted(_LAYER))} and nothing else")
+    if facts.keys() - {"sides"} != _LAYER:
+        raise ProfileError(f"{where}: must have {', '.join(sorted(_LAYER))}, may have sides, and nothing else")
     for name in ("key_dim", "value_dim"):
         _count(facts, name, 1, MAX_UNIT, where)
     for number, pair in enumerate(_list(facts, "heads", 1, MAX_HEADS, where)):
@@ -116,6 +117,10 @@ def _check_layer(layer: Any, where: str) -> None:
             raise ProfileError(f"{place}: must be the first head and the one behind the last")
         if (pair[1] - pair[0]) * (facts["key_dim"] + facts["value_dim"]) > MAX_UNIT:
             raise ProfileError(f"{place}: a unit has at most {MAX_UNIT} numbers")
+    if "sides" in facts:
+        sides = _list(facts, "sides", 1, MAX_HEADS, where)
+        if len(sides) != len(facts["heads"]) or any(side not in _SIDES for side in sides):
+            raise ProfileError(f"{where}.sides: must say {', '.join(_SIDES[:2])} or {_SIDES[2]} for every unit")
 
 
 def _check_free(value: dict[str, Any]) -> None:

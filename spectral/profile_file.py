@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spectral.basis import Unit
+from spectral.basis import Unit, covered_heads, side_numbers
 from spectral.bits import CHANNEL_GROUP, WIDTHS, Table, frequency_classes, uniform_table
 from spectral.errors import ProfileError
 from spectral.files import write_atomically
@@ -228,13 +228,15 @@ def _read_layer(tensors: dict[str, np.ndarray], index: int, facts: dict[str, Any
         if not 0 < 2 * count <= key_dim:
             raise ProfileError(f"layer {index}: {count} RoPE frequencies do not fit keys of {key_dim}")
         frequencies = _numbers(tensors, f"{index}.frequencies", (count,), np.float32)
-    units, expected = [], 0
-    for number, (first, last) in enumerate(facts["heads"]):
+    units = []
+    held = list(zip(map(tuple, facts["heads"]), facts.get("sides", ["both"] * len(facts["heads"])), strict=True))
+    try:
+        covered_heads(held)
+    except ValueError as error:
+        raise ProfileError(f"layer {index}: {error}") from None
+    for number, (heads, side) in enumerate(held):
         where = f"{index}.{number}"
-        if first != expected or last <= first:
-            raise ProfileError(f"layer {index}: its units do not cover the KV heads in order")
-        expected = last
-        size = (last - first) * (key_dim + value_dim)
+        size = sum(side_numbers(heads, side, key_dim, value_dim))
         variance = _numbers(tensors, f"{where}.variance", (size,), np.float32)
         scale = _numbers(tensors, f"{where}.scale", (size,), np.float32)
         deviation = _numbers(tensors, f"{where}.deviation", (classes, size), np.float32)
@@ -252,9 +254,7 @@ def _read_layer(tensors: dict[str, np.ndarray], index: int, facts: dict[str, Any
         if not condition <= MAX_CONDITION:
             raise ProfileError(f"{where}.decode: the basis is singular (condition {condition:.3g})")
         mean = _numbers(tensors, f"{where}.mean", (size,), np.float32)
-        units.append(Unit((first, last), mean, columns * scale, inverse.T / scale, variance, deviation))
-    if not units:
-        raise ProfileError(f"layer {index} has no units")
+        units.append(Unit(heads, mean, columns * scale, inverse.T / scale, variance, deviation, side))
     return LayerProfile(units, key_dim, value_dim, frequencies)
 
 

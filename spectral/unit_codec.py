@@ -207,9 +207,10 @@ class UnitCodec(torch.nn.Module):
         super().__init__()
         used = np.flatnonzero(np.asarray(widths).any(0))
         self.layout = unit_layout(np.asarray(widths)[:, used], page_tokens)
-        self.page_tokens, self.rank, self.heads = page_tokens, used.size, unit.heads
+        self.page_tokens, self.rank, self.heads, self.side = page_tokens, used.size, unit.heads, unit.side
         count = unit.heads[1] - unit.heads[0]
-        split = count * key_dim
+        split, values = unit.numbers(key_dim, value_dim)
+        key_dim, value_dim = split // count, values // count  # 0 where the unit does not hold that side
 
         def tensor(array: np.ndarray) -> torch.Tensor:
             return to_device(array, device, torch.float32)
@@ -225,7 +226,8 @@ class UnitCodec(torch.nn.Module):
         else:
             project = _columns(unit.encode, self.used)
             decode = _columns(unit.decode, self.used)
-            key, value = decode[:split].view(count, key_dim, -1), decode[split:].view(count, value_dim, -1)
+            key = decode[:split].view(count, key_dim, used.size)
+            value = decode[split:].view(count, value_dim, used.size)
             before = 1.0, 1.0
         self.energy: np.ndarray = side_energy(unit, split) if finer is None else finer.energy
         self.gains: tuple[float, float] = decode_gains(self.energy, unit, np.asarray(widths), page_tokens)

@@ -55,9 +55,7 @@ def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-QUANTIZE = typer.Option(
-    None, "--quantize", help="Load the weights as 4bit (nf4) or 8bit (int8); needs the gpu extra."
-)
+QUANTIZE = typer.Option(None, "--quantize", help="Load the weights as 4bit (nf4) or 8bit (int8); needs the gpu extra.")
 DEVICE = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N.")
 
 
@@ -69,6 +67,11 @@ def build(
         None, "--text", help="Calibration text, UTF-8; may be repeated (default: text by the model itself)."
     ),
     tokens: int = typer.Option(65_536, "--tokens", min=1024, help="Calibration tokens."),
+    prefer: str = typer.Option(
+        "quality",
+        "--prefer",
+        help="quality, or speed: decodes long contexts on GPUs up to twice as fast, for more loss at the same bytes.",
+    ),
     quantize: str | None = QUANTIZE,
     device: str = DEVICE,
     seed: int = typer.Option(0, "--seed", min=0, help="Same seed, same kind of machine: the same profile."),
@@ -81,15 +84,18 @@ def build(
     """
     from spectral import SpectralProfiler
     from spectral.errors import SpectralError
+    from spectral.fit import PREFERENCES
 
     if progress not in ("text", "json"):
         raise SpectralError(f"--progress: {progress!r} is neither text nor json.")
+    if prefer not in PREFERENCES:
+        raise SpectralError(f"--prefer: {prefer!r} is neither quality nor speed.")
     texts = read_texts(text)
     if not output.parent.is_dir():
         raise SpectralError(f"--output: the folder {output.parent} does not exist; create it first.")
     partial = output.with_name(output.name + ".partial")
     profiler = SpectralProfiler(
-        seed=seed, progress=JsonProgress() if progress == "json" else Progress(), checkpoint=partial
+        seed=seed, prefer=prefer, progress=JsonProgress() if progress == "json" else Progress(), checkpoint=partial
     )
     profile = profiler.profile_from_model(model, quantize=quantize, device=device, texts=texts, tokens=tokens)
     profile.save(output)

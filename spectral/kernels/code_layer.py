@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from spectral.aside import to_device
+from spectral.basis import side_numbers
 from spectral.codec import LayerCodec
 from spectral.kernels.choices import CodeChoices, chosen, layer_shape
 from spectral.kernels.quads import code_parcels, unit_columns
@@ -74,8 +75,8 @@ class CodeLayer:
         self.device = units[0].mean.device
         self.columns = [int(c) for c in unit_columns(codec)]
         self.latents = self.columns[-1]
-        heads = [unit.heads[1] - unit.heads[0] for unit in units]
-        self.spans = [int(s) for s in np.cumsum([0, *(h * (codec.key_dim + codec.value_dim) for h in heads)])]
+        sizes = [sum(side_numbers(unit.heads, unit.side, codec.key_dim, codec.value_dim)) for unit in units]
+        self.spans = [int(s) for s in np.cumsum([0, *sizes])]
         self.numbers = self.spans[-1]
         found = code_parcels(codec)
         self.size, self.gain, *rest = found.parcel.to(self.device)
@@ -84,8 +85,9 @@ class CodeLayer:
         self.quads = [QuadTable(double, *rest[2 * double : 2 * double + 2]) for double in (False, True)]
         self.fields = [FieldTable(bits, *rest[4 + 2 * i : 6 + 2 * i]) for i, (bits, _) in enumerate(found.kinds)]
         self.keys, self.values = self._side("key"), self._side("value")
+        sides = (("key", self.keys), ("value", self.values))
         self.spread = [
-            torch.cat([side.spread[slice(*unit.heads)].flatten() for side in (self.keys, self.values)])
+            torch.cat([s.spread[slice(*unit.heads)].flatten() for name, s in sides if unit.side in ("both", name)])
             for unit in units
         ]
         self.shape = layer_shape(codec)
@@ -97,13 +99,14 @@ class CodeLayer:
     def _side(self, name: str) -> Side:
         """Keys or values of all heads."""
         columns: list[int] = []
-        for unit, span in zip(self.codec.units, self.spans, strict=False):
-            count = unit.heads[1] - unit.heads[0]
-            first = span if name == "key" else span + count * self.codec.key_dim
-            dim = self.codec.key_dim if name == "key" else self.codec.value_dim
-            columns += [first + h * dim for h in range(count)]
-        means = [getattr(unit, f"{name}_mean").flatten(1) for unit in self.codec.units]
-        bases = [getattr(unit, f"{name}_decode") for unit in self.codec.units]
+        codec = self.codec
+        numbers, dim = (codec.key_units, codec.key_dim) if name == "key" else (codec.value_units, codec.value_dim)
+        units = [codec.units[number] for number in numbers]
+        for number, unit in zip(numbers, units, strict=True):
+            before = 0 if name == "key" else side_numbers(unit.heads, unit.side, codec.key_dim, codec.value_dim)[0]
+            columns += [self.spans[number] + before + h * dim for h in range(unit.heads[1] - unit.heads[0])]
+        means = [getattr(unit, f"{name}_mean").flatten(1) for unit in units]
+        bases = [getattr(unit, f"{name}_decode") for unit in units]
         spread = torch.cat([basis.square().sum(2) for basis in bases]).sqrt().clamp(1e-6, 1e6)
         spread = torch.exp2(spread.log2().round())
         column = to_device(np.array(columns, dtype=np.int32), self.device)

@@ -47,6 +47,9 @@ def unsupported(codec: LayerCodec, window: int) -> str:
         return f"blocks of {block_pages(codec)} pages (16, 32 or 64 are supported)"
     if any(not unit.rank for unit in codec.units):
         return "a unit without any bits"
+    spans = [[codec.units[number].heads for number in side] for side in (codec.key_units, codec.value_units)]
+    if spans[0] != spans[1]:
+        return "keys and values in units of different heads"
     return "" if window else "a setting without an exact window"
 
 
@@ -77,30 +80,32 @@ class LayerKernels:
         if reason:
             raise SettingError(f"SPECTRAL_ATTENTION=triton cannot serve {reason}; use SPECTRAL_ATTENTION=reference")
         self.codec = codec
-        units = list(codec.units)
+        units = [codec.units[number] for number in codec.key_units]
+        values = [codec.units[number] for number in codec.value_units]
         device = units[0].mean.device
-        parts = [(unit.layout, unit.class_deviation) for unit in units]
-        tables: LayerTables = layer_tables(parts, units[0].steps)
+        tables: LayerTables = layer_tables(codec)
         self.tables = tables.to(device)
         self.outputs, self.classes = tables.outputs, len(units[0].class_deviation)
         self.items = len(tables.item)
-        self.rank = rank = tables.offset.shape[2]
+        self.key_rank, self.rank = tables.key_offset.shape[2], tables.offset.shape[2]
 
-        def wide(x: torch.Tensor) -> torch.Tensor:
+        def wide(x: torch.Tensor, rank: int) -> torch.Tensor:
             return torch.nn.functional.pad(x, (0, rank - x.shape[-1]))
 
-        keys = torch.cat([wide(unit.key_decode) for unit in units])  # [H, d, R]
+        keys = torch.cat([wide(unit.key_decode, self.key_rank) for unit in units])  # [H, d, R]
         self.key_basis = keys.half().unflatten(2, (-1, 4))[..., QUAD_ORDER].flatten(2)
-        self.value_basis = torch.cat([wide(unit.value_decode) for unit in units]).half().transpose(1, 2).contiguous()
-        self.value_mean = torch.cat([unit.value_mean[:, 0] for unit in units]).contiguous()  # [H, dv]
+        decode = torch.cat([wide(unit.value_decode, self.rank) for unit in values])
+        self.value_basis = decode.half().transpose(1, 2).contiguous()
+        self.value_mean = torch.cat([unit.value_mean[:, 0] for unit in values]).contiguous()  # [H, dv]
         vectors = torch.zeros((codec.kv_heads, 8, codec.key_dim), device=device)
         for number, unit in enumerate(units):
             span = slice(*unit.heads)
-            below = to_device(tables.offset[number], device)  # [C, R]
+            below = to_device(tables.key_offset[number], device)  # [C, R]
             vectors[span, : self.classes] = torch.matmul(keys[span], below.T).transpose(1, 2)
             vectors[span, 7] = unit.key_mean[..., 0]
         self.vectors = vectors
         self.unit_heads = [unit.heads for unit in units]
+        self._bytes = [codec.starts[number : number + 2] for number in codec.key_units]
         self._units: dict[int, torch.Tensor] = {}
         self._shapes: dict[int, Shape] = {}
 
@@ -115,11 +120,11 @@ class LayerKernels:
         return self._shapes[group]
 
     def units(self, group: int) -> torch.Tensor:
-        """int32 [units, 4]: first query head, query heads, offset of the unit's bytes, how many; `group` heads a KV
-        head."""
+        """int32 [units, 4]: first query head, query heads, offset of the bytes of the unit's keys, how many; `group`
+        heads a KV head."""
         if group not in self._units:
-            spans = zip(self.unit_heads, self.codec.starts, self.codec.starts[1:], strict=False)
-            rows = [[a * group, (b - a) * group, start, stop - start] for (a, b), start, stop in spans]
+            spans = zip(self.unit_heads, self._bytes, strict=True)
+            rows = [[a * group, (b - a) * group, start, stop - start] for (a, b), (start, stop) in spans]
             self._units[group] = torch.tensor(rows, dtype=torch.int32, device=self.key_basis.device)
         return self._units[group]
 
@@ -285,7 +290,7 @@ class _Scoring:
         """A program for each block."""
         layer, step = self.layer, self.step
         rows, units, parts, blocks, _ = self.largest.shape
-        pages, runs, fast = block_pages(layer.codec), layer.rank // 16, not interpreted()
+        pages, runs, fast = block_pages(layer.codec), layer.key_rank // 16, not interpreted()
         warps, entries = pages // 8, layer.tables["stepped"]
         score_kernel[(units * parts, blocks, rows)](
             self.projected, self.const, self.pool, step.pages, step.count, self.unit, layer.tables["cells"], entries,
@@ -302,7 +307,7 @@ class _Scoring:
         """SHARES programs for every eight pages, and one for each block that puts their sums together."""
         layer, step = self.layer, self.step
         rows, units, parts, blocks, _ = self.largest.shape
-        pages, runs, tokens = block_pages(layer.codec), layer.rank // 16, layer.codec.page_tokens
+        pages, runs, tokens = block_pages(layer.codec), layer.key_rank // 16, layer.codec.page_tokens
         octets, fast = blocks * pages // 8, not interpreted()
         held = held_runs(runs, int(STAGES) * int(STAGE)) if self.choices.hold_share else 0
         sums = torch.empty((rows, units, parts, octets, SHARES, 4 * tokens, 32), device=self.largest.device)

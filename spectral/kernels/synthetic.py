@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spectral.basis import Unit
+from spectral.basis import Unit, side_numbers
 from spectral.bits import CHANNEL_GROUP, WIDTHS, allocate, frequency_classes, gaussian_step, gaussian_tables
 from spectral.codec import LayerCodec
 from spectral.frames import BlockFrame
@@ -15,10 +15,12 @@ BITS = {"4x": 3.774, "8x": 1.774, "16x": 0.742}
 PAGE, SINKS, RECENT, BLOCK = 16, 4, 112, 512
 
 
-def synthetic_unit(heads: tuple[int, int], dim: int, bits: float, seed: int) -> tuple[Unit, np.ndarray]:
+def synthetic_unit(
+    heads: tuple[int, int], dim: int, bits: float, seed: int, *, side: str = "both", field_bits: float = 0.0
+) -> tuple[Unit, np.ndarray]:
     """A unit with an exponential spectrum and tokens that vary slowly, and its widths at `bits` a number."""
     rng = np.random.default_rng(seed)
-    size = (heads[1] - heads[0]) * 2 * dim
+    size = sum(side_numbers(heads, side, dim, dim))
     basis, _ = np.linalg.qr(rng.normal(size=(size, size)))
     variance = np.exp(-8.0 * np.arange(size) / size)
     counts = np.array([len(rows) for rows in frequency_classes(PAGE)])
@@ -29,16 +31,31 @@ def synthetic_unit(heads: tuple[int, int], dim: int, bits: float, seed: int) -> 
     energy = (variance * deviation**2 * counts[:, None] / PAGE).reshape(len(counts), runs, CHANNEL_GROUP).sum(2)
     errors = np.stack([energy.ravel() * gaussian_step(w)[1] for w in WIDTHS])
     sizes: np.ndarray = np.repeat(CHANNEL_GROUP * counts / PAGE, runs)
-    widths = allocate(errors, sizes, bits * size).reshape(len(counts), runs).repeat(CHANNEL_GROUP, axis=1)
+    picked = allocate(errors, sizes, bits * size, field_bits=field_bits)
+    widths = picked.reshape(len(counts), runs).repeat(CHANNEL_GROUP, axis=1)
     mean = rng.normal(size=size) * 0.1
-    return Unit(heads, mean, basis * scale, basis / scale, variance, deviation), widths
+    return Unit(heads, mean, basis * scale, basis / scale, variance, deviation, side), widths
 
 
-def synthetic_codec(kv_heads: int, dim: int, bits: float, device: str) -> LayerCodec:
-    """A layer with as many heads a unit as make 1,024 numbers."""
+def synthetic_parts(
+    kv_heads: int, dim: int, bits: float, *, apart: bool = False, field_bits: float = 0.0
+) -> list[tuple[Unit, np.ndarray]]:
+    """Units of a layer with as many heads each as make 1,024 numbers of keys and values, and their widths; `apart`:
+    with bases of their own for keys and for values."""
     run = max(1, min(kv_heads, 1024 // (2 * dim)))
     spans = [(a, min(a + run, kv_heads)) for a in range(0, kv_heads, run)]
-    parts = [synthetic_unit(span, dim, bits, seed) for seed, span in enumerate(spans)]
+    wanted = [(span, side) for side in (("key", "value") if apart else ("both",)) for span in spans]
+    return [
+        synthetic_unit(span, dim, bits, seed, side=side, field_bits=field_bits)
+        for seed, (span, side) in enumerate(wanted)
+    ]
+
+
+def synthetic_codec(
+    kv_heads: int, dim: int, bits: float, device: str, *, apart: bool = False, field_bits: float = 0.0
+) -> LayerCodec:
+    """A layer of `synthetic_parts`."""
+    parts = synthetic_parts(kv_heads, dim, bits, apart=apart, field_bits=field_bits)
     frequencies = 1e6 ** (-np.arange(0, dim, 2) / dim)
     frame = BlockFrame(frequencies, block_tokens=BLOCK, page_tokens=PAGE, sinks=SINKS, device=device)
     return LayerCodec(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,6 +12,10 @@ from spectral.aside import to_device
 from spectral.bits import CHANNEL_GROUP
 from spectral.layout import PLANE_ORDER, PLANES, PageLayout, Strip, cell_runs
 from spectral.remember import digest, memory
+
+if TYPE_CHECKING:
+    from spectral.codec import LayerCodec
+    from spectral.unit_codec import UnitCodec
 
 ITEM_CELLS = {8: 4, 4: 8, 2: 8, 1: 4}
 """Cells of a plane whose sums over tokens one warp keeps in registers."""
@@ -33,7 +38,8 @@ SCORE_UNIT = 16.0
 
 @dataclass
 class LayerTables:
-    """Of all units of a layer, C classes, R the largest rank of a unit. Planes are those of PLANE_ORDER.
+    """Of all units of a layer, C classes, R the largest rank of a unit with values, K of one with keys. Planes are
+    those of PLANE_ORDER. Scores want units with keys and mixing those with values, each numbered by themselves.
 
     Attributes:
         cells: int32 [units, C, 4]: of every strip.
@@ -49,7 +55,8 @@ class LayerTables:
             program stores the sums of weights of its class, 0.
         source: int32 [units, C, 2, R / 16]: output column of a run's (at most two) planes, -1: none.
         source_factor: float32 [units, C, 2, R]: what a unit of that column stands for.
-        offset: float32 [units, C, R]: half the range of a latent's codes, what an all-zero code lies below the mean.
+        offset: float32 [units, C, R]: half the range of a latent's codes, what an all-zero code lies below the mean;
+        key_offset: float32 [units, C, K], the same.
         outputs: output columns, a multiple of 16.
     """
 
@@ -61,6 +68,7 @@ class LayerTables:
     source: np.ndarray
     source_factor: np.ndarray
     offset: np.ndarray
+    key_offset: np.ndarray
     outputs: int
 
     def to(self, device: torch.device | str) -> dict[str, torch.Tensor]:
@@ -83,67 +91,102 @@ def field_positions(bits: int) -> np.ndarray:
     return (bits * latent % 8)[None]
 
 
-def layer_tables(units: list[tuple[PageLayout, np.ndarray]], steps: dict[int, float]) -> LayerTables:
-    """Tables for units given as (layout, deviation float64 [C, R of the unit]), kept."""
-    parts = [(layout.page_tokens, digest(layout.widths, deviation)) for layout, deviation in units]
-    return memory.get(("tables", *parts, *sorted(steps.items())), lambda: _layer_tables(units, steps))
+def layer_tables(codec: LayerCodec) -> LayerTables:
+    """Tables of a layer at a setting, kept."""
+    parts = [
+        (unit.layout.page_tokens, unit.side, digest(unit.layout.widths, unit.class_deviation)) for unit in codec.units
+    ]
+    return memory.get(("tables", *parts, *sorted(codec.units[0].steps.items())), lambda: _layer_tables(codec))
 
 
-def _layer_tables(units: list[tuple[PageLayout, np.ndarray]], steps: dict[int, float]) -> LayerTables:
-    rank = -(-max(layout.channels for layout, _ in units) // CHANNEL_GROUP) * CHANNEL_GROUP
-    classes = units[0][0].widths.shape[0]
-    cells = np.zeros((len(units), classes, len(PLANE_ORDER)), dtype=np.int32)
-    source = np.full((len(units), classes, 2, rank // CHANNEL_GROUP), -1, dtype=np.int32)
-    source_factor = np.zeros((len(units), classes, 2, rank), dtype=np.float32)
-    offset = np.zeros((len(units), classes, rank), dtype=np.float32)
-    run: list[np.ndarray] = [np.zeros(0, np.int32)]
-    factor: list[np.ndarray] = [np.zeros((0, CHANNEL_GROUP))]
-    item: list[list[int]] = []
-    stepped: list[np.ndarray] = []
-    share: list[np.ndarray] = []
-    outputs = runs = start = 0
-    for u, (layout, deviation) in enumerate(units):
-        size = step_size(layout, deviation, steps)
-        share.append(_shares(layout, runs))
-        own: list[np.ndarray] = [np.zeros((0, 4, 4), np.int32)]
-        offset[u, :, : layout.channels] = size * (2.0 ** layout.widths.astype(np.float64) - 1) / 2
-        for s in layout.strips:
-            plane, width = PLANE_ORDER.index(s.bits), cell_runs(s.bits)
-            cells[u, s.number, plane] = s.cells
-            first, value = _strip_runs(s, layout, size)
-            run.append(first)
-            factor.append(value * SCORE_UNIT)
-            own += _in_steps(s, _entries(first, value * SCORE_UNIT, 0))
-            for k, latent in enumerate(s.runs):
-                side = int(source[u, s.number, 0, latent // CHANNEL_GROUP] >= 0)
-                source[u, s.number, side, latent // CHANNEL_GROUP] = outputs + CHANNEL_GROUP * k
-                source_factor[u, s.number, side, latent : latent + CHANNEL_GROUP] = value[k] * 2.0**24
-            for cell in range(0, s.cells, ITEM_CELLS[s.bits]):
-                count = min(ITEM_CELLS[s.bits], s.cells - cell)
-                column = outputs + CHANNEL_GROUP * width * cell
-                item.append([u, s.number, plane, start + s.start + cell * s.cell_nbytes, count, column, 0, 0])
-            runs += first.size
-            outputs += CHANNEL_GROUP * first.size
-        if not any(entry[:2] == [u, 0] for entry in item):  # the sum of weights of class 0 is always needed
-            item.append([u, 0, PLANE_ORDER.index(2), start, 0, 0, 0, 0])
-        stepped.append(np.concatenate(own))
-        start += layout.nbytes
-    item.sort(key=lambda entry: -entry[1])  # the longest first
-    seen = set()
-    for entry in item:
-        entry[6] = int((entry[0], entry[1]) not in seen)
-        seen.add((entry[0], entry[1]))
+def _layer_tables(codec: LayerCodec) -> LayerTables:
+    scored = _Scored([codec.units[number] for number in codec.key_units])
+    mixed = _Mixed([(codec.units[number], codec.starts[number]) for number in codec.value_units])
     return LayerTables(
-        cells,
-        _entries(np.concatenate(run), np.concatenate(factor), RUN_SLACK),
-        _together(stepped),
-        np.stack(share),
-        np.array(item, dtype=np.int32),
-        source,
-        source_factor,
-        offset,
-        max(outputs, CHANNEL_GROUP),
+        scored.cells,
+        _entries(np.concatenate(scored.run), np.concatenate(scored.factor), RUN_SLACK),
+        _together(scored.stepped),
+        np.stack(scored.share),
+        np.array(mixed.item, dtype=np.int32),
+        mixed.source,
+        mixed.source_factor,
+        mixed.offset,
+        scored.offset,
+        max(mixed.outputs, CHANNEL_GROUP),
     )
+
+
+def _offset(unit: UnitCodec, size: np.ndarray, out: np.ndarray) -> None:
+    """What a unit's all-zero codes lie below the mean, into its part [C, R] of `offset`."""
+    out[:, : unit.layout.channels] = size * (2.0 ** unit.layout.widths.astype(np.float64) - 1) / 2
+
+
+def _rank(units: list[UnitCodec]) -> int:
+    return -(-max(unit.layout.channels for unit in units) // CHANNEL_GROUP) * CHANNEL_GROUP
+
+
+class _Scored:
+    """What scores need of units with keys."""
+
+    def __init__(self, units: list[UnitCodec]) -> None:
+        classes = units[0].layout.widths.shape[0]
+        self.cells = np.zeros((len(units), classes, len(PLANE_ORDER)), dtype=np.int32)
+        self.offset = np.zeros((len(units), classes, _rank(units)), dtype=np.float32)
+        self.run: list[np.ndarray] = [np.zeros(0, np.int32)]
+        self.factor: list[np.ndarray] = [np.zeros((0, CHANNEL_GROUP))]
+        self.stepped: list[np.ndarray] = []
+        self.share: list[np.ndarray] = []
+        runs = 0
+        for u, unit in enumerate(units):
+            size = step_size(unit.layout, unit.class_deviation, unit.steps)
+            _offset(unit, size, self.offset[u])
+            self.share.append(_shares(unit.layout, runs))
+            own: list[np.ndarray] = [np.zeros((0, 4, 4), np.int32)]
+            for s in unit.layout.strips:
+                self.cells[u, s.number, PLANE_ORDER.index(s.bits)] = s.cells
+                first, value = _strip_runs(s, unit.layout, size)
+                self.run.append(first)
+                self.factor.append(value * SCORE_UNIT)
+                own += _in_steps(s, _entries(first, value * SCORE_UNIT, 0))
+                runs += first.size
+            self.stepped.append(np.concatenate(own))
+
+
+class _Mixed:
+    """What mixing needs of units with values, given with the offset of their bytes in a page."""
+
+    def __init__(self, units: list[tuple[UnitCodec, int]]) -> None:
+        rank, classes = _rank([unit for unit, _ in units]), units[0][0].layout.widths.shape[0]
+        self.source = np.full((len(units), classes, 2, rank // CHANNEL_GROUP), -1, dtype=np.int32)
+        self.source_factor = np.zeros((len(units), classes, 2, rank), dtype=np.float32)
+        self.offset = np.zeros((len(units), classes, rank), dtype=np.float32)
+        self.item: list[list[int]] = []
+        self.outputs = 0
+        for u, (unit, start) in enumerate(units):
+            size = step_size(unit.layout, unit.class_deviation, unit.steps)
+            _offset(unit, size, self.offset[u])
+            for s in unit.layout.strips:
+                self._add(u, s, start, *_strip_runs(s, unit.layout, size))
+            if not any(entry[:2] == [u, 0] for entry in self.item):  # the sum of weights of class 0 is always needed
+                self.item.append([u, 0, PLANE_ORDER.index(2), start, 0, 0, 0, 0])
+        self.item.sort(key=lambda entry: -entry[1])  # the longest first
+        seen = set()
+        for entry in self.item:
+            entry[6] = int((entry[0], entry[1]) not in seen)
+            seen.add((entry[0], entry[1]))
+
+    def _add(self, u: int, s: Strip, start: int, first: np.ndarray, value: np.ndarray) -> None:
+        """A strip's items and where its sums go."""
+        for k, latent in enumerate(s.runs):
+            side = int(self.source[u, s.number, 0, latent // CHANNEL_GROUP] >= 0)
+            self.source[u, s.number, side, latent // CHANNEL_GROUP] = self.outputs + CHANNEL_GROUP * k
+            self.source_factor[u, s.number, side, latent : latent + CHANNEL_GROUP] = value[k] * 2.0**24
+        for cell in range(0, s.cells, ITEM_CELLS[s.bits]):
+            count = min(ITEM_CELLS[s.bits], s.cells - cell)
+            column = self.outputs + CHANNEL_GROUP * cell_runs(s.bits) * cell
+            place = start + s.start + cell * s.cell_nbytes
+            self.item.append([u, s.number, PLANE_ORDER.index(s.bits), place, count, column, 0, 0])
+        self.outputs += CHANNEL_GROUP * first.size
 
 
 def _shares(layout: PageLayout, first_run: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from spectral.basis import Unit, weighted_basis
+from spectral.basis import Unit, side_numbers, weighted_basis
 from spectral.bits import frequency_classes, gaussian_tables
 from spectral.codec import Codebook, LayerCodec
 from spectral.frames import BlockFrame
@@ -71,16 +71,16 @@ def random_model(family: str, seed: int = 0) -> LoadedModel:
     return wrap_model(family, made(FAMILIES[family], seed), NoTokenizer())
 
 
-def random_unit(heads: tuple[int, int], dim: int, seed: int, page: int = 16) -> Unit:
+def random_unit(heads: tuple[int, int], dim: int, seed: int, page: int = 16, side: str = "both") -> Unit:
     """A unit of random, decaying statistics, latents of unit variance."""
     rng = np.random.default_rng(seed)
-    size = (heads[1] - heads[0]) * 2 * dim
+    size = sum(side_numbers(heads, side, dim, dim))
     mixing = rng.normal(size=(size, size)) * (0.95 ** np.arange(size))
     skew = rng.normal(size=(size, size))
     basis = weighted_basis(rng.normal(size=size), mixing @ mixing.T, skew @ skew.T / size + 0.1 * np.eye(size))
     scale = np.sqrt(np.maximum(basis.variance, 1e-9))
     deviation = rng.uniform(0.5, 1.5, size=(len(frequency_classes(page)), size))
-    return Unit(heads, basis.mean, basis.decode * scale, basis.encode / scale, basis.variance, deviation)
+    return Unit(heads, basis.mean, basis.decode * scale, basis.encode / scale, basis.variance, deviation, side)
 
 
 def cycling_widths(widths: list[int], channels: int, page: int) -> np.ndarray:
@@ -105,13 +105,16 @@ def random_codec(
     block: int = 0,
     sinks: int = 4,
     device: str = "cpu",
+    apart: bool = False,
 ) -> LayerCodec:
-    """A layer codec whose latents cycle through the given widths; `units` of equal size; `block` tokens of a frame."""
+    """A layer codec whose latents cycle through the given widths; `units` of equal size, or that many for keys and for
+    values (`apart`); `block` tokens of a frame."""
     run = heads // units
     parts = []
-    for number in range(units):
-        unit = random_unit((number * run, (number + 1) * run), dim, seed + number, page)
-        parts.append((unit, cycling_widths(widths, unit.variance.size, page)))
+    for side in ("key", "value") if apart else ("both",):
+        for number in range(units):
+            unit = random_unit((number * run, (number + 1) * run), dim, seed + len(parts), page, side)
+            parts.append((unit, cycling_widths(widths, unit.variance.size, page)))
     frequencies = 0.5 ** np.arange(dim // 2)
     frame = BlockFrame(frequencies, block_tokens=block, page_tokens=page, sinks=sinks, device=device)
     return LayerCodec(

@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import random
+from itertools import accumulate
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from spectral.bits import CHANNEL_GROUP, WIDTHS, frequency_classes
+from spectral.bits import CHANNEL_GROUP, FIELDS, WIDTHS, frequency_classes
 from spectral.kernels.cells import SHARED, held_runs
 from spectral.kernels.classes import class_rows, first_row, strip_bits, strip_class, strip_order
 from spectral.kernels.score import CHUNK, OPERAND, STAGE, STEP, block_runs
 from spectral.kernels.tables import RUN_SLACK, layer_tables
-from spectral.layout import PLANE_ORDER, page_layout
+from spectral.layout import PLANE_ORDER, PLANES, PageLayout, page_layout
 
 
 def random_widths(classes: int, runs: int, seed: int) -> np.ndarray:
     rng = random.Random(seed)
     return np.array([[rng.choice(WIDTHS) for _ in range(runs)] for _ in range(classes)]).repeat(CHANNEL_GROUP, axis=1)
+
+
+def codec_of(layouts: list[PageLayout], sides: list[str] | None = None) -> Any:
+    """What tables ask of a layer whose units have these layouts, every deviation 1 and every step .5."""
+    steps = {w: 0.5 for w in WIDTHS if w}
+    units = [
+        SimpleNamespace(layout=layout, class_deviation=np.ones(layout.widths.shape), steps=steps, side=side)
+        for layout, side in zip(layouts, sides or ["both"] * len(layouts), strict=True)
+    ]
+    return SimpleNamespace(
+        units=units,
+        starts=[0, *accumulate(layout.nbytes for layout in layouts)],
+        key_units=[number for number, unit in enumerate(units) if unit.side != "value"],
+        value_units=[number for number, unit in enumerate(units) if unit.side != "key"],
+    )
 
 
 @pytest.mark.parametrize("page", [8, 16])
@@ -43,7 +61,7 @@ def test_cells_never_cross_the_end_of_a_chunk() -> None:
 
 def test_entries_of_a_unit_follow_each_other_in_the_order_of_its_cells() -> None:
     layouts = [page_layout(random_widths(5, 7, seed), 16) for seed in (1, 2)]
-    tables = layer_tables([(layout, np.ones((5, 112))) for layout in layouts], {w: 0.5 for w in WIDTHS if w})
+    tables = layer_tables(codec_of(layouts))
     entry = tables.entry[:, 0, 2] // 32
     at = 0
     for unit, layout in enumerate(layouts):
@@ -60,8 +78,7 @@ def test_entries_of_a_unit_follow_each_other_in_the_order_of_its_cells() -> None
 def test_steps_of_entries_never_cross_the_end_of_a_chunk_or_strip(page: int) -> None:
     classes = len(frequency_classes(page))
     layouts = [page_layout(random_widths(classes, runs, runs), page) for runs in (3, 23)]
-    parts = [(layout, np.ones((classes, layout.channels))) for layout in layouts]
-    tables = layer_tables(parts, {w: 0.5 for w in WIDTHS if w})
+    tables = layer_tables(codec_of(layouts))
     own = tables.entry
     for unit, layout in enumerate(layouts):
         at = 0
@@ -97,3 +114,22 @@ def test_a_query_is_held_only_where_it_fits(runs: int, nbytes: int) -> None:
     room = held_runs(runs, nbytes)
     assert room == 0 or (room >= runs and room * 512 + nbytes <= SHARED)
     assert room or runs * 512 + nbytes > SHARED
+
+
+def test_scores_know_the_units_with_keys_and_mixing_those_with_values() -> None:
+    """Three units of keys, then three of values, each side with its own largest rank."""
+    keys = [page_layout(random_widths(5, runs, runs), 16) for runs in (3, 7, 5)]
+    values = [page_layout(random_widths(5, runs, runs), 16) for runs in (4, 9, 2)]
+    apart = layer_tables(codec_of([*keys, *values], ["key"] * 3 + ["value"] * 3))
+    for name in ("cells", "entry", "stepped", "share", "key_offset"):
+        assert (getattr(apart, name) == getattr(layer_tables(codec_of(keys)), name)).all(), name
+    alone = layer_tables(codec_of(values))
+    for name in ("source", "source_factor", "offset"):
+        assert (getattr(apart, name) == getattr(alone, name)).all(), name
+    moved = alone.item.copy()
+    moved[:, 3] += sum(layout.nbytes for layout in keys)  # values lie behind the keys
+    assert (apart.item == moved).all() and apart.outputs == alone.outputs
+
+
+def test_fields_are_as_many_as_planes() -> None:
+    assert tuple(len(PLANES.get(width, ())) for width in WIDTHS) == FIELDS
