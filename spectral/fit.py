@@ -36,7 +36,7 @@ PREFERENCES = ("quality", "speed")
 """What a profile is made for. Quality: keys and values of a unit share a basis, which takes fewest bytes for the same
 loss. Speed: each has its own, so that scores and sums read half of the codes, and codes are fewer and larger."""
 
-SPEED_FIELD_BITS = 1.0
+SPEED_FIELD_BITS = 0.5
 """What a field counts for beside its bits where speed is preferred (spectral.bits.allocate; docs/codec-research.md)."""
 
 FINE_WINDOW_BELOW = 8.0
