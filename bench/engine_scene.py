@@ -73,19 +73,23 @@ class Scene:
     device: torch.device
     sizes: Sizes
     bandwidth: float = 0.0
-    books: dict[str, Codebook] = field(default_factory=dict)
+    books: dict[tuple[str, str], Codebook] = field(default_factory=dict)
+    prefer: str = "quality"
+    """What the settings are made for (spectral.fit.PREFERENCES)."""
     rotates: bool = False
     """Whether rotations were ours when a row had ended."""
 
     def book(self, setting: str) -> Codebook | None:
         """A synthetic setting; None for exact. Made once: its kernels' tables take seconds."""
-        if setting != "exact" and setting not in self.books:
-            self.books[setting] = self._make_book(setting)
-        return self.books.get(setting)
+        if setting == "exact":
+            return None
+        if (setting, self.prefer) not in self.books:
+            self.books[setting, self.prefer] = self._make_book(setting)
+        return self.books[setting, self.prefer]
 
     def _make_book(self, setting: str) -> Codebook:
         shape = self.loaded.shape.layers[0]
-        parts = synthetic_parts(shape.kv_heads, shape.key_dim, BITS[setting])
+        parts = synthetic_parts(shape.kv_heads, shape.key_dim, BITS[setting], self.prefer)
         layers: list[Any] = []
         for _ in self.loaded.shape.layers:
             frequencies = 1e6 ** (-torch.arange(0, shape.key_dim, 2).double() / shape.key_dim)

@@ -1,6 +1,7 @@
 """Decode attention on codes beside bf16 attention on a GPU: time, bytes read, and error against float64.
 
-    python bench/kernels.py [--settings 8x,16x] [--cases 8x32768,32x32768,1x131072,32x4096] [--json FILE] [--plot FILE]
+    python bench/kernels.py [--settings 8x,16x] [--prefer quality,speed] [--cases 8x32768,32x32768,1x131072,32x4096]
+        [--json FILE] [--plot FILE]
 
 One layer of 32 query and 8 KV heads of 128 (--shape changes it), with a synthetic spectrum and the bits that a setting
 of that name spends. SDPA is the faster of flash and cuDNN on the same sizes; the FP8 floor is half the bf16 bytes at
@@ -14,6 +15,7 @@ import argparse
 import json
 import math
 import os
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +64,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for case in args.cases.split(","):
         rows, context = (int(x) for x in case.split("x"))
         exact = sdpa(rows, context, kv_heads, group, dim)
-        for setting in args.settings.split(","):
-            codec = synthetic_codec(kv_heads, dim, BITS[setting], "cuda")
+        for prefer, setting in product(args.prefer.split(","), args.settings.split(",")):
+            codec = synthetic_codec(kv_heads, dim, BITS[setting], "cuda", prefer)
             layer = LayerKernels(codec)
             held = Case(layer, rows, context, group, torch.bfloat16)
             spent = microseconds(held.run)
@@ -72,6 +74,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                     "rows": rows,
                     "context": context,
                     "setting": setting,
+                    "prefer": prefer,
                     "codes_and_window_bytes": held.nbytes,
                     "bf16_bytes": held.bf16_nbytes,
                     "us": spent,
@@ -95,9 +98,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.add_subplot(xscale="log", yscale="log", xlabel="bytes read", ylabel="microseconds a layer and step")
     rows = result["rows"]
-    for setting in dict.fromkeys(row["setting"] for row in rows):
-        found = sorted((r["codes_and_window_bytes"], r["us"]) for r in rows if r["setting"] == setting)
-        axes.plot(*zip(*found, strict=True), "o-", label=f"codes and window, {setting}")
+    for kind in dict.fromkeys((row["setting"], row["prefer"]) for row in rows):
+        found = sorted((r["codes_and_window_bytes"], r["us"]) for r in rows if (r["setting"], r["prefer"]) == kind)
+        axes.plot(*zip(*found, strict=True), "o-", label=f"codes and window, {kind[0]}, for {kind[1]}")
     found = sorted({(r["bf16_bytes"], r["sdpa_bf16_us"]) for r in rows})
     axes.plot(*zip(*found, strict=True), "s-", label="bf16, the faster SDPA")
     ends = [min(r["codes_and_window_bytes"] for r in rows), max(r["bf16_bytes"] for r in rows)]
@@ -109,6 +112,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", default="8x,16x")
+    parser.add_argument("--prefer", default="quality,speed", help="what profiles of these settings are made for")
     parser.add_argument("--cases", default="8x32768,32x32768,1x131072,32x4096", help="rows x context")
     parser.add_argument("--shape", default="32x8x128", help="query heads x KV heads x head dimension")
     parser.add_argument("--check", action="store_true", help="only the error of a small layer; runs without a GPU")

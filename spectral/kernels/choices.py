@@ -49,6 +49,7 @@ class DecodeChoices:
         split_blocks: parts of a sequence have a multiple of so many blocks. A program's warps take turns with blocks:
             where there are fewer than warps, some have nothing to do.
         mix_programs: programs of a mix launch that fill a GPU: with fewer, sequences are split.
+        many_splits: parts of a sequence from which they are put together eight at a time.
         hold, hold_share: whether the programs of blocks, and of shares of them, keep the block's projected query in
             shared memory where it fits. There it is near; without, more programs are on a multiprocessor that has
             little.
@@ -61,6 +62,7 @@ class DecodeChoices:
     hold_share: bool = _knob(False, True, False, seconds=10)
     window_warps: int = _knob(4, 2, 4, 8, seconds=2)
     window_tile: int = _knob(32, 16, 32, seconds=2)
+    many_splits: int = _knob(8, 4, 8, 16)
     combine_tile: int = _knob(32, 16, 32, 64, seconds=2)
     combine_warps: int = _knob(4, 1, 2, 4, 8, seconds=2)
     query_warps: int = _knob(1, 1, 2, 4, seconds=1)

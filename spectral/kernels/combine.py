@@ -156,9 +156,10 @@ def combine_kernel(
     share_ptr,
     units, splits, outputs, split_blocks, rank, heads, sequences,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, CLASSES: tl.constexpr, P: tl.constexpr, PB: tl.constexpr,
-    RT: tl.constexpr,
+    RT: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """RT latents of one sequence, unit and 16 heads: planes, classes and splits together, over the sum of all weights.
+    SPLITS splits at once: one after another, a long row's many splits would each wait for the memory.
 
     wtop_ptr, wsum_ptr: fp32 [sequence, query heads]: the exact window's largest score and sum of weights.
     latent_ptr: fp16 [KV heads, sequence, query head of the group, rank]; share_ptr: fp32 [sequence, query heads, 2]:
@@ -177,28 +178,36 @@ def combine_kernel(
     blocks = (tl.load(count_ptr + seq) + PB - 1) // PB
     used = (blocks + split_blocks - 1) // split_blocks
     wtop = tl.load(wtop_ptr + row, mask=real, other=0.0)
-    top = wtop
-    for s in range(used):
+    each = tl.arange(0, 16 * SPLITS)  # a split after another, 16 heads each
+    tops = tl.full([16 * SPLITS], float("-inf"), tl.float32)
+    for first in range(0, used, SPLITS):
+        s = first + each // 16
         at = ((seq * splits + s) * units + unit) * GROUPS + part
-        top = tl.maximum(top, tl.load(top_ptr + at * 16 + lane))
-    total = tl.zeros([16], tl.float32)
-    mixed = tl.zeros([16, RT], tl.float32)
-    for s in range(used):
+        tops = tl.maximum(tops, tl.load(top_ptr + at * 16 + each % 16, mask=s < used, other=float("-inf")))
+    top = tl.maximum(wtop, tl.max(tl.reshape(tops, [SPLITS, 16]), 0))
+    largest = tl.reshape(tl.broadcast_to(top[None, :], [SPLITS, 16]), [16 * SPLITS])
+    totals = tl.zeros([16 * SPLITS], tl.float32)
+    sums = tl.zeros([16 * SPLITS, RT], tl.float32)
+    for first in range(0, used, SPLITS):
+        s = first + each // 16
         at = ((seq * splits + s) * units + unit) * GROUPS + part
-        fac = tl.exp2(tl.load(top_ptr + at * 16 + lane) - top)
-        sums = sum_ptr + at * (CLASSES * 16) + lane
-        total += fac * tl.load(sums)
-        source = out_ptr + (((seq * splits + s) * GROUPS + part) * 16 + lane).to(tl.int64) * outputs
+        fac = tl.exp2(tl.load(top_ptr + at * 16 + each % 16, mask=s < used, other=float("-inf")) - largest)
+        weights = sum_ptr + at * (CLASSES * 16) + each % 16
+        totals += fac * tl.load(weights, mask=s < used, other=0.0)
+        source = out_ptr + (((seq * splits + s) * GROUPS + part) * 16 + each % 16).to(tl.int64) * outputs
         for c in tl.static_range(CLASSES):
             k = unit * CLASSES + c
             below = tl.load(offset_ptr + k * rank + r, mask=inside, other=0.0)
-            weight = fac * tl.load(sums + c * 16, mask=lane >= 16 * (tl.max(below, 0) <= 0), other=0.0)
-            mixed -= weight[:, None] * below[None, :]
+            weight = fac * tl.load(weights + c * 16, mask=s < used * (tl.max(below, 0) > 0), other=0.0)
+            sums -= weight[:, None] * below[None, :]
             for side in tl.static_range(2):
                 column = tl.load(source_ptr + (k * 2 + side) * (rank // 16) + r // 16, mask=inside, other=-1)
                 scale = tl.load(scale_ptr + (k * 2 + side) * rank + r, mask=inside, other=0.0)
-                x = tl.load(source[:, None] + (column + r % 16)[None, :], mask=(column >= 0)[None, :], other=0.0)
-                mixed += fac[:, None] * (x * scale[None, :])
+                held = (s < used)[:, None] & (column >= 0)[None, :]
+                x = tl.load(source[:, None] + (column + r % 16)[None, :], mask=held, other=0.0)
+                sums += fac[:, None] * (x * scale[None, :])
+    total = tl.sum(tl.reshape(totals, [SPLITS, 16]), 0)
+    mixed = tl.sum(tl.reshape(sums, [SPLITS, 16, RT]), 0)
     total = total * tl.sqrt(P * 1.0)  # frequency 0 is the sum over a page's tokens, over the root of their number
     window = tl.exp2(wtop - top)
     weight = total + window * tl.load(wsum_ptr + row, mask=real, other=1.0)

@@ -383,10 +383,12 @@ def _pages(
     latent = torch.empty((codec.kv_heads, rows, group, layer.rank), dtype=torch.float16, device=device)
     share = torch.empty((rows, heads, 2), device=device)
     meet()
-    combine_kernel[(units * parts, triton.cdiv(layer.rank, choices.combine_tile), rows)](
+    many = splits >= choices.many_splits
+    tile = 16 if many else choices.combine_tile
+    combine_kernel[(units * parts, triton.cdiv(layer.rank, tile), rows)](
         outs, sums, tops, step.count, unit, tables["source"], tables["source_factor"], tables["offset"], top, total,
         latent, share, units, splits, layer.outputs, each, layer.rank, heads, rows,
-        GROUPS=parts, GROUP=group, CLASSES=layer.classes, P=tokens, PB=page_blocks, RT=choices.combine_tile,
-        num_warps=choices.combine_warps,
+        GROUPS=parts, GROUP=group, CLASSES=layer.classes, P=tokens, PB=page_blocks, RT=tile,
+        SPLITS=8 if many else 1, num_warps=8 if many else choices.combine_warps,
     )  # fmt: skip
     return latent, share

@@ -7,6 +7,7 @@ import numpy as np
 from spectral.basis import Unit, side_numbers
 from spectral.bits import CHANNEL_GROUP, WIDTHS, allocate, frequency_classes, gaussian_step, gaussian_tables
 from spectral.codec import LayerCodec
+from spectral.fit import SPEED_FIELD_BITS, check_preference
 from spectral.frames import BlockFrame
 
 BITS = {"4x": 3.774, "8x": 1.774, "16x": 0.742}
@@ -38,24 +39,24 @@ def synthetic_unit(
 
 
 def synthetic_parts(
-    kv_heads: int, dim: int, bits: float, *, apart: bool = False, field_bits: float = 0.0
+    kv_heads: int, dim: int, bits: float, prefer: str = "quality"
 ) -> list[tuple[Unit, np.ndarray]]:
-    """Units of a layer with as many heads each as make 1,024 numbers of keys and values, and their widths; `apart`:
-    with bases of their own for keys and for values."""
+    """Units of a layer with as many heads each as make 1,024 numbers of keys and values, and their widths, as a profile
+    with this preference (spectral.fit.PREFERENCES) has them."""
+    check_preference(prefer)
+    sides, field_bits = (("key", "value"), SPEED_FIELD_BITS) if prefer == "speed" else (("both",), 0.0)
     run = max(1, min(kv_heads, 1024 // (2 * dim)))
     spans = [(a, min(a + run, kv_heads)) for a in range(0, kv_heads, run)]
-    wanted = [(span, side) for side in (("key", "value") if apart else ("both",)) for span in spans]
+    wanted = [(span, side) for side in sides for span in spans]
     return [
         synthetic_unit(span, dim, bits, seed, side=side, field_bits=field_bits)
         for seed, (span, side) in enumerate(wanted)
     ]
 
 
-def synthetic_codec(
-    kv_heads: int, dim: int, bits: float, device: str, *, apart: bool = False, field_bits: float = 0.0
-) -> LayerCodec:
+def synthetic_codec(kv_heads: int, dim: int, bits: float, device: str, prefer: str = "quality") -> LayerCodec:
     """A layer of `synthetic_parts`."""
-    parts = synthetic_parts(kv_heads, dim, bits, apart=apart, field_bits=field_bits)
+    parts = synthetic_parts(kv_heads, dim, bits, prefer)
     frequencies = 1e6 ** (-np.arange(0, dim, 2) / dim)
     frame = BlockFrame(frequencies, block_tokens=BLOCK, page_tokens=PAGE, sinks=SINKS, device=device)
     return LayerCodec(
