@@ -79,7 +79,7 @@ def wanted(device: torch.device, task: str) -> bool:
         return able(device) and _trusted.get((device, task), True)
     if not installed():
         raise SettingError(f"{VARIABLE}=triton needs triton: install spectral-serve[gpu]")
-    from spectral.kernels.decode import interpreted
+    from spectral.kernels.scoring import interpreted
 
     if device.type != "cuda" and not interpreted():
         raise SettingError(f"{VARIABLE}=triton needs an NVIDIA GPU, and this cache lies on {device}")

@@ -19,24 +19,18 @@ import triton
 from spectral.aside import to_device
 from spectral.codec import LayerCodec
 from spectral.errors import SettingError
-from spectral.kernels.cells import held_runs
 from spectral.kernels.choices import DecodeChoices, Shape, block_pages, chosen, layer_shape
-from spectral.kernels.combine import combine_kernel, finish_kernel, query_kernel, window_kernel
+from spectral.kernels.combine import combine_kernel, finish_kernel, project_kernel, query_kernel, window_kernel
 from spectral.kernels.mix import factor_kernel, mix_kernel
-from spectral.kernels.score import block_runs, score_kernel
-from spectral.kernels.shares import STAGE, STAGES, gather_kernel, share_kernel
-from spectral.kernels.tables import QUAD_ORDER, SHARES, LayerTables, layer_tables
+from spectral.kernels.scoring import Scoring, interpreted
+from spectral.kernels.tables import QUAD_ORDER, LayerTables, layer_tables
 from spectral.windows import ExactWindow, QuantizedWindow
 
 LOG2E = math.log2(math.e)
 MIX_WARPS = 4
 FACTOR_TILE = 64
-
-
-@cache
-def interpreted() -> bool:
-    """Whether Triton runs kernels in its interpreter."""
-    return bool(triton.knobs.runtime.interpret)
+TILE = 64
+"""Latents that a program of project_kernel makes."""
 
 
 def unsupported(codec: LayerCodec, window: int) -> str:
@@ -269,61 +263,32 @@ def _window(
     )  # fmt: skip
 
 
-@dataclass
-class _Scoring:
-    """What becomes weights, and where: projected fp16 [H, B * blocks * G, R], const fp32 [B, blocks, Hq, 8]; weight
-    and largest as spectral.kernels.score leaves them. cap: of softcap, in units of log2, 0 for none."""
-
-    layer: LayerKernels
-    choices: DecodeChoices
-    pool: torch.Tensor
-    step: StepTables
-    projected: torch.Tensor
-    const: torch.Tensor
-    unit: torch.Tensor
-    weight: torch.Tensor
-    largest: torch.Tensor
-    group: int
-    cap: float
-
-    def by_blocks(self) -> None:
-        """A program for each block."""
-        layer, step = self.layer, self.step
-        rows, units, parts, blocks, _ = self.largest.shape
-        pages, runs, fast = block_pages(layer.codec), layer.key_rank // 16, not interpreted()
-        warps, entries = pages // 8, layer.tables["stepped"]
-        score_kernel[(units * parts, blocks, rows)](
-            self.projected, self.const, self.pool, step.pages, step.count, self.unit, layer.tables["cells"], entries,
-            self.weight, self.largest,
-            step.pages.stride(0), layer.codec.page_nbytes, self.projected.stride(0), runs, blocks, blocks * pages,
-            units, self.const.shape[2], entries.stride(0),
-            GROUPS=parts, GROUP=self.group, CLASSES=layer.classes, P=layer.codec.page_tokens,
-            HOLD=block_runs(runs, warps) if self.choices.hold else 0, SOFTCAP=self.cap, WARPS=warps, FAST=fast,
-            num_warps=warps,
-            num_stages=1, **({"maxnreg": 128} if fast else {}),
+def _project(
+    layer: LayerKernels, choices: DecodeChoices, query: torch.Tensor, blocks: int, scale: float, few: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries [B, Hq, d] in the frames of all blocks: in latents, fp16 [H, B * blocks * G, R], and their products with
+    means and offsets, fp32 [B, blocks, Hq, 8]. few: of blocks, so that a launch weighs more than its work."""
+    codec, (rows, heads, dim) = layer.codec, query.shape
+    group, width = heads // codec.kv_heads, triton.next_power_of_2(heads // codec.kv_heads)
+    cos, sin = codec.frame._table(blocks) if codec.frame.turns else (layer.vectors, layer.vectors)
+    const = torch.empty((rows, blocks, heads, 8), device=query.device)
+    sizes = {"GROUP": group, "G": width, "DIM": dim, "HALF": cos.shape[1] if codec.frame.turns else 0}
+    if few:
+        shape = (codec.kv_heads, rows * blocks * group, layer.key_rank)
+        projected = torch.empty(shape, dtype=torch.float16, device=query.device)
+        near = max(1, 16 // width)
+        project_kernel[(codec.kv_heads, triton.cdiv(layer.key_rank, TILE) * triton.cdiv(blocks, near), rows)](
+            query, cos, sin, layer.vectors, layer.key_basis, projected, const,
+            dim, blocks, heads, rows, scale, layer.key_rank,
+            **sizes, BLOCKS=near, D=max(16, triton.next_power_of_2(dim)), CLASSES=layer.classes, TILE=TILE, num_warps=4,
         )  # fmt: skip
-
-    def by_shares(self) -> None:
-        """SHARES programs for every eight pages, and one for each block that puts their sums together."""
-        layer, step = self.layer, self.step
-        rows, units, parts, blocks, _ = self.largest.shape
-        pages, runs, tokens = block_pages(layer.codec), layer.key_rank // 16, layer.codec.page_tokens
-        octets, fast = blocks * pages // 8, not interpreted()
-        held = held_runs(runs, int(STAGES) * int(STAGE)) if self.choices.hold_share else 0
-        sums = torch.empty((rows, units, parts, octets, SHARES, 4 * tokens, 32), device=self.largest.device)
-        share_kernel[(units * parts * SHARES, octets, rows)](
-            self.projected, self.pool, step.pages, step.count, self.unit, layer.tables["share"],
-            layer.tables["entry"], sums,
-            step.pages.stride(0), layer.codec.page_nbytes, self.projected.stride(0), runs, blocks, units, octets,
-            GROUPS=parts, GROUP=self.group, CLASSES=layer.classes, P=tokens, PB=pages, SHARES=SHARES,
-            HOLD=held, FAST=fast, num_warps=1, num_stages=1,
-        )  # fmt: skip
-        gather_kernel[(units * parts, blocks, rows)](
-            sums, self.const, step.count, self.unit, self.weight, self.largest,
-            blocks, blocks * pages, units, octets, self.const.shape[2],
-            GROUPS=parts, CLASSES=layer.classes, P=tokens, PB=pages, SHARES=SHARES, SOFTCAP=self.cap, FAST=fast,
-            num_warps=pages // 2, num_stages=1,
-        )  # fmt: skip
+        return projected, const
+    framed = torch.empty((codec.kv_heads, rows * blocks * group, dim), dtype=torch.float16, device=query.device)
+    query_kernel[(codec.kv_heads, blocks, rows)](
+        query, cos, sin, layer.vectors, framed, const, dim, blocks, heads, rows, scale,
+        **sizes, D=triton.next_power_of_2(dim), CLASSES=layer.classes, num_warps=choices.query_warps,
+    )  # fmt: skip
+    return torch.bmm(framed, layer.key_basis), const
 
 
 def _pages(
@@ -346,20 +311,13 @@ def _pages(
     blocks = triton.cdiv(step.pages.shape[1], page_blocks)
     parts, units = layer.head_groups(group), len(layer.unit_heads)
     unit, tables, fast = layer.units(group), layer.tables, not interpreted()
-    cos, sin = codec.frame._table(blocks) if codec.frame.turns else (layer.vectors, layer.vectors)
-    framed = torch.empty((codec.kv_heads, rows * blocks * group, dim), dtype=torch.float16, device=device)
-    const = torch.empty((rows, blocks, heads, 8), device=device)
-    query_kernel[(codec.kv_heads, blocks, rows)](
-        query, cos, sin, layer.vectors, framed, const, dim, blocks, heads, rows, scale,
-        GROUP=group, G=triton.next_power_of_2(group), D=triton.next_power_of_2(dim), DIM=dim,
-        HALF=cos.shape[1] if codec.frame.turns else 0, CLASSES=layer.classes, num_warps=choices.query_warps,
-    )  # fmt: skip
-    projected = torch.bmm(framed, layer.key_basis)  # [H, B * blocks * G, R]
+    programs = units * parts * blocks * rows
+    projected, const = _project(layer, choices, query, blocks, scale, programs <= choices.fused_blocks)
     pages_max = blocks * page_blocks
     weight = torch.empty((rows, units, parts, pages_max * tokens * 16), dtype=torch.float16, device=device)
     largest = torch.empty((rows, units, parts, blocks, 16), device=device)
-    scoring = _Scoring(layer, choices, pool, step, projected, const, unit, weight, largest, group, cap)
-    if units * parts * blocks * rows <= choices.shared_blocks:
+    scoring = Scoring(layer, choices, pool, step, projected, const, unit, weight, largest, group, cap)
+    if programs <= choices.shared_blocks:
         scoring.by_shares()
     else:
         scoring.by_blocks()

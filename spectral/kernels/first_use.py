@@ -35,7 +35,7 @@ from spectral.kernels.choices import (
     settle,
     tuning_wanted,
 )
-from spectral.kernels.decode import interpreted
+from spectral.kernels.scoring import interpreted
 from spectral.kernels.search import Found
 from spectral.kernels.tune import DECODE_SHARE, Bench, CodeBench, DecodeBench, entry_of, summary, tune
 
