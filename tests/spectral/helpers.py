@@ -131,14 +131,25 @@ def random_codebook(
     page: int = 8,
     block: int = 32,
     window_bits: int = 16,
+    units: int = 1,
     device: str = "cpu",
+    apart: bool = False,
 ) -> Codebook:
-    """A setting with random bases for every full layer of a model."""
+    """A setting with random bases for every full layer of a model; `units`, `apart`: see `random_codec`."""
     layers = [
         None
         if layer.sliding
         else random_codec(
-            layer.kv_heads, layer.key_dim, widths, page=page, seed=i, block=block, sinks=sinks, device=device
+            layer.kv_heads,
+            layer.key_dim,
+            widths,
+            page=page,
+            seed=i,
+            units=units,
+            block=block,
+            sinks=sinks,
+            device=device,
+            apart=apart,
         )
         for i, layer in enumerate(shape.layers)
     ]

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spectral.bits import WIDTHS, fit_tables, gaussian_step, gaussian_tables
+from spectral.basis import Unit
+from spectral.bits import WIDTHS, fit_tables, frequency_classes, gaussian_step, gaussian_tables
 from spectral.codec import ExactCodec, LayerCodec
 from spectral.errors import SettingError
 from spectral.frames import BlockFrame
@@ -41,12 +42,14 @@ def test_levels_come_back_from_their_codes(widths: list[int], page: int, seed: i
     torch.testing.assert_close(unit.levels(packed).flatten(1), y, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("units", [1, 2])
+@pytest.mark.parametrize(("units", "apart"), [(1, False), (2, False), (1, True), (2, True)])
 @pytest.mark.parametrize("block", [0, 32])
 @pytest.mark.parametrize("widths", [ALL, [2, 1, 0, 0], [4], [0]])
-def test_attention_on_codes_equals_attention_on_what_they_decode_to(widths: list[int], block: int, units: int) -> None:
+def test_attention_on_codes_equals_attention_on_what_they_decode_to(
+    widths: list[int], block: int, units: int, apart: bool
+) -> None:
     heads, dim, page, groups, count = 2, 16, 16, 3, 5
-    codec = random_codec(heads, dim, widths, page=page, block=block, units=units)
+    codec = random_codec(heads, dim, widths, page=page, block=block, units=units, apart=apart)
     keys, values = torch.randn(2 * count, heads, page, dim), torch.randn(2 * count, heads, page, dim)
     index = torch.arange(count).repeat(2)
     pages = codec.encode(keys, values, index)
@@ -61,6 +64,74 @@ def test_attention_on_codes_equals_attention_on_what_they_decode_to(widths: list
     torch.testing.assert_close(opened.scores(query), query @ dense[0].transpose(2, 3), rtol=1e-4, atol=2e-3)
     weight = torch.rand(2, heads, groups, count * page)
     torch.testing.assert_close(opened.mix(weight), weight @ dense[1], rtol=1e-4, atol=2e-3)
+
+
+def joined(key: Unit, value: Unit) -> Unit:
+    """Keys and values of the same heads in one unit whose latents are those of the two: its basis has two blocks."""
+    sizes = key.mean.size, value.mean.size
+    decode, encode = (np.zeros((sum(sizes), sum(sizes))) for _ in range(2))
+    for whole, name in ((decode, "decode"), (encode, "encode")):
+        whole[: sizes[0], : sizes[0]], whole[sizes[0] :, sizes[0] :] = getattr(key, name), getattr(value, name)
+    mean, variance, deviation = (
+        np.concatenate([getattr(unit, name) for unit in (key, value)], -1) for name in ("mean", "variance", "deviation")
+    )
+    return Unit(key.heads, mean, decode, encode, variance, deviation)
+
+
+def typical(unit: Unit, shape: tuple[int, ...]) -> torch.Tensor:
+    """Numbers of a unit, [*shape, D] float32, with the deviations that it expects."""
+    latents = torch.randn(*shape, unit.variance.size) * float(unit.deviation.mean())
+    return latents @ torch.from_numpy(unit.decode.T).float() + torch.from_numpy(unit.mean).float()
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_units_of_one_side_are_units_of_both_with_two_blocks(mixed: bool) -> None:
+    """The same latents at the same widths: pages open, decode and squeeze to the same numbers, wherever a unit's bytes
+    lie. `mixed`: units of keys and of values take turns; else all keys come first."""
+    torch.manual_seed(0)
+    heads, dim, page, count = 4, 16, 16, 6
+    spans, classes = [(0, 2), (2, 4)], len(frequency_classes(page))
+    rng = np.random.default_rng(4)
+    both, sides = [], []
+    for number, span in enumerate(spans):
+        pair = [random_unit(span, dim, 7 * number + i, page, side) for i, side in enumerate(("key", "value"))]
+        sides.append(pair)
+        both.append(joined(*pair))
+
+    def codecs(among: list[int]) -> list[LayerCodec]:
+        """The two forms, with widths [classes, 32] for each side of each run of heads."""
+        widths = [[rng.choice(among, size=(classes, 2)).repeat(16, axis=1) for _ in range(2)] for _ in spans]
+        apart = [(unit, w) for pair, ws in zip(sides, widths, strict=True) for unit, w in zip(pair, ws, strict=True)]
+        if not mixed:
+            apart.sort(key=lambda part: part[0].side)
+        whole = [(unit, np.concatenate(ws, 1)) for unit, ws in zip(both, widths, strict=True)]
+        frame = BlockFrame(0.5 ** np.arange(dim // 2), block_tokens=32, page_tokens=page, sinks=4)
+        return [
+            LayerCodec(parts, gaussian_tables(), frame, key_dim=dim, value_dim=dim, page_tokens=page)
+            for parts in (whole, apart)
+        ]
+
+    fine, coarse = codecs([8, 6, 4]), codecs([3, 2, 1, 0])
+    assert fine[1].key_units == ([0, 2] if mixed else [0, 1]) and fine[1].value_units == ([1, 3] if mixed else [2, 3])
+    index, query, weight = torch.arange(count), torch.randn(1, heads, 3, dim), torch.rand(1, heads, 3, count * page)
+    keys, values = (
+        torch.cat([typical(pair[side], (count, page)).unflatten(2, (2, dim)) for pair in sides], 2).transpose(1, 2)
+        for side in (0, 1)
+    )
+    keys = fine[0].frame.keys(keys, index, back=True)
+    pages = [codec.encode(keys, values, index) for codec in fine]
+    squeezed = [codec.squeeze(x, new) for codec, x, new in zip(fine, pages, coarse, strict=True)]
+    for found, of in ((pages, fine), (squeezed, coarse)):
+        assert [x.shape for x in found] == [(count, codec.page_nbytes) for codec in of]
+        for plain in (False, True):
+            decoded = [codec.decode(x, index, plain=plain) for codec, x in zip(of, found, strict=True)]
+            for expected, got in zip(*decoded, strict=True):
+                torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        opened = [codec.open(x[None]) for codec, x in zip(of, found, strict=True)]
+        torch.testing.assert_close(opened[1].scores(query), opened[0].scores(query), rtol=1e-4, atol=2e-3)
+        torch.testing.assert_close(opened[1].mix(weight), opened[0].mix(weight), rtol=1e-4, atol=2e-3)
+    for original, got in zip((keys, values), fine[1].decode(pages[1], index), strict=True):
+        assert (got - original).norm() < 0.2 * original.norm()  # and they are those that went in
 
 
 def test_error_falls_by_the_quantizers_law() -> None:
@@ -131,3 +202,24 @@ def test_codec_refuses_what_it_cannot_hold() -> None:
             value_dim=16,
             page_tokens=16,
         )
+
+
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [
+        ([((1, 2), "key"), ((0, 2), "value")], "keys do not cover"),
+        ([((0, 2), "value")], "keys do not cover"),
+        ([((0, 1), "key"), ((0, 2), "value")], "keys of 1 heads and values of 2"),
+        ([((0, 2), "key"), ((0, 1), "value")], "keys of 2 heads and values of 1"),
+        ([((1, 2), "key"), ((0, 1), "key"), ((0, 2), "value")], "keys do not cover"),
+        ([((0, 2), "key"), ((0, 1), "value"), ((0, 1), "value")], "values do not cover"),
+        ([((0, 2), "both"), ((0, 2), "value")], "values do not cover"),
+        ([((0, 1), "both"), ((1, 2), "key")], "keys of 2 heads and values of 1"),
+    ],
+)
+def test_units_that_do_not_cover_both_sides_are_refused(held: list[tuple[tuple[int, int], str]], message: str) -> None:
+    units = [random_unit(heads, 16, number, 16, side) for number, (heads, side) in enumerate(held)]
+    parts = [(unit, cycling_widths([4], unit.variance.size, 16)) for unit in units]
+    frame = BlockFrame(None, block_tokens=0, page_tokens=16, sinks=0)
+    with pytest.raises(SettingError, match=message):
+        LayerCodec(parts, gaussian_tables(), frame, key_dim=16, value_dim=16, page_tokens=16)

@@ -24,24 +24,26 @@ from tests.spectral.kernels.chunks import run_chunk
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MIXED = [8, 6, 4, 3, 2, 1, 0]
 SHAPES = [
-    # KV heads, dim, page, units, block, pages, first page
-    (2, 16, 16, 2, 64, 5, 3),
-    (2, 40, 8, 1, 32, 7, 1),
-    (1, 32, 16, 1, 0, 1, 0),
-    (2, 16, 8, 1, 8, 4, 9),
+    # KV heads, dim, page, units, block, pages, first page, keys and values apart
+    (2, 16, 16, 2, 64, 5, 3, False),
+    (2, 40, 8, 1, 32, 7, 1, False),
+    (1, 32, 16, 1, 0, 1, 0, False),
+    (2, 16, 8, 1, 8, 4, 9, False),
+    (4, 24, 16, 2, 64, 5, 3, True),
+    (2, 16, 8, 1, 32, 7, 1, True),
 ]
 
 
-def layer_of(heads: int, dim: int, page: int, units: int, block: int) -> CodeLayer:
-    return CodeLayer(random_codec(heads, dim, MIXED, page=page, units=units, block=block, device=DEVICE))
+def layer_of(heads: int, dim: int, page: int, units: int, block: int, apart: bool = False) -> CodeLayer:
+    return CodeLayer(random_codec(heads, dim, MIXED, page=page, units=units, block=block, device=DEVICE, apart=apart))
 
 
-@pytest.mark.parametrize(("heads", "dim", "page", "units", "block", "count", "first"), SHAPES)
+@pytest.mark.parametrize(("heads", "dim", "page", "units", "block", "count", "first", "apart"), SHAPES)
 def test_opened_pages_are_the_references(
-    heads: int, dim: int, page: int, units: int, block: int, count: int, first: int
+    heads: int, dim: int, page: int, units: int, block: int, count: int, first: int, apart: bool
 ) -> None:
     """Every width, pages anywhere in the pool, blocks that begin anywhere, several slices."""
-    layer = layer_of(heads, dim, page, units, block)
+    layer = layer_of(heads, dim, page, units, block, apart)
     pool = check_codes.random_pages(layer.codec, count + 4)
     ids = torch.randperm(count + 4, device=DEVICE)[:count].int()
     found = check_codes.opened(layer, pool, ids, first)
@@ -75,15 +77,18 @@ def rounding(layer: CodeLayer) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("bits", [16, 10, 8])
-@pytest.mark.parametrize(("page", "units", "block", "count"), [(16, 2, 64, 3), (8, 2, 8, 5), (16, 2, 0, 1)])
+@pytest.mark.parametrize(
+    ("page", "units", "block", "count", "apart"),
+    [(16, 2, 64, 3, False), (8, 2, 8, 5, False), (16, 2, 0, 1, False), (16, 2, 64, 3, True), (8, 1, 8, 5, True)],
+)
 def test_codes_are_the_references_but_for_values_on_an_edge(
-    page: int, units: int, block: int, count: int, bits: int
+    page: int, units: int, block: int, count: int, apart: bool, bits: int
 ) -> None:
     """Tokens partly from the window and partly new, rounded as it would: a code differs where a value lies within
     fp16's rounding of the edge of two codes. All bytes of the pages are written, and no others."""
     torch.manual_seed(0)
     heads, dim, first = 2, 16, 2
-    layer = layer_of(heads, dim, page, units, block)
+    layer = layer_of(heads, dim, page, units, block, apart)
     codec = layer.codec
     window = make_window(LayerShape(heads, dim, dim), 4, 32, torch.bfloat16, torch.device(DEVICE), bits)
     numbers = check_codes.expected(
@@ -101,27 +106,32 @@ def test_codes_are_the_references_but_for_values_on_an_edge(
     if bits < 16:
         tokens.top, tokens.group = 2 ** (bits - 1) - 1, window.groups  # type: ignore[attr-defined]
     encode(layer, tokens, number.int(), codec.frame.blocks(first + count), pool, spot)
-    apart = (codes_of(codec, pool[spot.long()]) - codes_of(codec, wanted)).abs()
+    off = (codes_of(codec, pool[spot.long()]) - codes_of(codec, wanted)).abs()
     noise = rounding(layer)
-    assert (apart <= 1 + 8 * noise).all() and (apart > 0).float().mean() < 4 * noise.clamp_max(0.25).mean() + 1e-3
+    assert (off <= 1 + 8 * noise).all() and (off > 0).float().mean() < 4 * noise.clamp_max(0.25).mean() + 1e-3
     rest = [i for i in range(count + 3) if i not in spot.tolist()]
     assert (pool[rest] == 255).all()
-    if not apart.any():
+    if not off.any():
         assert torch.equal(pool[spot.long()], wanted)
 
 
-def store_of(kv_heads: int, dim: int, group: int, widths: list[int], bits: int, page: int) -> PageStore:
+def store_of(
+    kv_heads: int, dim: int, group: int, widths: list[int], bits: int, page: int, apart: bool = False
+) -> PageStore:
     shape = ModelShape((LayerShape(kv_heads, dim, dim),), kv_heads * group, kv_heads * group * dim)
-    book = random_codebook(shape, widths, page=page, window=32, block=64, window_bits=bits, device=DEVICE)
+    book = random_codebook(
+        shape, widths, page=page, window=32, block=64, window_bits=bits, units=1 + apart, device=DEVICE, apart=apart
+    )
     return PageStore(shape, book, device=DEVICE, window_dtype=torch.float32)
 
 
 @pytest.mark.parametrize(
-    ("kv_heads", "dim", "group", "widths", "bits", "page", "softcap", "chunks"),
+    ("kv_heads", "dim", "group", "widths", "bits", "page", "softcap", "chunks", "apart"),
     [
-        (2, 16, 2, MIXED, 8, 16, None, [100, 21, 40]),
-        (1, 24, 3, [4, 2, 1], 10, 8, None, [3, 2, 70, 5]),
-        (1, 16, 4, [4, 3], 16, 16, 3.0, [90, 33]),
+        (2, 16, 2, MIXED, 8, 16, None, [100, 21, 40], False),
+        (1, 24, 3, [4, 2, 1], 10, 8, None, [3, 2, 70, 5], False),
+        (1, 16, 4, [4, 3], 16, 16, 3.0, [90, 33], False),
+        (2, 32, 2, MIXED, 8, 16, None, [100, 21, 40], True),
     ],
 )
 def test_chunks_over_codes_equal_the_reference(
@@ -134,12 +144,13 @@ def test_chunks_over_codes_equal_the_reference(
     page: int,
     softcap: float | None,
     chunks: list[int],
+    apart: bool,
 ) -> None:
     """Chunks over a past without pages, with pages, and such as end within one. On the same codes the answers are
     close; where the kernels made the codes, a few differ by one."""
     outs, pages = {}, {}
     for before, last in (("reference", "reference"), ("reference", "triton"), ("triton", "triton")):
-        store = store_of(kv_heads, dim, group, widths, bits, page)
+        store = store_of(kv_heads, dim, group, widths, bits, page, apart)
         row = store.open()
         for i, count in enumerate(chunks):
             monkeypatch.setenv("SPECTRAL_ATTENTION", last if i == len(chunks) - 1 else before)
@@ -152,9 +163,9 @@ def test_chunks_over_codes_equal_the_reference(
         assert outs[key].dtype == wanted.dtype and check_codes.relative(outs[key], wanted) < most, key
     codec = store.codebook.layers[0]
     assert isinstance(codec, LayerCodec)
-    apart = (codes_of(codec, pages["triton", "triton"]) - codes_of(codec, pages["reference", "reference"])).abs()
+    off = (codes_of(codec, pages["triton", "triton"]) - codes_of(codec, pages["reference", "reference"])).abs()
     noise = rounding(CodeLayer(codec))
-    assert (apart <= 1 + 8 * noise).all() and (apart > 0).float().mean() < 4 * noise.clamp_max(0.25).mean() + 1e-3
+    assert (off <= 1 + 8 * noise).all() and (off > 0).float().mean() < 4 * noise.clamp_max(0.25).mean() + 1e-3
 
 
 def test_a_past_in_several_parts_is_merged(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,11 +291,13 @@ def test_fp16_survives_keys_of_very_different_size() -> None:
     assert off.mean() < 0.05 and np.isfinite(float(off.max()))
 
 
-@pytest.mark.parametrize("bits", [8, 16])
-def test_pages_sealed_between_steps_are_the_references(monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
+@pytest.mark.parametrize(("bits", "apart"), [(8, False), (16, False), (8, True)])
+def test_pages_sealed_between_steps_are_the_references(
+    monkeypatch: pytest.MonkeyPatch, bits: int, apart: bool
+) -> None:
     """Pages of two rows in one launch, a spare one with them; as SealStep of a decode step seals them."""
     shape = ModelShape((LayerShape(2, 16, 16),), 4, 64)
-    book = random_codebook(shape, [8, 4, 2, 0], page=16, window=32, block=64, window_bits=bits)
+    book = random_codebook(shape, [8, 4, 2, 0], page=16, window=32, block=64, window_bits=bits, apart=apart)
     store = PageStore(shape, book, device=DEVICE, window_dtype=torch.float32)
     monkeypatch.setenv("SPECTRAL_ATTENTION", "reference")
     rows = [store.open() for _ in range(2)]
@@ -303,8 +316,8 @@ def test_pages_sealed_between_steps_are_the_references(monkeypatch: pytest.Monke
         pool[pages] = 0
         step.run()
         found.append(codes_of(codec, pool[pages]))
-    apart = (found[0] - found[1]).abs()
-    assert found[0].any() and apart.max() <= 1 and apart.float().mean() < 0.01
+    off = (found[0] - found[1]).abs()
+    assert found[0].any() and off.max() <= 1 and off.float().mean() < 0.01
 
 
 def test_vectors_that_get_their_length_back_are_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:

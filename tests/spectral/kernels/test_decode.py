@@ -5,18 +5,21 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from spectral import dispatch
 from spectral.attention import attend
-from spectral.codec import LayerCodec
+from spectral.bits import gaussian_tables
+from spectral.codec import Codebook, LayerCodec
 from spectral.errors import SettingError
+from spectral.frames import BlockFrame
 from spectral.kernels.check import TOLERANCE, Case, relative_error
 from spectral.kernels.choices import forced
-from spectral.kernels.decode import LayerKernels, StepTables, decode_attention
+from spectral.kernels.decode import LayerKernels, StepTables, decode_attention, unsupported
 from spectral.pages import LayerShape, ModelShape, PageStore, Row
-from tests.spectral.helpers import random_codebook
+from tests.spectral.helpers import cycling_widths, random_codebook, random_unit
 from tests.spectral.kernels.chunks import random_sides, run_chunk
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -24,10 +27,20 @@ MIXED = [8, 6, 4, 3, 2, 1, 0]
 
 
 def store_of(
-    kv_heads: int, dim: int, group: int, widths: list[int], window_bits: int, block: int = 256
+    kv_heads: int,
+    dim: int,
+    group: int,
+    widths: list[int],
+    window_bits: int,
+    block: int = 256,
+    *,
+    units: int = 1,
+    apart: bool = False,
 ) -> PageStore:
     shape = ModelShape((LayerShape(kv_heads, dim, dim),), kv_heads * group, kv_heads * group * dim)
-    book = random_codebook(shape, widths, page=16, window=32, block=block, window_bits=window_bits)
+    book = random_codebook(
+        shape, widths, page=16, window=32, block=block, window_bits=window_bits, units=units, apart=apart
+    )
     return PageStore(shape, book, device=DEVICE, window_dtype=torch.float32)
 
 
@@ -47,14 +60,17 @@ def step(
 
 
 @pytest.mark.parametrize(
-    ("kv_heads", "dim", "group", "widths", "window_bits", "softcap", "lengths", "shared"),
+    ("kv_heads", "dim", "group", "widths", "window_bits", "softcap", "lengths", "shared", "units", "apart"),
     [
-        (1, 32, 4, MIXED, 16, None, [2, 51], True),
-        (1, 32, 4, MIXED, 16, None, [2, 51], False),
-        (2, 16, 2, [4, 2, 1], 10, None, [300], True),
-        (2, 16, 2, [4, 2, 1], 10, None, [300], False),
-        (1, 40, 20, [3, 6, 0], 8, 5.0, [100], False),
-        (1, 16, 20, [8], 16, 5.0, [53], True),
+        (1, 32, 4, MIXED, 16, None, [2, 51], True, 1, False),
+        (1, 32, 4, MIXED, 16, None, [2, 51], False, 1, False),
+        (2, 16, 2, [4, 2, 1], 10, None, [300], True, 1, False),
+        (2, 16, 2, [4, 2, 1], 10, None, [300], False, 1, False),
+        (1, 40, 20, [3, 6, 0], 8, 5.0, [100], False, 1, False),
+        (1, 16, 20, [8], 16, 5.0, [53], True, 1, False),
+        (4, 16, 3, MIXED, 8, None, [2, 100], True, 2, True),
+        (4, 16, 3, MIXED, 8, None, [2, 100], False, 2, True),
+        (2, 48, 2, [6, 3, 0, 0, 0], 16, 5.0, [100], False, 2, True),
     ],
 )
 def test_decoding_on_codes_equals_the_reference(
@@ -67,10 +83,12 @@ def test_decoding_on_codes_equals_the_reference(
     softcap: float | None,
     lengths: list[int],
     shared: bool,
+    units: int,
+    apart: bool,
 ) -> None:
     """Ragged rows, some without a page, one that seals a page in this very step; every width; groups over 16 heads;
-    scores in shares, and by one program a block."""
-    store = store_of(kv_heads, dim, group, widths, window_bits)
+    scores in shares, and by one program a block; keys and values in one unit, or in several of their own."""
+    store = store_of(kv_heads, dim, group, widths, window_bits, units=units, apart=apart)
     rows = [store.open() for _ in lengths]
     monkeypatch.setenv("SPECTRAL_ATTENTION", "reference")
     for i, (row, tokens) in enumerate(zip(rows, lengths, strict=True)):
@@ -205,6 +223,30 @@ def test_the_switch_says_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("SPECTRAL_ATTENTION", "fastest")
     with pytest.raises(SettingError, match="reference or triton"):
         step(store, [row], 2, 1, None, commit=False)
+
+
+def test_sides_in_units_of_different_heads_are_read_by_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys in one unit, values in two: a codec may, the kernels do not."""
+    frame = BlockFrame(0.5 ** np.arange(8), block_tokens=256, page_tokens=16, sinks=4, device=DEVICE)
+    held = [((0, 2), "key"), ((0, 1), "value"), ((1, 2), "value")]
+    units = [random_unit(heads, 16, number, 16, side) for number, (heads, side) in enumerate(held)]
+    codec = LayerCodec(
+        [(unit, cycling_widths([4, 2], unit.variance.size, 16)) for unit in units],
+        gaussian_tables(), frame, key_dim=16, value_dim=16, page_tokens=16, device=DEVICE,
+    )  # fmt: skip
+    assert unsupported(codec, 32) == "keys and values in units of different heads"
+    monkeypatch.setenv("SPECTRAL_ATTENTION", "triton")
+    with pytest.raises(SettingError, match="cannot serve keys and values in units of different heads"):
+        dispatch.kernels_for(codec, 32, 2, torch.float32)
+    monkeypatch.delenv("SPECTRAL_ATTENTION")
+    monkeypatch.setattr(dispatch, "able", lambda device: True)
+    assert dispatch.kernels_for(codec, 32, 2, torch.float32) is None
+    shape = ModelShape((LayerShape(2, 16, 16),), 4, 64)
+    store = PageStore(shape, Codebook("test", "hash", 4, 32, 16, [codec]), device=DEVICE, window_dtype=torch.float32)
+    row = store.open()
+    run_chunk(store, row, 100, 2, 0)
+    monkeypatch.setattr(dispatch, "able", lambda device: False)
+    assert step(store, [row], 2, 1, None, commit=True).isfinite().all() and row.length == 101
 
 
 def test_a_device_is_trusted_after_a_comparison_only(

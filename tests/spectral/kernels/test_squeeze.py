@@ -24,9 +24,12 @@ from tests.spectral.helpers import random_unit
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def codec_of(widths: list[np.ndarray], page: int, dim: int = 16) -> LayerCodec:
-    """One KV head a unit, with these widths [classes, 2 * dim]."""
-    units = [(random_unit((i, i + 1), dim, i, page), table) for i, table in enumerate(widths)]
+def codec_of(widths: list[np.ndarray], page: int, dim: int = 16, sides: tuple[str, ...] = ("both",)) -> LayerCodec:
+    """One KV head a unit, with these widths [classes, numbers]; those of all heads' first side come first."""
+    run = len(widths) // len(sides)
+    units = [
+        (random_unit((i % run, i % run + 1), dim, i, page, sides[i // run]), table) for i, table in enumerate(widths)
+    ]
     frame = BlockFrame(None, block_tokens=0, page_tokens=page, sinks=4)
     return LayerCodec(
         units, gaussian_tables(), frame, key_dim=dim, value_dim=dim, page_tokens=page, device=DEVICE
@@ -38,13 +41,24 @@ def random_widths(rng: np.random.Generator, among: list[int], page: int, units: 
     return [rng.choice(among, size=shape).repeat(16, axis=1).astype(np.uint8) for _ in range(units)]
 
 
-@pytest.mark.parametrize(("page", "count", "units"), [(16, 9, 2), (8, 1, 3), (16, 0, 1), (8, 17, 1)])
-def test_squeezed_pages_are_the_references(page: int, count: int, units: int) -> None:
+@pytest.mark.parametrize(
+    ("page", "count", "units", "sides"),
+    [
+        (16, 9, 2, ("both",)),
+        (8, 1, 3, ("both",)),
+        (16, 0, 1, ("both",)),
+        (8, 17, 1, ("both",)),
+        (16, 9, 4, ("key", "value")),
+        (8, 5, 4, ("key", "value")),
+    ],
+)
+def test_squeezed_pages_are_the_references(page: int, count: int, units: int, sides: tuple[str, ...]) -> None:
     """Every pair of widths, among them latents that the finer setting had dropped; odd counts of pages, and none."""
     rng = np.random.default_rng(page + count)
+    dim = 16 * len(sides)
     old_widths = random_widths(rng, [8, 6, 4, 3, 2, 1, 0], page, units)
     new_widths = random_widths(rng, [6, 4, 3, 2, 1, 0, 0], page, units)
-    old, new = codec_of(old_widths, page), codec_of(new_widths, page)
+    old, new = codec_of(old_widths, page, dim, sides), codec_of(new_widths, page, dim, sides)
     pool = check_codes.random_pages(old, count)
     out = torch.full((count, new.page_nbytes), 255, dtype=torch.uint8, device=DEVICE)
     SqueezeLayer(old, new)(pool, out)
