@@ -34,15 +34,14 @@ def channels_for(shares: Sequence[float], target: float = 0.95) -> int:
 
 
 def spectrum_lines(spectrum: Sequence[dict[str, Sequence[float]] | None], width: int = 48) -> list[str]:
-    """One line per layer and side; sliding layers (None) say that they stay exact."""
+    """One line per layer and unit; sliding layers (None) say that they stay exact."""
+    longest = max((len(name) for layer in spectrum if layer is not None for name in layer), default=0)
     lines = []
     for index, layer in enumerate(spectrum):
         if layer is None:
             lines.append(f"layer {index:3d}  sliding window: stays exact")
             continue
         for name, shares in layer.items():
-            count = channels_for(shares)
-            lines.append(
-                f"layer {index:3d} {name:>8} |{sparkline(shares, width)}| 95 % in {count} of {len(shares)} channels"
-            )
+            line, count = sparkline(shares, width), channels_for(shares)
+            lines.append(f"layer {index:3d} {name:>{longest}} |{line}| 95 % in {count} of {len(shares)} channels")
     return lines

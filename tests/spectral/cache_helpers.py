@@ -62,7 +62,7 @@ def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
 
 
 @cache
-def profile(family: str, seed: int = 0) -> SpectralProfile:
+def profile(family: str, seed: int = 0, prefer: str = "quality") -> SpectralProfile:
     """The profile of a random model, from its own keys and values of 480 random tokens."""
     made = model(family, "eager", seed)
     shape = model_shape(made)
@@ -72,6 +72,7 @@ def profile(family: str, seed: int = 0) -> SpectralProfile:
         [None if s.sliding else (x.keys[0], x.values[0]) for s, x in zip(shape.layers, past.layers, strict=True)],
         sliding=[s.sliding for s in shape.layers],
         ratios=(2.0, 4.5, 8.0),
+        prefer=prefer,
         recent=16,
         page_tokens=8,
         model=family,

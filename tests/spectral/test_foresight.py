@@ -13,6 +13,7 @@ import torch
 from spectral import foresight, unit_codec
 from spectral.codec import LayerCodec
 from spectral.foresight import Foresight, foresee
+from spectral.from_tensors import profile_from_tensors
 from spectral.kernels import quads, tables
 from spectral.kernels.code_layer import CodeLayer
 from spectral.kernels.decode import LayerKernels
@@ -20,6 +21,7 @@ from spectral.kernels.squeeze import SqueezeLayer
 from spectral.profile import SpectralProfile
 from spectral.remember import Memory, digest, nbytes_of
 from spectral.resources import profile_path
+from spectral.statistics import unit_heads
 
 
 @pytest.fixture
@@ -36,6 +38,18 @@ def profile() -> SpectralProfile:
     return SpectralProfile.load(profile_path("demo-7m"))
 
 
+@pytest.fixture(scope="module")
+def apart() -> SpectralProfile:
+    """Keys and values in two units each, two layers."""
+    rng = torch.Generator().manual_seed(0)
+    decay = 0.95 ** torch.arange(64)
+    sides = [torch.randn(2, 1024, 64, generator=rng) * decay for _ in range(4)]
+    with pytest.MonkeyPatch.context() as patch:  # units of one head
+        patch.setattr("spectral.from_tensors.unit_heads", lambda shape: unit_heads(shape, 128))
+        pairs = [(sides[0], sides[1]), (sides[2], sides[3])]
+        return profile_from_tensors(pairs, ratios=(4, 6, 8), recent=16, prefer="speed")
+
+
 def everything(profile: SpectralProfile, setting: str, finer: list[LayerCodec]) -> list[LayerCodec]:
     """All that a worker makes on a GPU for a setting."""
     layers = [codec for codec in profile.codebook(setting).layers if isinstance(codec, LayerCodec)]
@@ -47,18 +61,27 @@ def everything(profile: SpectralProfile, setting: str, finer: list[LayerCodec]) 
     return layers
 
 
-def test_a_change_of_setting_makes_nothing_that_was_foreseen(fresh: Memory, profile: SpectralProfile) -> None:
+@pytest.mark.parametrize("made_for", ["profile", "apart"])
+def test_a_change_of_setting_makes_nothing_that_was_foreseen(
+    fresh: Memory, made_for: str, request: pytest.FixtureRequest
+) -> None:
+    profile = request.getfixturevalue(made_for)
     now = everything(profile, "4x", [])
+    assert len(now[0].units) == {"profile": 1, "apart": 4}[made_for]
     rungs = list(dict.fromkeys(foresee(profile, "4x")))
     names = [row.name for row in profile.ladder]
     assert rungs == names[names.index("4x") + 1 :]
     made = fresh.misses
-    for setting in ("8x", "16x"):
+    for setting in rungs:
         everything(profile, setting, now)
-    assert fresh.misses == made
+    assert fresh.misses == made > 0
 
 
-def test_what_is_found_is_what_would_be_made(fresh: Memory, profile: SpectralProfile) -> None:
+@pytest.mark.parametrize("made_for", ["profile", "apart"])
+def test_what_is_found_is_what_would_be_made(
+    fresh: Memory, made_for: str, request: pytest.FixtureRequest
+) -> None:
+    profile = request.getfixturevalue(made_for)
     list(foresee(profile, "4x"))
     found = profile.codebook("8x").layers[0]
     fresh.__init__()  # type: ignore[misc]

@@ -25,8 +25,8 @@ from tests.spectral.cold_helpers import any_pages, layer_codec
 WIDE = np.array([[8, 6], [6, 4], [4, 3], [3, 2], [2, 1]])
 
 
-def book_of(tables: list[np.ndarray | None], *, units: int = 1) -> Codebook:
-    layers = [None if t is None else layer_codec(t, units=units, seed=i) for i, t in enumerate(tables)]
+def book_of(tables: list[np.ndarray | None], *, units: int = 1, apart: bool = False) -> Codebook:
+    layers = [None if t is None else layer_codec(t, units=units, seed=i, apart=apart) for i, t in enumerate(tables)]
     return Codebook("test", "hash", 4, 16, 16, layers)
 
 
@@ -61,13 +61,16 @@ def through(book: Codebook, links: Links, pages: list[torch.Tensor | None]) -> i
 @given(
     st.lists(st.lists(st.sampled_from(WIDTHS), min_size=10, max_size=10), min_size=2, max_size=4),
     st.integers(1, 2),
+    st.booleans(),
     st.sampled_from([0, 1, 3, 130]),
     st.integers(0, 99),
 )
 @settings(max_examples=30, deadline=None)
-def test_any_pages_of_any_widths_come_back(widths: list[list[int]], units: int, count: int, seed: int) -> None:
+def test_any_pages_of_any_widths_come_back(
+    widths: list[list[int]], units: int, apart: bool, count: int, seed: int
+) -> None:
     """Also pages that no encoder would have written, and predictors that predict nothing of them."""
-    book = book_of([np.array(w).reshape(5, 2) for w in widths], units=units)
+    book = book_of([np.array(w).reshape(5, 2) for w in widths], units=units, apart=apart)
     links = fit_links(book, coupled_pages(book, 20))
     pages = [any_pages(codec, count, seed + i) for i, codec in enumerate(book.layers)]
     assert through(book, links, pages) > 0

@@ -9,13 +9,17 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from spectral.bits import FIELDS, WIDTHS, frequency_classes
 from spectral.calibrate import SpectralProfiler, token_windows
 from spectral.errors import ModelError, ProfileError, SettingError
 from spectral.evaluate import evaluate, score_settings
+from spectral.fit import fit
+from spectral.from_tensors import profile_from_tensors
 from spectral.hf import LoadedModel
 from spectral.pages import PageStore
-from spectral.profile import SpectralProfile
+from spectral.profile import LadderRow, SpectralProfile
 from spectral.profile_file import digest
+from spectral.sparkline import spectrum_lines
 from spectral.statistics import Collector, Statistics, split_attention
 from tests.spectral.helpers import NoTokenizer, random_model
 
@@ -60,6 +64,12 @@ def model() -> LoadedModel:
 @pytest.fixture(scope="module")
 def profile(model: LoadedModel) -> SpectralProfile:
     return small_profiler().profile_from_loaded(model, texts=[TEXT])
+
+
+@pytest.fixture(scope="module")
+def apart(model: LoadedModel) -> SpectralProfile:
+    """The same, with bases of their own for keys and for values."""
+    return small_profiler(prefer="speed").profile_from_loaded(model, texts=[TEXT])
 
 
 def test_ladder_is_measured_and_monotone(profile: SpectralProfile, model: LoadedModel) -> None:
@@ -348,6 +358,118 @@ def test_head_statistics_and_maps(profile: SpectralProfile) -> None:
     for wrong in ((9, 0, "key"), (0, 5, "key"), (0, 0, "query")):
         with pytest.raises(ProfileError):
             profile.head_statistics(*wrong)
+
+
+def read_fields(profile: SpectralProfile, row: LadderRow) -> float:
+    """Fields of a token that scores and sums read, of all layers: a unit of both sides is read twice."""
+    share = np.array([len(members) for members in frequency_classes(row.page_tokens)]) / row.page_tokens
+    total = 0.0
+    for layer, widths in zip(profile.layers, profile.bits[row.name], strict=True):
+        assert layer is not None and widths is not None
+        for unit, table in zip(layer.units, widths, strict=True):
+            fields = np.array(FIELDS)[np.searchsorted(WIDTHS, table)]  # [classes, latents]
+            total += (2 if unit.side == "both" else 1) * float(share @ fields.sum(1))
+    return total
+
+
+def test_speed_reads_fewer_fields_and_is_measured(
+    apart: SpectralProfile, profile: SpectralProfile, model: LoadedModel
+) -> None:
+    assert [[unit.side for unit in layer.units] for layer in apart.layers if layer] == [["key", "value"]] * 3
+    assert apart.apart and not profile.apart
+    assert (apart.provenance["prefer"], profile.provenance["prefer"]) == ("speed", "quality")
+    kl = [row.kl_mean for row in apart.ladder]
+    assert kl == sorted(kl) and 0 < kl[0] < kl[-1]
+    for row, other in zip(apart.ladder, profile.ladder, strict=True):
+        assert row.name == other.name and row.page_nbytes == pytest.approx(other.page_nbytes, rel=0.1)
+        assert 0 < read_fields(apart, row) < 0.6 * read_fields(profile, other)
+        assert row.energy < other.energy and None not in (row.kl_p99, row.top1, row.top5, row.perplexity)
+        store = PageStore(model.shape, apart.codebook(row.name))
+        assert store.bytes_per_token(400) == pytest.approx(row.bytes_per_token(400))
+
+
+@pytest.mark.parametrize("side", ["key", "value"])
+def test_what_is_known_of_a_head_does_not_depend_on_the_bases(
+    apart: SpectralProfile, profile: SpectralProfile, side: str
+) -> None:
+    """Mean and covariance are the text's; the metric is too, but for what regularises it."""
+    for head in (0, 1):
+        ours, others = (made.get_projection(1, head, side) for made in (apart, profile))
+        np.testing.assert_allclose(ours.mean, others.mean, rtol=1e-5, atol=1e-6)
+        assert np.linalg.norm(ours.covariance - others.covariance) < 2e-3 * np.linalg.norm(others.covariance)
+        assert np.linalg.norm(ours.metric - others.metric) < 0.05 * np.linalg.norm(others.metric)
+
+
+def test_a_preference_that_there_is_not_is_refused() -> None:
+    with pytest.raises(SettingError, match="prefer must be quality or speed, got 'fast'"):
+        small_profiler(prefer="fast")
+    with pytest.raises(SettingError, match="got 'fast'"):
+        fit(Statistics({}, tokens=1, fisher_tokens=1), 8, "fast")
+    sides = torch.randn(2, 64, 8)
+    with pytest.raises(SettingError, match="got 'fast'"):
+        profile_from_tensors([(sides, sides)], prefer="fast")
+
+
+def test_a_profile_with_sides_apart_comes_back(
+    apart: SpectralProfile, profile: SpectralProfile, tmp_path: Path
+) -> None:
+    loaded = SpectralProfile.load(apart.save(tmp_path / "p"))
+    assert loaded.content_hash == apart.content_hash and loaded.apart
+    facts = loaded.to_dict()
+    assert facts == apart.to_dict() and json.dumps(facts)
+    assert facts["layers"][0] == {"key_dim": 16, "value_dim": 16, "heads": [[0, 2], [0, 2]], "sides": ["key", "value"]}
+    assert "sides" not in profile.to_dict()["layers"][0]  # what profiles said before there were any
+    assert list(facts["spectrum"][0]) == ["keys of heads 0-1", "values of heads 0-1"]
+    assert "keys and values apart" in loaded.summary() and "keys and values together" in profile.summary()
+    assert len({line.index("|") for line in spectrum_lines(facts["spectrum"])}) == 1
+    x, y = torch.randn(2, 2, 2, 8, 16)
+    for row in apart.ladder:
+        again = SpectralProfile.load(tmp_path / "p")
+        codecs = [made.codebook(row.name).layers[0] for made in (loaded, again, apart)]
+        pages = [codec.encode(x, y, torch.arange(2)) for codec in codecs]  # type: ignore[union-attr]
+        assert torch.equal(*pages[:2]) and pages[0].any()
+        assert (pages[0] == pages[2]).float().mean() > 0.99  # whose bases were float64: edges of codes move
+
+
+@pytest.mark.parametrize(
+    ("sides", "message"),
+    [
+        (["key"], r"layers\[1\].sides: must say both, key or value for every unit"),
+        (["key", "value", "value"], r"layers\[1\].sides: must say both, key or value for every unit"),
+        (["key", "query"], r"layers\[1\].sides: must say both, key or value for every unit"),
+        (["key", ["value"]], r"layers\[1\].sides: must say both, key or value for every unit"),
+        (["key", None], r"layers\[1\].sides: must say both, key or value for every unit"),
+        ("key value", r"layers\[1\].sides: must be a list"),
+        ({"key": 0}, r"layers\[1\].sides: must be a list"),
+        (None, r"layers\[1\].sides: must be a list"),
+        ([], r"layers\[1\].sides"),
+        (["key", "key"], "layer 1: the units' keys do not cover the KV heads in order"),
+        (["key", "both"], "layer 1: the units' keys do not cover the KV heads in order"),
+        (["both", "both"], "layer 1: the units' keys do not cover the KV heads in order"),
+    ],
+)
+def test_forged_sides_are_refused(apart: SpectralProfile, tmp_path: Path, sides: object, message: str) -> None:
+    path = apart.save(tmp_path / "p")
+    _rewrite(path, lambda _, document: document["layers"][1].update(sides=sides))
+    with pytest.raises(ProfileError, match=message):
+        SpectralProfile.load(path)
+
+
+def test_sides_that_are_left_out_or_added_are_refused(
+    apart: SpectralProfile, profile: SpectralProfile, tmp_path: Path
+) -> None:
+    path = apart.save(tmp_path / "p")
+    _rewrite(path, lambda _, document: document["layers"][0].pop("sides"))
+    with pytest.raises(ProfileError, match="layer 0: the units' keys do not cover"):
+        SpectralProfile.load(path)
+    path = profile.save(tmp_path / "q")
+    _rewrite(path, lambda _, document: document["layers"][0].update(sides=["value"]))
+    with pytest.raises(ProfileError, match="layer 0: the units' keys do not cover"):
+        SpectralProfile.load(path)
+    path = apart.save(tmp_path / "r")
+    _rewrite(path, lambda _, document: document["layers"][0].update(heads=[[0, 2], [0, 1]]))
+    with pytest.raises(ProfileError, match="layer 0: the units hold keys of 2 heads and values of 1"):
+        SpectralProfile.load(path)
 
 
 def test_many_short_texts_make_windows(model: LoadedModel) -> None:

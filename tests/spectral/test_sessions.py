@@ -55,7 +55,9 @@ def generate(loaded: LoadedModel, store: PageStore, row: Row, first: int, steps:
 def make_store(loaded: LoadedModel, kind: str, **options: object) -> PageStore:
     if kind == "exact":
         return PageStore(loaded.shape, None, window_dtype=torch.float32, **options)
-    return PageStore(loaded.shape, random_codebook(loaded.shape, WIDTHS, window_bits=int(kind)), **options)
+    bits, _, apart = kind.partition(" ")
+    book = random_codebook(loaded.shape, WIDTHS, window_bits=int(bits), units=1 + bool(apart), apart=bool(apart))
+    return PageStore(loaded.shape, book, **options)
 
 
 def used_row(loaded: LoadedModel, store: PageStore, length: int) -> Row:
@@ -71,7 +73,9 @@ def used_row(loaded: LoadedModel, store: PageStore, length: int) -> Row:
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("family, kind", [("qwen3", "8"), ("llama", "exact"), ("gemma3", "10"), ("gemma3", "16")])
+@pytest.mark.parametrize(
+    "family, kind", [("qwen3", "8"), ("llama", "exact"), ("gemma3", "10"), ("gemma3", "16"), ("gemma3", "8 apart")]
+)
 def test_a_restored_row_continues_bit_for_bit(family: str, kind: str, length: int, tmp_path: Path) -> None:
     loaded = random_model(family)
     store = make_store(loaded, kind)
@@ -250,15 +254,20 @@ def test_saving_asks_for_an_open_row_and_all_of_its_tokens(tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
-def test_with_links_a_row_continues_bit_for_bit_and_only_with_them(tmp_path: Path) -> None:
-    loaded = random_model("gemma3")
-    store = make_store(loaded, "8")
+@pytest.mark.parametrize("family, kind", [("gemma3", "8"), ("qwen3", "8 apart")])
+def test_with_links_a_row_continues_bit_for_bit_and_only_with_them(family: str, kind: str, tmp_path: Path) -> None:
+    loaded = random_model(family)
+    store = make_store(loaded, kind)
     row = used_row(loaded, store, 131)
-    pages = [None if p is None else store.read_pages(i, row) for i, p in enumerate(store.pools)]
+    rows = [row, used_row(loaded, store, 199)]  # tokens enough for maps of two layers
+    pages = [
+        None if p is None else torch.cat([store.read_pages(i, each) for each in rows])
+        for i, p in enumerate(store.pools)
+    ]
     links = fit_links(store.codebook, pages)
     path = save_row(store, row, IDS[:131], tmp_path / "a.session", model="m", links=links)
     expected = generate(loaded, store, row, IDS[131])
-    fresh = make_store(loaded, "8")
+    fresh = make_store(loaded, kind)
     back, _ = load_row(fresh, path, model="m", links=links)
     assert torch.equal(generate(loaded, fresh, back, IDS[131]), expected)
     with pytest.raises(SessionError, match="none were given"):

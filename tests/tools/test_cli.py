@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from spectral import resources
+from spectral import SpectralProfile, SpectralProfiler, resources
 from spectral.cli import app, main
 from spectral.commands.chat import Answer, human_bytes, summary, take_chunk
 from spectral.commands.evaluate import split_settings
@@ -230,3 +230,28 @@ def test_resources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "profiles" / "demo-7m.safetensors").touch()
     assert resources.profile_path("demo") == tmp_path / "profiles" / "demo-7m.safetensors"
     assert resources.profile_path("x/demo-7m/") == tmp_path / "profiles" / "demo-7m.safetensors"
+
+
+def test_a_profile_is_built_for_what_is_preferred(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    asked: list[str] = []
+
+    def build(profiler: SpectralProfiler, model: str, **_: Any) -> SpectralProfile:
+        asked.append(profiler.prefer)
+        found = resources.profile_path(model)
+        assert found is not None
+        return SpectralProfile.load(found)
+
+    monkeypatch.setattr(SpectralProfiler, "profile_from_model", build)
+    command = ["profile", "build", "demo", "--output", str(tmp_path / "mine.safetensors")]
+    for preferred in ([], ["--prefer", "speed"]):
+        result = runner.invoke(app, [*command, *preferred])
+        assert result.exit_code == 0, result.output
+        assert "bases of keys and values together" in result.stdout
+    assert asked == ["quality", "speed"]
+    monkeypatch.setattr("sys.argv", ["spectral", *command, "--prefer", "fast"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and len(asked) == 2
+    assert "--prefer: 'fast' is neither quality nor speed" in capsys.readouterr().err

@@ -9,7 +9,14 @@ from spectral.engine.engine import Engine
 from spectral.engine.prefix import block_length, chain
 from tests.spectral.engine.engine_helpers import answer, ask, drive, request, tiny_engine
 
-KINDS = [("qwen3", "exact"), ("qwen3", "test"), ("mistral-sliding", "exact"), ("gemma2", "test"), ("llama", "test")]
+KINDS = [
+    ("qwen3", "exact"),
+    ("qwen3", "test"),
+    ("mistral-sliding", "exact"),
+    ("gemma2", "test"),
+    ("gemma2", "apart"),
+    ("llama", "test"),
+]
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

@@ -1,0 +1,120 @@
+"""Profiles with bases of their own for keys and for values, from the cache to a squeeze in a running engine."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from spectral import SpectralCache
+from spectral.codec import LayerCodec
+from spectral.engine.engine import Engine
+from spectral.engine.types import EngineLimits
+from spectral.hf import LoadedModel, wrap_model
+from spectral.link_profile import link_profile
+from spectral.profile import SpectralProfile
+from tests.spectral.cache_helpers import generate, logits, model, profile, tokens
+from tests.spectral.engine.engine_helpers import Letters, answer, ask, drive, request
+from tests.spectral.test_profile import TEXT, loaded_model, small_profiler
+
+FAMILIES = ["qwen3", "gemma3"]  # the second with sliding layers
+
+
+def made_for_speed(family: str) -> SpectralProfile:
+    made = profile(family, prefer="speed")
+    assert made.apart and all(row.name in made.bits for row in made.ladder)
+    return made
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "spectral"])
+def test_a_cache_answers_from_codes_of_either_side(family: str, attention: str) -> None:
+    made, ids = model(family, attention), tokens(2, 67)  # one more token seals a page
+    found = made_for_speed(family)
+    cache = SpectralCache(found, setting=found.ladder[1].name)
+    logits(model(family, "eager"), ids, cache)
+    for new in (ids[:, :1], ids[:, 1:14]):
+        expected = logits(model(family, "eager"), new, copy.deepcopy(cache))
+        assert torch.allclose(logits(made, new, copy.deepcopy(cache)), expected, atol=2e-4, rtol=1e-4)
+    fine = found.ladder[0].name
+    answers = [generate(made, ids, SpectralCache(found, setting=name)) for name in (fine, "exact")]
+    assert answers[0].shape == (2, 24) and len(answers[0].unique()) > 8
+    assert torch.equal(answers[1], generate(made, ids, DynamicCache(config=made.config)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_codes_of_either_side_lose_falls_with_their_bytes(family: str) -> None:
+    made, ids, found = model(family, "spectral"), tokens(2, 131), made_for_speed(family)
+
+    def answered(setting: str) -> torch.Tensor:
+        cache = SpectralCache(found, setting=setting)
+        logits(made, ids[:, :123], cache)
+        return logits(made, ids[:, 123:], cache)
+
+    exact = answered("exact")
+    errors = [float((answered(row.name) - exact).norm() / exact.norm()) for row in found.ladder]
+    assert errors == sorted(errors) and 0 < errors[0] < 0.05 < errors[-1] < 0.5, errors
+
+
+def engine_of(family: str, setting: str) -> Engine:
+    found = made_for_speed(family)
+    loaded = wrap_model(family, model(family, "eager"), Letters())
+    loaded.eos_token_ids = set()
+    book = None if setting == "exact" else found.codebook(setting)
+    limits = EngineLimits(prefill_chunk=32, token_budget=64, max_concurrency=4)
+    return Engine(loaded, codebook=book, setting=setting, profile=found, limits=limits, checked=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_running_engine_is_squeezed(family: str) -> None:
+    names = [row.name for row in made_for_speed(family).ladder]
+    assert len(names) == 3
+    engine = engine_of(family, names[0])
+    prompts = [tokens(1, 90 + 20 * i, i)[0].tolist() for i in range(3)]
+    for i, prompt in enumerate(prompts):
+        engine.submit(request(f"r{i}", prompt, 60))
+    freed: list[int] = []
+
+    def each(step: int) -> None:
+        if step == 12:
+            engine.park("r0")  # comes back to a store that is coarser than what it left
+        if step in (13, 20):
+            before = engine.lanes.nbytes
+            freed.append(engine.set_setting(names[1] if step == 13 else names[2]))
+            assert engine.lanes.nbytes == before - freed[-1] and len(engine.lanes.all) == 1
+
+    events = drive(engine, each)
+    assert all(len(answer(events, f"r{i}")) == 60 for i in range(3))
+    assert len(freed) == 2 and min(freed) > 0 and engine.stats().squeezes == 2
+    alone = ask(engine_of(family, names[2]), request("x", prompts[0], 30))
+    assert ask(engine, request("x", prompts[0], 30)) == alone
+
+
+def test_the_kernels_give_an_engines_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a fine setting, where no choice is as close as rounding to fp16 is. The model would say one token for ever."""
+    family, sampling = "gemma3", {"frequency_penalty": 2.0}
+    name = made_for_speed(family).ladder[0].name
+    found = []
+    for choice in ("reference", "triton"):
+        monkeypatch.setenv("SPECTRAL_ATTENTION", choice)
+        engine = engine_of(family, name)
+        found.append(ask(engine, request("x", tokens(1, 60, 3)[0].tolist(), 8, sampling=sampling))["x"])
+        used = [vars(c) for c in engine.store.codebook.layers if isinstance(c, LayerCodec)]
+        assert used and all(("_kernels" in held) == (choice == "triton") for held in used)
+    assert found[0] == found[1] and len(set(found[0])) > 3
+
+
+@pytest.fixture(scope="module")
+def linked() -> LoadedModel:
+    return loaded_model()
+
+
+def test_links_are_fitted_to_codes_of_either_side(linked: LoadedModel, tmp_path: Path) -> None:
+    made = small_profiler(prefer="speed").profile_from_loaded(linked, texts=[TEXT])
+    found = SpectralProfile.load(made.save(tmp_path / "mine"))
+    assert found.apart
+    (report,) = link_profile(linked, found, ["6x"], texts=[TEXT], tokens=2048)
+    assert report.small > report.fast > 1 and report.file is not None
