@@ -226,7 +226,7 @@ def build_arguments(settings: ModelSettings, options: dict[str, Any]) -> list[st
     """The command's arguments for a model as it is configured."""
     quantize = {"nf4": ["--quantize", "4bit"], "int8": ["--quantize", "8bit"], "none": []}[settings.quantization]
     device = options.get("device") or settings.device
-    numbers = ["--tokens", str(options["tokens"]), "--seed", str(options["seed"])]
+    numbers = ["--tokens", str(options["tokens"]), "--seed", str(options["seed"]), "--prefer", options["prefer"]]
     return [settings.path, *numbers, "--device", device, *quantize, "--progress", "json"]
 
 

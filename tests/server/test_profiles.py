@@ -12,10 +12,12 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
 
 from server import jobs, profiles
 from server.config import load_settings
 from server.profiles import differences
+from spectral.from_tensors import profile_from_tensors
 from spectral.profile import SpectralProfile
 from tests.server.conftest import HERE, ROOT, Running, alive, serving, settings
 
@@ -149,6 +151,25 @@ def test_what_was_activated_is_used_after_a_restart_and_damage_is_noticed(
     assert "incoming-x.safetensors" not in files(tmp_path)
 
 
+def test_a_profile_with_sides_apart_is_taken_and_shown(store: Running, tmp_path: Path) -> None:
+    shipped = SpectralProfile.load(SHIPPED)
+    rng = torch.Generator().manual_seed(0)
+    sides = [torch.randn(2, 512, 64, generator=rng) * 0.95 ** torch.arange(64) for _ in range(12)]
+    made = profile_from_tensors(
+        list(zip(sides[::2], sides[1::2], strict=True)), ratios=(4, 8), recent=32, prefer="speed",
+        model=shipped.model, fingerprint=shipped.fingerprint,
+    )  # fmt: skip
+    answer = put(store, made.save(tmp_path / "apart").read_bytes(), query="?activate=true")
+    assert answer.status_code == 201, answer.text
+    facts = store.client.get(f"{PATH}/versions/{answer.json()['sha256']}").json()
+    assert list(facts["spectrum"][0]) == ["keys of heads 0-1", "values of heads 0-1"]
+    assert facts["spectrum"][0]["values of heads 0-1"]["latents"] == 128
+    assert facts["layers"][5]["sides"] == ["key", "value"]
+    query = {"a": "shipped", "b": answer.json()["sha256"]}
+    difference = store.client.get(f"{PATH}/diff", params=query).json()["differences"]
+    assert any(row["field"] == "layers" for row in difference)
+
+
 def test_a_worker_that_refuses_a_profile_changes_nothing(store: Running, variants: dict[str, bytes]) -> None:
     sha256 = put(store, variants["one"]).json()["sha256"]
     store.slot("demo-7m").setting = "impossible"
@@ -195,6 +216,9 @@ def test_a_build_is_followed_and_its_profile_published(builder: Running) -> None
     assert jobs.progress_of('{"stage": "measuring"') is None and jobs.progress_of("error: no") is None
     rows = builder.client.get(PATH).json()["profiles"]
     assert [(row["sha256"], row["origin"]) for row in rows] == [(views[-1]["sha256"], "build")]
+    assert views[-1]["options"]["prefer"] == "quality"
+    refused = builder.client.post(PATH + "/build", json={"prefer": "fast"})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "prefer"
 
 
 @pytest.mark.parametrize(("seed", "why"), [(2, "cannot be calibrated"), (3, "not a safetensors file")])
@@ -235,7 +259,7 @@ async def test_the_real_command_takes_these_arguments_and_ends_with_its_parent()
     import asyncio
 
     model = load_settings(ROOT / "config.yaml").models[0].model_copy(update={"path": "no-such-folder/x"})
-    options = {"tokens": 4096, "seed": 3, "device": "cpu"}
+    options = {"tokens": 4096, "seed": 3, "device": "cpu", "prefer": "speed"}
     command = [*jobs.BUILD_COMMAND, *jobs.build_arguments(model, options), "--output", "x.safetensors"]
     child = await asyncio.create_subprocess_exec(
         *command, stdin=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, cwd=ROOT
