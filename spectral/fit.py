@@ -153,9 +153,11 @@ def ladder(
     sinks: int,
     recent: int,
     page_tokens: int,
+    field_bits: float | None = None,
 ) -> tuple[list[LadderRow], dict[str, Widths]]:
     """One row and its widths for every all-in ratio at `CONTEXT` tokens of the full-attention layers.
 
+    `field_bits`: what a field counts for beside its bits (spectral.bits.allocate); None: as the preference has it.
     Raises SettingError for a ratio that the exact window alone exceeds.
     """
     full = [layer for layer in shape.layers if layer.sliding is None]
@@ -163,6 +165,8 @@ def ladder(
     pages = (CONTEXT - sinks - recent) // page_tokens
     rows: list[LadderRow] = []
     bits: dict[str, Widths] = {}
+    if field_bits is None:
+        field_bits = SPEED_FIELD_BITS if fitted.prefer == "speed" else 0.0
     for ratio in ratios:
         window_bits = 10 if ratio < FINE_WINDOW_BELOW else 8
         held = sum(slot_nbytes(layer, sinks, recent + page_tokens, window_bits) for layer in full)
@@ -171,7 +175,6 @@ def ladder(
             raise SettingError(
                 f"{ratio:g}x cannot be reached: the exact window alone takes more; use fewer recent tokens"
             )
-        field_bits = SPEED_FIELD_BITS if fitted.prefer == "speed" else 0.0
         picked = allocate(fitted.errors, fitted.sizes, page_budget * 8 / page_tokens, field_bits=field_bits)
         widths = _widths(fitted, shape, picked)
         page_nbytes = sum(page_layout(w, page_tokens).nbytes for layer in widths for w in layer or [])
