@@ -46,8 +46,8 @@ def profile_from_tensors(
         queries: per layer [Hq, N, d], Hq a multiple of H. sliding: per layer the window of tokens, None where it
             sees all; needed where `kv_tensors` has None and the profile is to be used in a cache.
         target_energy: the default setting is the coarsest that keeps this share of the weighted variance.
-        ratios: all-in ratios of the settings, finest first; prefer: of spectral.fit.PREFERENCES.
-        sinks, recent, page_tokens: the exact window.
+        ratios: all-in ratios of the settings, finest first; sinks, recent, page_tokens: the exact window.
+        prefer: "quality" or "speed" (spectral.fit.PREFERENCES).
         model: the name of the model that the tensors come from, if known.
         fingerprint: that model's (`spectral.hf.fingerprint`), if known.
 
