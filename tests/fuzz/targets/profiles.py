@@ -18,7 +18,10 @@ from spectral.profile_file import digest
 from tests.fuzz.mutate import mutate_bytes, mutate_document
 from tests.fuzz.targets.base import Base
 
-WORDS = ("model", "ladder", "layers", "default", "sliding", "provenance", "page_tokens", "window", "sinks", "kl_mean")
+WORDS = (
+    "model", "ladder", "layers", "default", "sliding", "provenance", "page_tokens", "window", "sinks", "kl_mean",
+    "sides", "both", "key", "value",
+)  # fmt: skip
 DTYPES = ("float32", "float16", "float64", "int64", "uint8", "bool")
 
 
@@ -27,7 +30,7 @@ class _Base(Base):
 
     @cached_property
     def file(self) -> bytes:
-        """A valid profile: two layers with compression around one that slides."""
+        """A valid profile: two layers with compression around one that slides; keys and values in own units."""
         import torch
 
         from spectral.from_tensors import profile_from_tensors
@@ -35,7 +38,13 @@ class _Base(Base):
         torch.manual_seed(0)
         pair = torch.randn(2, 2, 64, 8) * torch.linspace(1, 0.1, 8)
         profile = profile_from_tensors(
-            [pair, None, pair], sliding=[None, 24, None], ratios=(2.0, 4.0), sinks=2, recent=16, page_tokens=8
+            [pair, None, pair],
+            sliding=[None, 24, None],
+            ratios=(2.0, 4.0),
+            prefer="speed",
+            sinks=2,
+            recent=16,
+            page_tokens=8,
         )
         return profile.save(self.folder / "valid").read_bytes()
 
