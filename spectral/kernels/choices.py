@@ -62,7 +62,7 @@ class DecodeChoices:
     hold_share: bool = _knob(False, True, False, seconds=10)
     window_warps: int = _knob(4, 2, 4, 8, seconds=2)
     window_tile: int = _knob(32, 16, 32, seconds=2)
-    fused_blocks: int = _knob(8, 0, 4, 8, 16, 32, seconds=3)
+    fused_blocks: int = _knob(32, 0, 8, 32, seconds=3)
     many_splits: int = _knob(8, 4, 8, 16)
     combine_tile: int = _knob(32, 16, 32, 64, seconds=2)
     combine_warps: int = _knob(4, 1, 2, 4, 8, seconds=2)

@@ -17,9 +17,17 @@ def _declared(nbytes: int) -> str:
 
 
 @triton.constexpr_function
+def _policy() -> str:
+    """What is read once is what the second-level cache gives up first: the weights that a step leaves for its next
+    kernel stay. The number is what ptxas makes of createpolicy.fractional.L2::evict_first."""
+    return ".reg .b64 policy; mov.b64 policy, 0x12F0000000000000;"
+
+
+@triton.constexpr_function
 def _piece(number: int) -> str:
     """Operands: result (0), destination, source (64 bit). The first cache is passed by."""
-    return f"cp.async.cg.shared.global [$1+{64 * number}], [$2+{64 * number}], 16;"
+    at = 64 * number
+    return f"cp.async.cg.shared.global.L2::cache_hint [$1+{at}], [$2+{at}], 16, policy;"
 
 
 @triton.constexpr_function
@@ -29,12 +37,13 @@ def _pieces(count: int) -> str:
 
 @triton.constexpr_function
 def _pieces_text(count):
-    return f"{_pieces(count)} mov.b32 $0, 0;"
+    return f"{{{_policy()} {_pieces(count)} mov.b32 $0, 0;}}"
 
 
 @triton.constexpr_function
 def _part_text(count):
-    return f"{{.reg .pred p; setp.ne.b32 p, $3, 0; {_pieces(count)} @p {_piece(int(count))} mov.b32 $0, 0;}}"
+    pieces = f"{_pieces(count)} @p {_piece(int(count))}"
+    return f"{{{_policy()} .reg .pred p; setp.ne.b32 p, $3, 0; {pieces} mov.b32 $0, 0;}}"
 
 
 @triton.constexpr_function
