@@ -7,6 +7,8 @@ and a product (spectral.kernels.chunk, .encode); the reference reads coefficient
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +21,21 @@ from spectral.windows import ExactWindow, QuantizedWindow
 
 SCORE_LIMIT = 1 << 24
 """Most score elements held at once in a prefill (64 MiB of float32): longer chunks are cut into query blocks."""
+
+
+@contextmanager
+def planless() -> Iterator[None]:
+    """PyTorch's attention without cuDNN's, which it prefers on some GPUs. cuDNN makes a plan for every new combination
+    of sizes and strides, tens of milliseconds of the host each, and keeps it for good: prompts of all lengths, beside
+    others in one step, would each wait for one, and the process would grow by half a megabyte with it."""
+    preferred = torch.backends.cuda.cudnn_sdp_enabled()
+    if preferred:
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        if preferred:
+            torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def softcapped(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:
@@ -38,9 +55,10 @@ def causal_attention(
     """Exact causal attention of a sequence with itself: query [B, Hq, N, d], key/value [B, H, N, d]; [B, Hq, N, dv]."""
     length = query.shape[2]
     if softcap is None and (sliding is None or length <= sliding):
-        return F.scaled_dot_product_attention(
-            query, key, value, is_causal=length > 1, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-        )
+        with planless():
+            return F.scaled_dot_product_attention(
+                query, key, value, is_causal=length > 1, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+            )
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = softcapped(torch.matmul(query, key.transpose(2, 3)).float() * scaling, softcap)

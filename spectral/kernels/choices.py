@@ -45,7 +45,7 @@ class DecodeChoices:
 
     Attributes:
         shared_blocks: blocks of a step, by unit and head group, up to which each has several programs: more fill a
-            GPU alone. fused_blocks: the same, up to which queries are turned and projected in one launch.
+            GPU alone.
         split_blocks: parts of a sequence have a multiple of so many blocks. A program's warps take turns with blocks:
             where there are fewer than warps, some have nothing to do.
         mix_programs: programs of a mix launch that fill a GPU: with fewer, sequences are split.
@@ -62,7 +62,6 @@ class DecodeChoices:
     hold_share: bool = _knob(False, True, False, seconds=10)
     window_warps: int = _knob(4, 2, 4, 8, seconds=2)
     window_tile: int = _knob(32, 16, 32, seconds=2)
-    fused_blocks: int = _knob(32, 0, 8, 32, seconds=3)
     many_splits: int = _knob(8, 4, 8, 16)
     combine_tile: int = _knob(32, 16, 32, 64, seconds=2)
     combine_warps: int = _knob(4, 1, 2, 4, 8, seconds=2)

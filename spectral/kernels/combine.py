@@ -45,54 +45,6 @@ def query_kernel(
             tl.store(const + c, tl.sum(x * vector[None, :], 1), mask=g < GROUP)
 
 
-@triton.jit(do_not_specialize=["blocks", "heads", "sequences", "rank"])
-def project_kernel(
-    q_ptr, cos_ptr, sin_ptr, vector_ptr, basis_ptr, projected_ptr, const_ptr,
-    q_row, blocks, heads, sequences, scale, rank,
-    GROUP: tl.constexpr, G: tl.constexpr, BLOCKS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
-    CLASSES: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """What query_kernel and the product behind it do, in one launch, for steps of few blocks: TILE latents of the
-    queries of one KV head of one sequence in BLOCKS blocks, which make sixteen rows or more.
-
-    basis_ptr: fp16 [KV heads, DIM, rank]; projected_ptr: fp16 [KV heads, sequence, block, GROUP, rank].
-    """
-    kv = tl.program_id(0)
-    seq = tl.program_id(2)
-    groups = (blocks + BLOCKS - 1) // BLOCKS
-    tile = tl.program_id(1) // groups
-    m = tl.arange(0, BLOCKS * G)
-    g = m % G
-    blk = tl.program_id(1) % groups * BLOCKS + m // G
-    d = tl.arange(0, D)
-    real = (g < GROUP) & (blk < blocks)
-    mask = real[:, None] & (d < DIM)[None, :]
-    row = q_ptr + (seq * heads + kv * GROUP + g).to(tl.int64)[:, None] * q_row
-    x = tl.load(row + d[None, :], mask=mask, other=0.0).to(tl.float32) * scale
-    if HALF > 0:
-        turning = d < 2 * HALF
-        i = tl.where(d < HALF, d, d - HALF)
-        other = tl.where(d < HALF, d + HALF, d - HALF)
-        both = mask & turning[None, :]
-        y = tl.load(row + other[None, :], mask=both, other=0.0).to(tl.float32) * scale
-        angle = blk[:, None] * HALF + i[None, :]
-        cos = tl.load(cos_ptr + angle, mask=both, other=1.0)
-        sin = tl.load(sin_ptr + angle, mask=both, other=0.0)
-        x = x * cos + y * tl.where((d < HALF)[None, :], sin, -sin)
-    n = tile * TILE + tl.arange(0, TILE)
-    basis = basis_ptr + (kv * DIM + d).to(tl.int64)[:, None] * rank + n[None, :]
-    basis = tl.load(basis, mask=(d < DIM)[:, None] & (n < rank)[None, :], other=0.0)
-    place = ((kv * sequences + seq) * blocks + blk).to(tl.int64) * GROUP + g
-    out = tl.dot(x.to(tl.float16), basis).to(tl.float16)
-    tl.store(projected_ptr + place[:, None] * rank + n[None, :], out, mask=real[:, None] & (n < rank)[None, :])
-    if tile == 0:
-        const = const_ptr + ((seq * blocks + blk) * heads + kv * GROUP + g).to(tl.int64) * 8
-        for c in tl.static_range(8):
-            if c < CLASSES or c == 7:
-                vector = tl.load(vector_ptr + (kv * 8 + c) * DIM + d, mask=d < DIM, other=0.0)
-                tl.store(const + c, tl.sum(x * vector[None, :], 1), mask=real)
-
-
 @triton.jit
 def _scaled_side(high_ptr, low_ptr, scale_ptr, place, held, first, N: tl.constexpr, SIZE: tl.constexpr,
                  W: tl.constexpr, BITS: tl.constexpr, SCALE: tl.constexpr):  # fmt: skip

@@ -20,7 +20,7 @@ from spectral.aside import to_device
 from spectral.codec import LayerCodec
 from spectral.errors import SettingError
 from spectral.kernels.choices import DecodeChoices, Shape, block_pages, chosen, layer_shape
-from spectral.kernels.combine import combine_kernel, finish_kernel, project_kernel, query_kernel, window_kernel
+from spectral.kernels.combine import combine_kernel, finish_kernel, query_kernel, window_kernel
 from spectral.kernels.mix import factor_kernel, mix_kernel
 from spectral.kernels.scoring import Scoring, interpreted
 from spectral.kernels.tables import QUAD_ORDER, LayerTables, layer_tables
@@ -29,8 +29,6 @@ from spectral.windows import ExactWindow, QuantizedWindow
 LOG2E = math.log2(math.e)
 MIX_WARPS = 4
 FACTOR_TILE = 64
-TILE = 64
-"""Latents that a program of project_kernel makes."""
 
 
 def unsupported(codec: LayerCodec, window: int) -> str:
@@ -264,29 +262,19 @@ def _window(
 
 
 def _project(
-    layer: LayerKernels, choices: DecodeChoices, query: torch.Tensor, blocks: int, scale: float, few: bool
+    layer: LayerKernels, choices: DecodeChoices, query: torch.Tensor, blocks: int, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries [B, Hq, d] in the frames of all blocks: in latents, fp16 [H, B * blocks * G, R], and their products with
-    means and offsets, fp32 [B, blocks, Hq, 8]. few: of blocks, so that a launch weighs more than its work."""
+    means and offsets, fp32 [B, blocks, Hq, 8]."""
     codec, (rows, heads, dim) = layer.codec, query.shape
-    group, width = heads // codec.kv_heads, triton.next_power_of_2(heads // codec.kv_heads)
+    group = heads // codec.kv_heads
     cos, sin = codec.frame._table(blocks) if codec.frame.turns else (layer.vectors, layer.vectors)
-    const = torch.empty((rows, blocks, heads, 8), device=query.device)
-    sizes = {"GROUP": group, "G": width, "DIM": dim, "HALF": cos.shape[1] if codec.frame.turns else 0}
-    if few:
-        shape = (codec.kv_heads, rows * blocks * group, layer.key_rank)
-        projected = torch.empty(shape, dtype=torch.float16, device=query.device)
-        near = max(1, 16 // width)
-        project_kernel[(codec.kv_heads, triton.cdiv(layer.key_rank, TILE) * triton.cdiv(blocks, near), rows)](
-            query, cos, sin, layer.vectors, layer.key_basis, projected, const,
-            dim, blocks, heads, rows, scale, layer.key_rank,
-            **sizes, BLOCKS=near, D=max(16, triton.next_power_of_2(dim)), CLASSES=layer.classes, TILE=TILE, num_warps=4,
-        )  # fmt: skip
-        return projected, const
     framed = torch.empty((codec.kv_heads, rows * blocks * group, dim), dtype=torch.float16, device=query.device)
+    const = torch.empty((rows, blocks, heads, 8), device=query.device)
     query_kernel[(codec.kv_heads, blocks, rows)](
         query, cos, sin, layer.vectors, framed, const, dim, blocks, heads, rows, scale,
-        **sizes, D=triton.next_power_of_2(dim), CLASSES=layer.classes, num_warps=choices.query_warps,
+        GROUP=group, G=triton.next_power_of_2(group), D=triton.next_power_of_2(dim), DIM=dim,
+        HALF=cos.shape[1] if codec.frame.turns else 0, CLASSES=layer.classes, num_warps=choices.query_warps,
     )  # fmt: skip
     return torch.bmm(framed, layer.key_basis), const
 
@@ -311,13 +299,12 @@ def _pages(
     blocks = triton.cdiv(step.pages.shape[1], page_blocks)
     parts, units = layer.head_groups(group), len(layer.unit_heads)
     unit, tables, fast = layer.units(group), layer.tables, not interpreted()
-    programs = units * parts * blocks * rows
-    projected, const = _project(layer, choices, query, blocks, scale, programs <= choices.fused_blocks)
+    projected, const = _project(layer, choices, query, blocks, scale)
     pages_max = blocks * page_blocks
     weight = torch.empty((rows, units, parts, pages_max * tokens * 16), dtype=torch.float16, device=device)
     largest = torch.empty((rows, units, parts, blocks, 16), device=device)
     scoring = Scoring(layer, choices, pool, step, projected, const, unit, weight, largest, group, cap)
-    if programs <= choices.shared_blocks:
+    if units * parts * blocks * rows <= choices.shared_blocks:
         scoring.by_shares()
     else:
         scoring.by_blocks()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from spectral.attention import attend
 from spectral.codec import Codebook
 from spectral.errors import CacheError, OutOfPages
 from spectral.hf import LoadedModel, attending
 from spectral.pages import LayerShape, ModelShape, PageStore, Row
+from spectral.prefill import causal_attention
 from tests.spectral.helpers import FAMILIES, random_codebook, random_codec, random_model
 
 
@@ -241,3 +244,24 @@ def test_squeezing_a_live_store_keeps_rows_and_frees_bytes(bits: tuple[int, int]
         store.squeeze(fine)
     with pytest.raises(CacheError, match="one profile"):
         PageStore(loaded.shape).squeeze(coarse)
+
+
+@pytest.mark.parametrize("preferred", [True, False])
+def test_exact_attention_lets_cudnn_make_no_plans(monkeypatch: pytest.MonkeyPatch, preferred: bool) -> None:
+    """Whatever the process had set, it has afterwards, also when the attention fails."""
+    before, plain, seen = torch.backends.cuda.cudnn_sdp_enabled(), F.scaled_dot_product_attention, []
+
+    def looking(*arguments: Any, **more: Any) -> torch.Tensor:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return plain(*arguments, **more)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", looking)
+    query, key = torch.randn(1, 4, 9, 16), torch.randn(1, 2, 9, 16)
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(preferred)
+        causal_attention(query, key, key, scaling=0.25)
+        with pytest.raises(RuntimeError):
+            causal_attention(query, key[..., :8], key, scaling=0.25)
+        assert seen == [False, False] and torch.backends.cuda.cudnn_sdp_enabled() == preferred
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
