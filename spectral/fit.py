@@ -175,9 +175,7 @@ def ladder(
             raise SettingError(
                 f"{ratio:g}x cannot be reached: the exact window alone takes more; use fewer recent tokens"
             )
-        picked = allocate(fitted.errors, fitted.sizes, page_budget * 8 / page_tokens, field_bits=field_bits)
-        widths = _widths(fitted, shape, picked)
-        page_nbytes = sum(page_layout(w, page_tokens).nbytes for layer in widths for w in layer or [])
+        picked, widths, page_nbytes = _allocated(fitted, shape, page_budget, page_tokens, field_bits)
         sliding = sum(layer.sliding * layer.token_nbytes() for layer in shape.layers if layer.sliding is not None)
         row = LadderRow(
             name=f"{ratio:g}x",
@@ -196,6 +194,36 @@ def ladder(
         rows.append(row)
         bits[row.name] = widths
     return rows, bits
+
+
+def _allocated(
+    fitted: Fitted, shape: ModelShape, page_budget: float, page_tokens: int, field_bits: float
+) -> tuple[np.ndarray, Widths, int]:
+    """Widths by item and by layer under a budget of bytes of a page, and the bytes that they take.
+
+    Padding comes on top of the budget where quality is preferred: some thousandths, and profiles that are shipped stay
+    what they are. Twice as many units pad more, up to 3 % at 16x, so where speed is preferred it is taken off.
+    """
+    budget = page_budget
+    for turn in range(12):
+        picked = allocate(fitted.errors, fitted.sizes, budget * 8 / page_tokens, field_bits=field_bits)
+        _fill_empty_units(fitted, picked)
+        widths = _widths(fitted, shape, picked)
+        nbytes = sum(page_layout(w, page_tokens).nbytes for layer in widths for w in layer or [])
+        if fitted.prefer != "speed" or nbytes <= page_budget:
+            break
+        budget = max(budget - (nbytes - page_budget) * 2 ** (turn // 3), page_budget / 2)
+    return picked, widths, nbytes
+
+
+def _fill_empty_units(fitted: Fitted, picked: np.ndarray) -> None:
+    """One bit for the run that gains most of a unit that would have none: kernels serve no layer with such a unit."""
+    where = np.array([(index, number) for index, number, _, _ in fitted.where])
+    gain = (fitted.errors[0] - fitted.errors[1]) / fitted.sizes
+    for unit in np.unique(where, axis=0):
+        own = np.flatnonzero((where == unit).all(1))
+        if own.size and not picked[own].any():
+            picked[own[np.argmax(gain[own])]] = WIDTHS[1]
 
 
 def default_by_energy(rows: Sequence[LadderRow], target_energy: float) -> str:

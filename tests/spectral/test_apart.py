@@ -13,9 +13,10 @@ from spectral import SpectralCache
 from spectral.codec import LayerCodec
 from spectral.engine.engine import Engine
 from spectral.engine.types import EngineLimits
+from spectral.from_tensors import profile_from_tensors
 from spectral.hf import LoadedModel, wrap_model
 from spectral.link_profile import link_profile
-from spectral.profile import SpectralProfile
+from spectral.profile import CONTEXT, SpectralProfile
 from tests.spectral.cache_helpers import generate, logits, model, profile, tokens
 from tests.spectral.engine.engine_helpers import Letters, answer, ask, drive, request
 from tests.spectral.test_profile import TEXT, loaded_model, small_profiler
@@ -118,3 +119,17 @@ def test_links_are_fitted_to_codes_of_either_side(linked: LoadedModel, tmp_path:
     assert found.apart
     (report,) = link_profile(linked, found, ["6x"], texts=[TEXT], tokens=2048)
     assert report.small > report.fast > 1 and report.file is not None
+
+
+def test_every_unit_has_bits_and_a_ratio_is_kept_with_its_padding() -> None:
+    """At any ratio: the kernels serve no layer with a unit without bits, and units by side pad twice. The values here
+    hardly vary, so that all bits would go to keys."""
+    rng = torch.Generator().manual_seed(0)
+    sides = [torch.randn(4, 512, 32, generator=rng) * scale for scale in (torch.linspace(1, 0.1, 32), 1e-4)]
+    looking = torch.randn(8, 512, 32, generator=rng)
+    ratios = (4.0, 8.0, 16.0, 24.0)
+    made = profile_from_tensors([sides, sides], queries=[looking, looking], ratios=ratios, prefer="speed")
+    assert [row.name for row in made.ladder] == [f"{ratio:g}x" for ratio in ratios]
+    for row, ratio in zip(made.ladder, ratios, strict=True):
+        assert all(widths.any() for layer in made.bits[row.name] for widths in layer or [])
+        assert row.bytes_per_token(CONTEXT) <= made.token_nbytes / ratio * (1 + 1e-9)

@@ -381,7 +381,7 @@ def test_speed_reads_fewer_fields_and_is_measured(
     kl = [row.kl_mean for row in apart.ladder]
     assert kl == sorted(kl) and 0 < kl[0] < kl[-1]
     for row, other in zip(apart.ladder, profile.ladder, strict=True):
-        assert row.name == other.name and row.page_nbytes == pytest.approx(other.page_nbytes, rel=0.1)
+        assert row.name == other.name and 0.8 * other.page_nbytes < row.page_nbytes <= other.page_nbytes
         assert 0 < read_fields(apart, row) < 0.6 * read_fields(profile, other)
         assert row.energy < other.energy and None not in (row.kl_p99, row.top1, row.top5, row.perplexity)
         store = PageStore(model.shape, apart.codebook(row.name))
