@@ -2,8 +2,8 @@
 
 A `LayerCodec` is one layer of a profile at one setting, ready on a device. It has one or more units: keys and values of
 a run of KV heads share one basis, so that one code serves both; or each has its own, and scores and sums read half of
-the codes. Per page of P tokens and unit: latents of
-every token, an orthonormal DCT over the page's tokens, one code per coefficient (`spectral.layout.PageLayout`).
+the codes. Per page of P tokens and unit: latents of every token, an orthonormal DCT over the page's tokens, one code
+per coefficient (`spectral.layout.PageLayout`).
 
 Scores and values never rebuild keys or values. With DCT coefficients y, basis B and DCT matrix M,
     q . k_t = q . mean + sum_f M[f, t] (y_f . B^T q)        sum_t w_t v_t = W mean + B sum_f (sum_t M[f, t] w_t) y_f

@@ -62,8 +62,10 @@ def test_a_server_refuses_guesses(keyless: bool) -> None:
         path = "/admin/status"
         assert server.client.get(path, headers=bearer(SECRET)).status_code == 200
         statuses = [server.client.get(path, headers=bearer(f"guess {n}")).status_code for n in range(FREE + 5)]
-        assert statuses[: FREE - 1] == [401] * (FREE - 1) and statuses[-1] == 429
-        refused = server.client.get(path, headers=bearer("guess"))
+        # Every other second one more is let in, which may be any of those behind the free ones.
+        assert statuses[: FREE - 1] == [401] * (FREE - 1) and 429 in statuses[FREE:]
+        more = (server.client.get(path, headers=bearer("guess")) for _ in range(10))
+        refused = next(answer for answer in more if answer.status_code == 429)
         assert refused.json()["error"]["code"] == "too_many_wrong_keys" and int(refused.headers["retry-after"]) >= 1
         assert server.client.get(path, headers=bearer(SECRET)).status_code == 200  # it was seen from here before
         assert server.client.get("/health").status_code == 200
