@@ -19,8 +19,8 @@ def _declared(nbytes: int) -> str:
 @triton.constexpr_function
 def _policy() -> str:
     """What is read once is what the second-level cache gives up first: the weights that a step leaves for its next
-    kernel stay. The number is what ptxas makes of createpolicy.fractional.L2::evict_first."""
-    return ".reg .b64 policy; mov.b64 policy, 0x12F0000000000000;"
+    kernel stay. (The assembler makes a constant of it.)"""
+    return ".reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0;"
 
 
 @triton.constexpr_function

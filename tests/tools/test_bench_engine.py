@@ -27,8 +27,10 @@ def test_every_row_of_a_gpu_runs_and_is_kept_as_soon_as_it_is_there(tmp_path: Pa
     assert done.returncode == 0, done.stderr[-2000:]
     rows = json.loads(file.read_text())["rows"]
     assert [row["row"] for row in rows] == [
-        "step1x1k", "step8x32k", "eager", "prefill", "prefix", "held", "batch", "memory",
+        "step1x1k", "step1x1k-speed", "step8x32k", "step8x32k-speed", "eager", "prefill", "prefill-speed", "prefix",
+        "held", "batch", "memory",
     ]  # fmt: skip
+    assert all(row.get("prefer") == ("speed" if row["row"].endswith("-speed") else None) for row in rows)
     assert all(row["figure"] > 0 and row["against"] > 0 for row in rows), rows
     by_name = {row["row"]: row for row in rows}
     assert by_name["prefix"]["ratio"] < 1 < by_name["held"]["ratio"]
