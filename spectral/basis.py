@@ -8,7 +8,7 @@ plain squared error of its latents, and the latents are uncorrelated: allocation
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,15 +57,16 @@ class Unit:
     deviation: np.ndarray
     side: str = "both"
 
-    def numbers(self, key_dim: int, value_dim: int) -> tuple[int, int]:
-        """How many of the D numbers are keys and how many values, for heads of these sizes."""
-        return side_numbers(self.heads, self.side, key_dim, value_dim)
-
 
 def side_numbers(heads: tuple[int, int], side: str, key_dim: int, value_dim: int) -> tuple[int, int]:
     """Numbers of keys and of values that a unit of heads[0] .. heads[1] - 1 with this side has."""
     count = heads[1] - heads[0]
     return (0 if side == "value" else count * key_dim), (0 if side == "key" else count * value_dim)
+
+
+def holding(sides: Iterable[str], side: str) -> list[int]:
+    """Numbers of the units that hold "key" or "value", of all units' sides."""
+    return [number for number, own in enumerate(sides) if own in ("both", side)]
 
 
 def covered_heads(units: Sequence[tuple[tuple[int, int], str]]) -> int:
@@ -75,7 +76,7 @@ def covered_heads(units: Sequence[tuple[tuple[int, int], str]]) -> int:
     """
     found = []
     for side in ("key", "value"):
-        spans = [heads for heads, own in units if own in ("both", side)]
+        spans = [units[number][0] for number in holding((own for _, own in units), side)]
         ends = [0, *(last for _, last in spans)]
         if len(ends) < 2 or any(first != end or last <= first for (first, last), end in zip(spans, ends, strict=False)):
             raise ValueError(f"the units' {side}s do not cover the KV heads in order")

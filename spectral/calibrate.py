@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from spectral.errors import ModelError
-from spectral.fit import check_preference, default_by_energy, fit, ladder
+from spectral.fit import default_by_energy, fit, ladder, preferred
 from spectral.profile import LadderRow, SpectralProfile
 from spectral.profile_file import as_stored
 from spectral.provenance import config_sha256
@@ -89,7 +89,7 @@ class SpectralProfiler:
             raise ModelError(f"target_energy must be above 0 and at most 1, got {self.target_energy}")
         if self.window % self.page_tokens or self.recent % self.page_tokens:
             raise ModelError("window and recent must be multiples of page_tokens")
-        check_preference(self.prefer)
+        preferred(self.prefer)
 
     # -- entry points ---------------------------------------------------------------------------------------------
 
@@ -298,7 +298,7 @@ class SpectralProfiler:
             "measured_on_tokens": sum(len(w) for w in measure),
             "measured_context": len(measure[0]),
             "seed": self.seed,
-            "prefer": self.prefer,
+            **({} if self.prefer == "quality" else {"prefer": self.prefer}),  # the shipped profile's header says none
             "library": spectral.__version__,
             "torch": torch.__version__,
             "dtype": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from spectral.basis import covered_heads, side_numbers
+from spectral.basis import covered_heads, holding
 from spectral.errors import SettingError
 from spectral.unit_codec import UnitCodec
 
@@ -82,9 +82,9 @@ class LayerCodec(torch.nn.Module):
             self.kv_heads = covered_heads(held)
         except ValueError as error:
             raise SettingError(str(error)) from None
-        self.key_units = [number for number, (_, side) in enumerate(held) if side != "value"]
+        self.key_units = holding((side for _, side in held), "key")
         """Units that hold keys, in the order of their heads."""
-        self.value_units = [number for number, (_, side) in enumerate(held) if side != "key"]
+        self.value_units = holding((side for _, side in held), "value")
         """The same of values."""
         self.starts = [0, *accumulate(unit.layout.nbytes for unit in self.units)]
         """Where the units' bytes begin in a page, and the end."""
@@ -105,8 +105,7 @@ class LayerCodec(torch.nn.Module):
         parts = []
         for unit in self.units:
             span = slice(*unit.heads)
-            sides = [keys[:, span]] if unit.side != "value" else []
-            sides += [values[:, span].float()] if unit.side != "key" else []
+            sides = [x[:, span].float() for x, size in zip((keys, values), unit.numbers, strict=True) if size]
             x = torch.cat([side.transpose(1, 2).reshape(n, self.page_tokens, -1) for side in sides], -1)
             parts.append(unit.encode(x))
         return torch.cat(parts, 1)
@@ -131,9 +130,8 @@ class LayerCodec(torch.nn.Module):
         sides: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         for unit, bounds in zip(self.units, self._bounds, strict=True):
             count = unit.heads[1] - unit.heads[0]
-            sizes = side_numbers(unit.heads, unit.side, self.key_dim, self.value_dim)
-            x = unit.decode(pages[:, bounds], plain=plain).split(sizes, -1)
-            for side, part, size in zip(sides, x, sizes, strict=True):
+            x = unit.decode(pages[:, bounds], plain=plain).split(unit.numbers, -1)
+            for side, part, size in zip(sides, x, unit.numbers, strict=True):
                 if size:
                     side.append(part.reshape(n, tokens, count, -1).transpose(1, 2))
         return self.frame.keys(torch.cat(sides[0], 1), page, back=True), torch.cat(sides[1], 1)

@@ -32,12 +32,16 @@ from spectral.windows import slot_nbytes
 TABLE_SAMPLE = 2_000_000
 """Coefficients on which quantizer tables are fitted, at most."""
 
-PREFERENCES = ("quality", "speed")
-"""What a profile is made for. Quality: keys and values of a unit share a basis, which takes fewest bytes for the same
-loss. Speed: each has its own, so that scores and sums read half of the codes, and codes are fewer and larger."""
-
 SPEED_FIELD_BITS = 0.5
 """What a field counts for beside its bits where speed is preferred (spectral.bits.allocate; docs/codec-research.md)."""
+
+PREFERENCES: dict[str, tuple[tuple[str, ...], float]] = {
+    "quality": (("both",), 0.0),
+    "speed": (("key", "value"), SPEED_FIELD_BITS),
+}
+"""What a profile is made for: the sides of its units (spectral.basis.Unit), and what a field counts for. Quality: keys
+and values of a unit share a basis, which takes fewest bytes for the same loss. Speed: each has its own, so that scores
+and sums read half of the codes, and codes are fewer and larger."""
 
 FINE_WINDOW_BELOW = 8.0
 """All-in ratios below this keep 10 bits of recent tokens, the rest 8: there the window's own error would rule."""
@@ -61,19 +65,19 @@ class Fitted:
     prefer: str = "quality"
 
 
-def check_preference(prefer: str) -> None:
-    """Raise SettingError for what is none of PREFERENCES."""
+def preferred(prefer: str) -> tuple[tuple[str, ...], float]:
+    """Of PREFERENCES. Raises SettingError for what is none of them."""
     if prefer not in PREFERENCES:
         raise SettingError(f"prefer must be quality or speed, got {prefer!r}")
+    return PREFERENCES[prefer]
 
 
 def fit(statistics: Statistics, page_tokens: int, prefer: str = "quality") -> Fitted:
     """Bases, tables and error curves. Raises ValueError on statistics that are not finite."""
-    check_preference(prefer)
+    sides, _ = preferred(prefer)
     layers: dict[int, LayerProfile] = {}
     pool: list[np.ndarray] = []
     latents: dict[tuple[int, int], np.ndarray] = {}
-    sides = ("key", "value") if prefer == "speed" else ("both",)
     count = len(sides) * sum(len(layer.units) for layer in statistics.layers.values())
     for index, layer in statistics.layers.items():
         units: list[Unit] = []
@@ -166,7 +170,7 @@ def ladder(
     rows: list[LadderRow] = []
     bits: dict[str, Widths] = {}
     if field_bits is None:
-        field_bits = SPEED_FIELD_BITS if fitted.prefer == "speed" else 0.0
+        _, field_bits = preferred(fitted.prefer)
     for ratio in ratios:
         window_bits = 10 if ratio < FINE_WINDOW_BELOW else 8
         held = sum(slot_nbytes(layer, sinks, recent + page_tokens, window_bits) for layer in full)
@@ -218,12 +222,11 @@ def _allocated(
 
 def _fill_empty_units(fitted: Fitted, picked: np.ndarray) -> None:
     """One bit for the run that gains most of a unit that would have none: kernels serve no layer with such a unit."""
-    where = np.array([(index, number) for index, number, _, _ in fitted.where])
+    of = np.unique([where[:2] for where in fitted.where], axis=0, return_inverse=True)[1].ravel()
     gain = (fitted.errors[0] - fitted.errors[1]) / fitted.sizes
-    for unit in np.unique(where, axis=0):
-        own = np.flatnonzero((where == unit).all(1))
-        if own.size and not picked[own].any():
-            picked[own[np.argmax(gain[own])]] = WIDTHS[1]
+    for empty in np.flatnonzero(np.bincount(of, picked) == 0):
+        own = np.flatnonzero(of == empty)
+        picked[own[np.argmax(gain[own])]] = WIDTHS[1]
 
 
 def default_by_energy(rows: Sequence[LadderRow], target_energy: float) -> str:

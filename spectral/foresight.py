@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from spectral.basis import holding
 from spectral.kernels.quads import code_parcels, squeeze_parcels
 from spectral.kernels.tables import layer_tables
 from spectral.remember import memory
@@ -61,11 +62,11 @@ class _Layer:
 
     @property
     def key_units(self) -> list[int]:
-        return [number for number, unit in enumerate(self.units) if unit.side != "value"]
+        return holding((unit.side for unit in self.units), "key")
 
     @property
     def value_units(self) -> list[int]:
-        return [number for number, unit in enumerate(self.units) if unit.side != "key"]
+        return holding((unit.side for unit in self.units), "value")
 
     @property
     def starts(self) -> list[int]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spectral.basis import Unit
+from spectral.basis import Unit, side_numbers
 from spectral.bits import Table, frequency_classes
 from spectral.errors import ProfileError, SettingError
 
@@ -253,7 +253,7 @@ class SpectralProfile:
         dim = found.key_dim if side == "key" else found.value_dim
         start = (head - unit.heads[0]) * dim
         if side == "value":
-            start += unit.numbers(found.key_dim, found.value_dim)[0]
+            start += side_numbers(unit.heads, unit.side, found.key_dim, found.value_dim)[0]
         rows = slice(start, start + dim)
         encode, decode = unit.encode[rows], unit.decode[rows]
         return unit.mean[rows], (encode * unit.variance) @ encode.T, decode @ decode.T

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from spectral.aside import to_device
+from spectral.basis import side_numbers
 from spectral.bits import dct_matrix, frequency_classes
 from spectral.gains import decode_gains, side_energy
 from spectral.layout import PLANES, PageLayout, page_layout
@@ -189,7 +190,7 @@ class UnitCodec(torch.nn.Module):
     """One unit at one setting: projection, quantizer, packing. R below counts the latents with bits anywhere.
 
     `finer`: the same unit at another setting on the same device, whose matrices are taken over where they suffice.
-    `latents`: int64 [R] of the unit's, the numbers in `used` on the host.
+    `latents`: int64 [R] of the unit's, the numbers in `used` on the host. `numbers`: of keys and of values, of a token.
     """
 
     def __init__(
@@ -209,7 +210,7 @@ class UnitCodec(torch.nn.Module):
         self.layout = unit_layout(np.asarray(widths)[:, used], page_tokens)
         self.page_tokens, self.rank, self.heads, self.side = page_tokens, used.size, unit.heads, unit.side
         count = unit.heads[1] - unit.heads[0]
-        split, values = unit.numbers(key_dim, value_dim)
+        self.numbers = split, values = side_numbers(unit.heads, unit.side, key_dim, value_dim)
         key_dim, value_dim = split // count, values // count  # 0 where the unit does not hold that side
 
         def tensor(array: np.ndarray) -> torch.Tensor:

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from spectral.aside import to_device
-from spectral.basis import side_numbers
 from spectral.codec import LayerCodec
 from spectral.kernels.choices import CodeChoices, chosen, layer_shape
 from spectral.kernels.quads import code_parcels, unit_columns
@@ -75,8 +74,7 @@ class CodeLayer:
         self.device = units[0].mean.device
         self.columns = [int(c) for c in unit_columns(codec)]
         self.latents = self.columns[-1]
-        sizes = [sum(side_numbers(unit.heads, unit.side, codec.key_dim, codec.value_dim)) for unit in units]
-        self.spans = [int(s) for s in np.cumsum([0, *sizes])]
+        self.spans = [int(s) for s in np.cumsum([0, *(sum(unit.numbers) for unit in units)])]
         self.numbers = self.spans[-1]
         found = code_parcels(codec)
         self.size, self.gain, *rest = found.parcel.to(self.device)
@@ -85,9 +83,9 @@ class CodeLayer:
         self.quads = [QuadTable(double, *rest[2 * double : 2 * double + 2]) for double in (False, True)]
         self.fields = [FieldTable(bits, *rest[4 + 2 * i : 6 + 2 * i]) for i, (bits, _) in enumerate(found.kinds)]
         self.keys, self.values = self._side("key"), self._side("value")
-        sides = (("key", self.keys), ("value", self.values))
+        sides = (self.keys, self.values)
         self.spread = [
-            torch.cat([s.spread[slice(*unit.heads)].flatten() for name, s in sides if unit.side in ("both", name)])
+            torch.cat([s.spread[slice(*unit.heads)].flatten() for s, n in zip(sides, unit.numbers, strict=True) if n])
             for unit in units
         ]
         self.shape = layer_shape(codec)
@@ -103,7 +101,7 @@ class CodeLayer:
         numbers, dim = (codec.key_units, codec.key_dim) if name == "key" else (codec.value_units, codec.value_dim)
         units = [codec.units[number] for number in numbers]
         for number, unit in zip(numbers, units, strict=True):
-            before = 0 if name == "key" else side_numbers(unit.heads, unit.side, codec.key_dim, codec.value_dim)[0]
+            before = 0 if name == "key" else unit.numbers[0]
             columns += [self.spans[number] + before + h * dim for h in range(unit.heads[1] - unit.heads[0])]
         means = [getattr(unit, f"{name}_mean").flatten(1) for unit in units]
         bases = [getattr(unit, f"{name}_decode") for unit in units]

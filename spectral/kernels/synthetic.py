@@ -7,7 +7,7 @@ import numpy as np
 from spectral.basis import Unit, side_numbers
 from spectral.bits import CHANNEL_GROUP, WIDTHS, allocate, frequency_classes, gaussian_step, gaussian_tables
 from spectral.codec import LayerCodec
-from spectral.fit import SPEED_FIELD_BITS, check_preference
+from spectral.fit import preferred
 from spectral.frames import BlockFrame
 
 BITS = {"4x": 3.774, "8x": 1.774, "16x": 0.742}
@@ -43,8 +43,7 @@ def synthetic_parts(
 ) -> list[tuple[Unit, np.ndarray]]:
     """Units of a layer with as many heads each as make 1,024 numbers of keys and values, and their widths, as a profile
     with this preference (spectral.fit.PREFERENCES) has them."""
-    check_preference(prefer)
-    sides, field_bits = (("key", "value"), SPEED_FIELD_BITS) if prefer == "speed" else (("both",), 0.0)
+    sides, field_bits = preferred(prefer)
     run = max(1, min(kv_heads, 1024 // (2 * dim)))
     spans = [(a, min(a + run, kv_heads)) for a in range(0, kv_heads, run)]
     wanted = [(span, side) for side in sides for span in spans]

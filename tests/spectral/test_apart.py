@@ -18,7 +18,7 @@ from spectral.hf import LoadedModel, wrap_model
 from spectral.link_profile import link_profile
 from spectral.profile import CONTEXT, SpectralProfile
 from tests.spectral.cache_helpers import generate, logits, model, profile, tokens
-from tests.spectral.engine.engine_helpers import Letters, answer, ask, drive, request
+from tests.spectral.engine.engine_helpers import Letters, ask, request, squeeze_twice
 from tests.spectral.test_profile import TEXT, loaded_model, small_profiler
 
 FAMILIES = ["qwen3", "gemma3"]  # the second with sliding layers
@@ -77,19 +77,7 @@ def test_a_running_engine_is_squeezed(family: str) -> None:
     prompts = [tokens(1, 90 + 20 * i, i)[0].tolist() for i in range(3)]
     for i, prompt in enumerate(prompts):
         engine.submit(request(f"r{i}", prompt, 60))
-    freed: list[int] = []
-
-    def each(step: int) -> None:
-        if step == 12:
-            engine.park("r0")  # comes back to a store that is coarser than what it left
-        if step in (13, 20):
-            before = engine.lanes.nbytes
-            freed.append(engine.set_setting(names[1] if step == 13 else names[2]))
-            assert engine.lanes.nbytes == before - freed[-1] and len(engine.lanes.all) == 1
-
-    events = drive(engine, each)
-    assert all(len(answer(events, f"r{i}")) == 60 for i in range(3))
-    assert len(freed) == 2 and min(freed) > 0 and engine.stats().squeezes == 2
+    squeeze_twice(engine, names[1], names[2])
     alone = ask(engine_of(family, names[2]), request("x", prompts[0], 30))
     assert ask(engine, request("x", prompts[0], 30)) == alone
 

@@ -85,3 +85,21 @@ def both_ways(model: Any, length: int, count: int) -> tuple[list[int], list[int]
     limits = EngineLimits(prefill_chunk=16, token_budget=64, max_concurrency=2)
     engine = Engine(loaded, setting="exact", limits=limits, checked=True)
     return wanted[0, length:].tolist(), ask(engine, request("x", prompt[0].tolist(), count))["x"], loaded
+
+
+def squeeze_twice(engine: Engine, first: str, second: str) -> None:
+    """Drive requests r0 to r2 of 60 tokens to their end, of which r0 is parked before the first of two squeezes: each
+    frees the bytes that it says, and all go on."""
+    freed: list[int] = []
+
+    def each(step: int) -> None:
+        if step == 12:
+            engine.park("r0")  # comes back to a store that is coarser than what it left
+        if step in (13, 20):
+            before = engine.lanes.nbytes
+            freed.append(engine.set_setting(first if step == 13 else second))
+            assert engine.lanes.nbytes == before - freed[-1] and len(engine.lanes.all) == 1
+
+    events = drive(engine, each)
+    assert all(len(answer(events, f"r{i}")) == 60 for i in range(3))
+    assert len(freed) == 2 and min(freed) > 0 and engine.stats().squeezes == 2

@@ -15,7 +15,7 @@ from spectral.errors import ProfileError, RequestError, SettingError
 from spectral.hf import LoadedModel, load_model
 from spectral.profile import SpectralProfile
 from spectral.residency import storages_of
-from tests.spectral.engine.engine_helpers import answer, ask, drive, request, tiny_engine
+from tests.spectral.engine.engine_helpers import answer, ask, drive, request, squeeze_twice, tiny_engine
 
 PROMPT = [50 + i % 900 for i in range(0, 3000, 7)][:300]
 
@@ -36,20 +36,8 @@ def test_a_squeeze_frees_bytes_and_streams_go_on(loaded: LoadedModel) -> None:
     engine = demo(loaded, "4x", max_host_bytes=None, max_concurrency=2)
     for i in range(3):
         engine.submit(request(f"r{i}", [7 + i, *PROMPT], 60))
-    freed: list[int] = []
-
-    def each(step: int) -> None:
-        if step == 12:
-            engine.park("r0")  # comes back to a store that is coarser than what it left
-        if step in (13, 20):
-            before = engine.lanes.nbytes
-            freed.append(engine.set_setting("8x" if step == 13 else "16x"))
-            assert engine.lanes.nbytes == before - freed[-1] and len(engine.lanes.all) == 1
-
-    events = drive(engine, each)
-    assert all(len(answer(events, f"r{i}")) == 60 for i in range(3))
-    assert len(freed) == 2 and min(freed) > 0
-    assert engine.setting == "16x" and engine.stats().squeezes == 2
+    squeeze_twice(engine, "8x", "16x")
+    assert engine.setting == "16x"
     # A request that begins now is answered as by an engine that never had another setting.
     assert ask(engine, request("x", PROMPT, 30)) == ask(demo(loaded, "16x"), request("x", PROMPT, 30))
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from spectral.basis import holding
 from spectral.bits import CHANNEL_GROUP, FIELDS, WIDTHS, frequency_classes
 from spectral.kernels.cells import SHARED, held_runs
 from spectral.kernels.classes import class_rows, first_row, strip_bits, strip_class, strip_order
@@ -33,8 +34,8 @@ def codec_of(layouts: list[PageLayout], sides: list[str] | None = None) -> Any:
     return SimpleNamespace(
         units=units,
         starts=[0, *accumulate(layout.nbytes for layout in layouts)],
-        key_units=[number for number, unit in enumerate(units) if unit.side != "value"],
-        value_units=[number for number, unit in enumerate(units) if unit.side != "key"],
+        key_units=holding((unit.side for unit in units), "key"),
+        value_units=holding((unit.side for unit in units), "value"),
     )
 
 
