@@ -378,7 +378,7 @@ def test_speed_reads_fewer_fields_and_is_measured(
     assert [[unit.side for unit in layer.units] for layer in apart.layers if layer] == [["key", "value"]] * 3
     assert apart.apart and not profile.apart
     assert apart.provenance["prefer"] == "speed"
-    assert "prefer" not in profile.provenance, "the shipped profile comes out of its command byte for byte"
+    assert "prefer" not in profile.provenance, "so that its command makes the shipped profile byte for byte"
     kl = [row.kl_mean for row in apart.ladder]
     assert kl == sorted(kl) and 0 < kl[0] < kl[-1]
     for row, other in zip(apart.ladder, profile.ladder, strict=True):
