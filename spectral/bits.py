@@ -4,7 +4,8 @@ a page.
 A page holds P consecutive tokens of one unit (a group of KV heads, keys and values together) as P x R latent
 coefficients: R latents, each transformed over the page's tokens by an orthonormal DCT, so that row f of a page is
 frequency f. Rows are grouped into classes of neighbouring frequencies (`frequency_classes`); a class has one standard
-deviation and one width per latent. A coefficient of width w is a code in [0, 2^w): the index of a level of the width's
+deviation and one width per latent. Where all rows are one class there is no transform, and row f is token f: that is
+how a profile for speed has it, and the number of classes says which (`row_classes`, `page_transform`). A coefficient of width w is a code in [0, 2^w): the index of a level of the width's
 uniform table, times the class's standard deviation. Tables are shared by everything in a profile.
 """
 
@@ -126,6 +127,23 @@ def frequency_classes(page_tokens: int) -> tuple[tuple[int, ...], ...]:
         raise ValueError(f"page_tokens must be a power of two and at least 8, got {page_tokens}")
     bounds = [0, *(2**i for i in range(page_tokens.bit_length()))]
     return tuple(tuple(range(a, b)) for a, b in zip(bounds, bounds[1:], strict=False))
+
+
+def row_classes(page_tokens: int, count: int) -> tuple[tuple[int, ...], ...]:
+    """The rows of each of `count` classes: one for all rows of a page that is not transformed, or those of
+    frequencies. Raises ValueError for any other count."""
+    classes = frequency_classes(page_tokens)
+    if count == 1:
+        return (tuple(range(page_tokens)),)
+    if count != len(classes):
+        raise ValueError(f"a page of {page_tokens} tokens has 1 or {len(classes)} classes, not {count}")
+    return classes
+
+
+def page_transform(page_tokens: int, count: int) -> np.ndarray:
+    """What a page's tokens become its rows by, with so many classes: the DCT, or nothing. float64 [P, P], orthonormal,
+    y = M x."""
+    return np.eye(page_tokens) if count == 1 else dct_matrix(page_tokens)
 
 
 def dct_matrix(size: int) -> np.ndarray:

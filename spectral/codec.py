@@ -77,6 +77,11 @@ class LayerCodec(torch.nn.Module):
             )
             for (unit, widths), like in zip(units, known, strict=True)
         )
+        counts = {len(np.asarray(widths)) for _, widths in units}
+        if len(counts) != 1:
+            raise SettingError(f"the units of a layer have {sorted(counts)} classes; they must have the same")
+        self.classes = counts.pop()
+        """Classes of a page's rows (spectral.bits.row_classes)."""
         held = [(unit.heads, unit.side) for unit, _ in units]
         try:
             self.kv_heads = covered_heads(held)

@@ -18,9 +18,10 @@ from spectral.bits import (
     WIDTHS,
     Table,
     allocate,
-    dct_matrix,
     fit_tables,
     frequency_classes,
+    page_transform,
+    row_classes,
 )
 from spectral.errors import SettingError
 from spectral.layout import page_layout
@@ -33,15 +34,31 @@ TABLE_SAMPLE = 2_000_000
 """Coefficients on which quantizer tables are fitted, at most."""
 
 SPEED_FIELD_BITS = 0.5
-"""What a field counts for beside its bits where speed is preferred (spectral.bits.allocate; docs/codec-research.md)."""
+"""What a field counts for beside its bits where quality is not preferred (spectral.bits.allocate; docs/codec-research.md)."""
 
-PREFERENCES: dict[str, tuple[tuple[str, ...], float]] = {
-    "quality": (("both",), 0.0),
-    "speed": (("key", "value"), SPEED_FIELD_BITS),
+
+@dataclass(frozen=True)
+class Preference:
+    """What a profile is made for.
+
+    Attributes:
+        sides: of its units (spectral.basis.Unit); field_bits: what a field counts for beside its bits; transform:
+            whether a page's latents are transformed over its tokens.
+    """
+
+    sides: tuple[str, ...]
+    field_bits: float
+    transform: bool
+
+
+PREFERENCES = {
+    "quality": Preference(("both",), 0.0, True),
+    "balanced": Preference(("key", "value"), SPEED_FIELD_BITS, True),
+    "speed": Preference(("key", "value"), SPEED_FIELD_BITS, False),
 }
-"""What a profile is made for: the sides of its units (spectral.basis.Unit), and what a field counts for. Quality: keys
-and values of a unit share a basis, which takes fewest bytes for the same loss. Speed: each has its own, so that scores
-and sums read half of the codes, and codes are fewer and larger."""
+"""Quality: keys and values of a unit share a basis, which takes fewest bytes for the same loss. Balanced: each has its
+own, so that scores and sums read half of the codes, and codes are fewer and larger. Speed: tokens as they are besides,
+so that a page has one class of rows, codes come in long runs of one width, and nothing has to be transformed back."""
 
 FINE_WINDOW_BELOW = 8.0
 """All-in ratios below this keep 10 bits of recent tokens, the rest 8: there the window's own error would rule."""
@@ -65,16 +82,17 @@ class Fitted:
     prefer: str = "quality"
 
 
-def preferred(prefer: str) -> tuple[tuple[str, ...], float]:
+def preferred(prefer: str) -> Preference:
     """Of PREFERENCES. Raises SettingError for what is none of them."""
     if prefer not in PREFERENCES:
-        raise SettingError(f"prefer must be quality or speed, got {prefer!r}")
+        raise SettingError(f"prefer must be one of {', '.join(PREFERENCES)}, got {prefer!r}")
     return PREFERENCES[prefer]
 
 
 def fit(statistics: Statistics, page_tokens: int, prefer: str = "quality") -> Fitted:
     """Bases, tables and error curves. Raises ValueError on statistics that are not finite."""
-    sides, _ = preferred(prefer)
+    wanted = preferred(prefer)
+    sides, classes = wanted.sides, len(frequency_classes(page_tokens)) if wanted.transform else 1
     layers: dict[int, LayerProfile] = {}
     pool: list[np.ndarray] = []
     latents: dict[tuple[int, int], np.ndarray] = {}
@@ -82,7 +100,7 @@ def fit(statistics: Statistics, page_tokens: int, prefer: str = "quality") -> Fi
     for index, layer in statistics.layers.items():
         units: list[Unit] = []
         for side, number in product(sides, range(len(layer.units))):
-            unit, latent = _fit_unit(layer, number, side, statistics, page_tokens)
+            unit, latent = _fit_unit(layer, number, side, statistics, page_tokens, classes)
             latents[index, len(units)] = latent
             units.append(unit)
             flat = latent[..., : latent.shape[-1] // 2].ravel()  # the leading half gets nearly all bits
@@ -99,7 +117,7 @@ def fit(statistics: Statistics, page_tokens: int, prefer: str = "quality") -> Fi
 
 
 def _fit_unit(
-    layer: LayerStatistics, number: int, side: str, statistics: Statistics, page_tokens: int
+    layer: LayerStatistics, number: int, side: str, statistics: Statistics, page_tokens: int, classes: int
 ) -> tuple[Unit, np.ndarray]:
     """The basis of keys and values of a run of heads, or of one side alone, and its sample as latents of unit variance:
     float32 [pages, P, R]."""
@@ -115,9 +133,9 @@ def _fit_unit(
     scale = np.sqrt(np.maximum(basis.variance, floor))
     x = torch.cat(layer.sample[number])[..., own].float()
     latent = (x - torch.tensor(mean, dtype=torch.float32)) @ torch.tensor(basis.encode / scale, dtype=torch.float32)
-    coefficients = torch.matmul(torch.tensor(dct_matrix(page_tokens), dtype=torch.float32), latent)
-    square = coefficients.square().mean(0, dtype=torch.float64).numpy()  # [P, R]
-    deviation = np.stack([np.sqrt(square[list(rows)].mean(0)) for rows in frequency_classes(page_tokens)])
+    transform = torch.tensor(page_transform(page_tokens, classes), dtype=torch.float32)
+    square = torch.matmul(transform, latent).square().mean(0, dtype=torch.float64).numpy()  # [P, R]
+    deviation = np.stack([np.sqrt(square[list(rows)].mean(0)) for rows in row_classes(page_tokens, classes)])
     variance = np.maximum(basis.variance, floor)
     return Unit(heads, mean, basis.decode * scale, basis.encode / scale, variance, deviation, side), latent.numpy()
 
@@ -128,8 +146,9 @@ def _error_curves(
     """Measured loss of a unit's runs at every width: [len(WIDTHS), classes, runs] nats per token, and codes per token
     [classes, runs]. Latents beyond the last whole run never get bits."""
     runs = unit.variance.size // CHANNEL_GROUP
-    y = torch.matmul(torch.tensor(dct_matrix(page_tokens), dtype=torch.float32), torch.from_numpy(latent))
-    classes = frequency_classes(page_tokens)
+    transform = torch.tensor(page_transform(page_tokens, len(unit.deviation)), dtype=torch.float32)
+    y = torch.matmul(transform, torch.from_numpy(latent))
+    classes = row_classes(page_tokens, len(unit.deviation))
     errors = np.zeros((len(WIDTHS), len(classes), runs))
     importance = unit.variance[: runs * CHANNEL_GROUP]
     for c, rows in enumerate(classes):
@@ -170,7 +189,7 @@ def ladder(
     rows: list[LadderRow] = []
     bits: dict[str, Widths] = {}
     if field_bits is None:
-        _, field_bits = preferred(fitted.prefer)
+        field_bits = preferred(fitted.prefer).field_bits
     for ratio in ratios:
         window_bits = 10 if ratio < FINE_WINDOW_BELOW else 8
         held = sum(slot_nbytes(layer, sinks, recent + page_tokens, window_bits) for layer in full)
@@ -206,7 +225,7 @@ def _allocated(
     """Widths by item and by layer under a budget of bytes of a page, and the bytes that they take.
 
     Padding comes on top of the budget where quality is preferred: some thousandths, and profiles that are shipped stay
-    what they are. Twice as many units pad more, up to 3 % at 16x, so where speed is preferred it is taken off.
+    what they are. Twice as many units pad more, up to 3 % at 16x, so with the other preferences it is taken off.
     """
     budget = page_budget
     for turn in range(12):
@@ -214,7 +233,7 @@ def _allocated(
         _fill_empty_units(fitted, picked)
         widths = _widths(fitted, shape, picked)
         nbytes = sum(page_layout(w, page_tokens).nbytes for layer in widths for w in layer or [])
-        if fitted.prefer != "speed" or nbytes <= page_budget:
+        if fitted.prefer == "quality" or nbytes <= page_budget:
             break
         budget = max(budget - (nbytes - page_budget) * 2 ** (turn // 3), page_budget / 2)
     return picked, widths, nbytes

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spectral.bits import WIDTHS, frequency_classes, gaussian_step
+from spectral.bits import WIDTHS, row_classes, gaussian_step
 
 if TYPE_CHECKING:
     from spectral.basis import Unit
@@ -42,7 +42,7 @@ def decode_gains(energy: np.ndarray, unit: Unit, widths: np.ndarray, page_tokens
     """
     kept = np.zeros(max(WIDTHS) + 1)
     kept[list(WIDTHS)] = [1 - gaussian_step(width)[1] for width in WIDTHS]
-    rows = np.array([len(members) for members in frequency_classes(page_tokens)], dtype=np.float64)
+    rows = np.array([len(members) for members in row_classes(page_tokens, len(unit.deviation))], dtype=np.float64)
     power = rows[:, None] * np.asarray(unit.deviation, dtype=np.float64) ** 2  # [classes, latents]
     whole, back = power.sum(0), (power * kept[np.asarray(widths)]).sum(0)
     gains = []

@@ -1,7 +1,7 @@
 """Where the codes of a page lie (pure: no I/O, no clock, no logging).
 
 A coefficient of width w is a code in [0, 2^w). Codes are stored as planes of 1, 2, 4 or 8 bits: 3 = 2 + 1 and 6 = 4 +
-2, so a code is the sum over its planes of field * 2^shift. Within a class of rows (spectral.bits.frequency_classes) a
+2, so a code is the sum over its planes of field * 2^shift. Within a class of rows (spectral.bits.row_classes) a
 plane comes in cells of 16 latents (32 of one bit, so that bytes are whole). A cell has four quarters, a quarter every
 row of the class, and a row of a quarter the fields of four neighbouring latents (twice four of one bit), the first in
 the lowest bits:
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spectral.bits import CHANNEL_GROUP, WIDTHS, frequency_classes
+from spectral.bits import CHANNEL_GROUP, WIDTHS, row_classes
 
 PAGE_ALIGN = 8
 """A page's bytes are a multiple of this."""
@@ -137,7 +137,7 @@ class PageLayout:
     @property
     def row_widths(self) -> np.ndarray:
         """Width of every coefficient: uint8 [P, R]."""
-        counts = [len(rows) for rows in frequency_classes(self.page_tokens)]
+        counts = [len(rows) for rows in row_classes(self.page_tokens, len(self.widths))]
         return np.repeat(self.widths, counts, axis=0)
 
     def fields(self) -> Fields:
@@ -156,9 +156,9 @@ class PageLayout:
 def page_layout(widths: np.ndarray, page_tokens: int) -> PageLayout:
     """Layout for widths [classes, R] (int). Raises ValueError on widths that do not exist or change within a run."""
     table = np.asarray(widths)
-    classes = frequency_classes(page_tokens)
-    if table.ndim != 2 or table.shape[0] != len(classes):
-        raise ValueError(f"widths {table.shape} must be [{len(classes)} classes, latents]")
+    if table.ndim != 2:
+        raise ValueError(f"widths {table.shape} must be [classes, latents]")
+    classes = row_classes(page_tokens, table.shape[0])
     wrong = sorted({int(w) for w in np.unique(table)} - set(WIDTHS))
     if wrong:
         raise ValueError(f"widths {wrong} are not among {WIDTHS}")

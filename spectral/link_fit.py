@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from spectral.bits import frequency_classes
+from spectral.bits import row_classes
 from spectral.codec import Codebook, LayerCodec
 from spectral.errors import CacheError, SessionError
 from spectral.files import write_atomically
@@ -93,7 +93,7 @@ def _fit_layer(codec: LayerCodec, pages: torch.Tensor, below: torch.Tensor) -> L
     per_sum = step / COEFFICIENT_SCALE  # a unit of the integer sum, in the target's own unit
     p = (below.flatten(0, 1).float() @ whole.float()).view_as(level).double() * per_sum
     gains = []
-    for rows in frequency_classes(codec.page_tokens):
+    for rows in row_classes(codec.page_tokens, codec.classes):
         span = slice(rows[0], rows[-1] + 1)
         inside = p[:, span] / deviation[span]
         trust = (inside * level[:, span]).sum((0, 1)) / inside.pow(2).sum((0, 1)).clamp_min(1e-9)

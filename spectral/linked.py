@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from spectral.archive import archive_pages, layout_digest, open_streams, restore_pages, seal_streams
-from spectral.bits import frequency_classes
+from spectral.bits import row_classes
 from spectral.codec import Codebook, LayerCodec
 from spectral.errors import CacheError, SessionError
 from spectral.unit_codec import UnitCodec, byte_fields, pack_fields
@@ -130,7 +130,7 @@ class Chain:
                 continue
             latents = sum(unit.rank for unit in codec.units)
             if layer is not None:
-                classes = len(frequency_classes(codec.page_tokens))
+                classes = codec.classes
                 fits = fits and layer.weight.shape == (sum(below), latents) and layer.gain.shape == (classes, latents)
                 fits = fits and all(width in self._links.ranks for unit in codec.units for width in unit.width_places)
             below.append(latents)
@@ -185,7 +185,7 @@ class Chain:
 def predicted_bins(links: LayerLinks, below: torch.Tensor) -> torch.Tensor:
     """Integers of the layers below, int16 [n, P, source latents] -> bins uint8 [n, P, R]."""
     tokens = below.shape[1]
-    counts = torch.tensor([len(rows) for rows in frequency_classes(tokens)])
+    counts = torch.tensor([len(rows) for rows in row_classes(tokens, len(links.gain))])
     total = below.flatten(0, 1).float() @ links.weight.float()  # exact: see the module's docstring
     half = BINS // 2
     steps = total.view(*below.shape[:2], links.weight.shape[1]).mul_(links.gain.repeat_interleave(counts, 0)).round_()

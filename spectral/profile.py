@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spectral.basis import Unit, side_numbers
-from spectral.bits import Table, frequency_classes
+from spectral.bits import Table, row_classes
 from spectral.errors import ProfileError, SettingError
 
 if TYPE_CHECKING:
@@ -223,10 +223,15 @@ class SpectralProfile:
         """Whether keys and values have bases of their own (made for speed) in any layer."""
         return any(unit.side != "both" for layer in self.layers if layer is not None for unit in layer.units)
 
+    @property
+    def classes(self) -> int:
+        """Classes of a page's rows: 1 where pages are not transformed (spectral.bits.row_classes)."""
+        return next((len(unit.deviation) for layer in self.layers if layer is not None for unit in layer.units), 0)
+
     def bits_map(self, setting: str = "auto") -> list[np.ndarray | None]:
         """Widths of a setting by page frequency: per layer uint8 [P, latents of all units] (None: not compressed)."""
         row = self.row(setting)
-        counts = [len(rows) for rows in frequency_classes(row.page_tokens)]
+        counts = [len(rows) for rows in row_classes(row.page_tokens, self.classes)]
         return [
             None if widths is None else np.concatenate([np.repeat(w, counts, axis=0) for w in widths], 1)
             for widths in self.bits[row.name]
@@ -315,6 +320,7 @@ class SpectralProfile:
             ],
             "ladder": [row.to_dict() for row in self.ladder],
             "provenance": self.provenance,
+            **({"transform": "none"} if self.classes == 1 else {}),
             **({"sliding": self.sliding} if any(self.sliding) else {}),
         }
 

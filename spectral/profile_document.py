@@ -55,6 +55,8 @@ def check_document(meta: Any) -> dict[str, Any]:
     for index, layer in enumerate(layers):
         if layer is not None:
             _check_layer(layer, f"layers[{index}]")
+    if found.get("transform", "none") != "none":
+        raise ProfileError('transform: must be "none", or left out where pages are transformed')
     if "sliding" in found:
         for index, window in enumerate(_list(found, "sliding", 0, MAX_LAYERS)):
             if window is not None and not _is_count(window, 1, MAX_BYTES):

@@ -83,9 +83,8 @@ def _tensors(profile: SpectralProfile) -> dict[str, np.ndarray]:
 def as_stored(profile: SpectralProfile) -> SpectralProfile:
     """The profile with the rounding of its file: what is measured must be what is saved."""
     tensors = _tensors(profile)
-    classes = len(frequency_classes(profile.ladder[0].page_tokens))
     layers = [
-        None if facts is None else _read_layer(tensors, index, facts, classes)
+        None if facts is None else _read_layer(tensors, index, facts, profile.classes)
         for index, facts in enumerate(profile.metadata()["layers"])
     ]
     return replace(profile, layers=layers, tables={w: _read_table(tensors, w) for w in WIDTHS if w})
@@ -168,7 +167,7 @@ def _build(source: Path) -> SpectralProfile:
     meta, tensors = _open(source)
     ladder = [LadderRow.from_dict(row) for row in meta["ladder"]]
     _check_ladder(ladder, str(meta["default"]), int(meta["block_tokens"]))
-    classes = len(frequency_classes(ladder[0].page_tokens))
+    classes = 1 if meta.get("transform") == "none" else len(frequency_classes(ladder[0].page_tokens))
     profile = SpectralProfile(
         model=str(meta["model"]),
         fingerprint=str(meta["fingerprint"]),

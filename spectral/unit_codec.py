@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from spectral.aside import to_device
 from spectral.basis import side_numbers
-from spectral.bits import dct_matrix, frequency_classes
+from spectral.bits import page_transform, row_classes
 from spectral.gains import decode_gains, side_energy
 from spectral.layout import PLANES, PageLayout, page_layout
 from spectral.remember import digest, memory
@@ -124,7 +124,7 @@ def _columns(array: np.ndarray, used: torch.Tensor) -> torch.Tensor:
 def row_deviation(class_deviation: np.ndarray, page_tokens: int) -> np.ndarray:
     """Deviations of all coefficients of a page from those of classes [C, R]: float32 [P, R]."""
     deviation: np.ndarray = np.zeros((page_tokens, class_deviation.shape[1]), dtype=np.float32)
-    for rows, one in zip(frequency_classes(page_tokens), class_deviation, strict=True):
+    for rows, one in zip(row_classes(page_tokens, len(class_deviation)), class_deviation, strict=True):
         deviation[list(rows)] = one
     return deviation
 
@@ -168,6 +168,7 @@ class Packing:
         self.source, self.mask = tensor(found.source, torch.int64), tensor(found.mask, torch.uint8)
         self.low_place = tensor(found.low_place, torch.int64)
         self.unit, self.low_unit = tensor(found.unit), tensor(found.low_unit)
+        self.classes = len(layout.widths)
         self.as_levels = self.affine(self.step, layout.page_tokens)
         self.as_coefficients = self.affine(self.step * self.deviation, layout.page_tokens)
 
@@ -175,7 +176,9 @@ class Packing:
         """What codes are worth for steps of `size` [P, R]: an offset, a factor of high parts, one of low ones."""
         wide = F.pad(size, (0, 1))
         offset = F.pad(-self.zero * size, (0, 1))
-        offset[0, -1] = 1 / float(np.float32(dct_matrix(page_tokens)[0, 0]))  # the mean does not change within a page
+        # The mean does not change within a page: it is in all rows of tokens, and in the first of frequencies.
+        first = 1 / float(np.float32(page_transform(page_tokens, self.classes)[0, 0]))
+        offset[: page_tokens if self.classes == 1 else 1, -1] = first
         low = wide.flatten().index_select(0, self.low_place) * self.low_unit
         return [offset.flatten(), self.unit * wide.flatten(), low]
 
@@ -247,8 +250,9 @@ class UnitCodec(torch.nn.Module):
 
     @cached_property
     def dct(self) -> torch.Tensor:
-        """[P, P], rows are frequencies."""
-        return to_device(dct_matrix(self.page_tokens), self.mean.device, torch.float32)
+        """[P, P], rows are frequencies; the identity where the unit's pages are not transformed."""
+        matrix = page_transform(self.page_tokens, len(self.class_deviation))
+        return to_device(matrix, self.mean.device, torch.float32)
 
     @cached_property
     def inverse_dct(self) -> torch.Tensor:
@@ -321,7 +325,7 @@ class UnitCodec(torch.nn.Module):
         return self._values(packed, *self._packing.as_coefficients)
 
     def coefficients(self, packed: torch.Tensor) -> torch.Tensor:
-        """Packed uint8 [n, bytes] -> DCT coefficients of the latents [n, P, R] float32."""
+        """Packed uint8 [n, bytes] -> coefficients of the latents [n, P, R] float32."""
         return self.opened(packed)[..., :-1]
 
     def decode(self, packed: torch.Tensor, *, plain: bool = False) -> torch.Tensor:

@@ -63,7 +63,7 @@ def held(scene: Scene) -> Counter[str]:
 
 def requests(scene: Scene, engine: Engine, first: int, count: int) -> None:
     """Serve them."""
-    rng = torch.Generator().manual_seed(1)
+    rng = torch.Generator().manual_seed(1 + first)  # other lengths every round: what is kept for one of them shows
     for number in range(first, first + count):
         random_request(engine, scene, number, rng)
     finish(engine)

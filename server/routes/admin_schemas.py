@@ -57,4 +57,4 @@ class Build(_Strict):
     tokens: Annotated[int, Field(ge=4096, le=10_000_000)] = 65_536
     seed: Annotated[int, Field(ge=0, le=2**31)] = 0
     device: Annotated[str | None, Field(pattern=r"^(auto|cpu|cuda|cuda:\d+)$")] = None
-    prefer: Literal["quality", "speed"] = "quality"
+    prefer: Literal["quality", "balanced", "speed"] = "quality"

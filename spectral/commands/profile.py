@@ -89,7 +89,7 @@ def build(
     if progress not in ("text", "json"):
         raise SpectralError(f"--progress: {progress!r} is neither text nor json.")
     if prefer not in PREFERENCES:
-        raise SpectralError(f"--prefer: {prefer!r} is neither quality nor speed.")
+        raise SpectralError(f"--prefer: {prefer!r} is none of {', '.join(PREFERENCES)}.")
     texts = read_texts(text)
     if not output.parent.is_dir():
         raise SpectralError(f"--output: the folder {output.parent} does not exist; create it first.")

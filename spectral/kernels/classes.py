@@ -1,4 +1,8 @@
-"""The classes of rows and the strips of a page, as constants of the kernels (spectral.layout has the format)."""
+"""The classes of rows and the strips of a page, as constants of the kernels (spectral.layout has the format).
+
+A kind says how many rows a class has: of a page that is transformed, class 0 is of kind 0, class 1 of kind 1, and so
+on; the one class of a page that is not has the kind of as many rows as the page.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,25 @@ import triton
 
 
 @triton.constexpr_function
-def class_rows(number):
-    return 1 if int(number) == 0 else 2 ** (int(number) - 1)
+def kind_rows(kind):
+    return 1 if int(kind) == 0 else 2 ** (int(kind) - 1)
 
 
 @triton.constexpr_function
-def first_row(number):
+def class_kind(number, classes, page):
+    """Of class `number` of a page of `page` rows."""
+    return int(page).bit_length() if int(classes) == 1 else int(number)
+
+
+@triton.constexpr_function
+def class_rows(number, classes, page):
+    return kind_rows(class_kind(number, classes, page))
+
+
+@triton.constexpr_function
+def first_row(number, classes):
     """First row of a class."""
-    return 0 if int(number) == 0 else 2 ** (int(number) - 1)
+    return 0 if int(classes) == 1 or int(number) == 0 else 2 ** (int(number) - 1)
 
 
 @triton.constexpr_function
@@ -42,6 +57,17 @@ def strip_class(classes, number):
 @triton.constexpr_function
 def strip_plane(classes, number):
     return {8: 0, 4: 1, 2: 2, 1: 3}[strip_order(classes)[int(number)][0]]
+
+
+@triton.constexpr_function
+def strip_rows(classes, page, number):
+    return class_rows(strip_class(classes, number), classes, page)
+
+
+@triton.constexpr_function
+def strip_first(classes, number):
+    """First row of a strip's class."""
+    return first_row(strip_class(classes, number), classes)
 
 
 @triton.constexpr_function

@@ -208,7 +208,8 @@ def combine_kernel(
                 sums += fac[:, None] * (x * scale[None, :])
     total = tl.sum(tl.reshape(totals, [SPLITS, 16]), 0)
     mixed = tl.sum(tl.reshape(sums, [SPLITS, 16, RT]), 0)
-    total = total * tl.sqrt(P * 1.0)  # frequency 0 is the sum over a page's tokens, over the root of their number
+    if CLASSES > 1:
+        total = total * tl.sqrt(P * 1.0)  # frequency 0 is the sum over a page's tokens, over the root of their number
     window = tl.exp2(wtop - top)
     weight = total + window * tl.load(wsum_ptr + row, mask=real, other=1.0)
     place = ((head // GROUP) * sequences + seq) * GROUP + head % GROUP

@@ -11,37 +11,37 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from spectral.kernels.classes import class_rows, item_quarters
+from spectral.kernels.classes import item_quarters, kind_rows
 from spectral.kernels.words import two_words, word
 
 
 @triton.constexpr_function
-def part_nbytes(bits, number):
-    """Bytes of a lane that lie together: of one page, and of rows of eight in one quarter."""
-    unit, rows = max(1, int(bits) // 2), class_rows(number)
-    return 4 * unit if int(rows) == 8 else item_quarters(bits) * min(4, int(rows)) * unit
+def part_nbytes(bits, kind):
+    """Bytes of a lane that lie together: of one page, and of rows of eight and more in one quarter."""
+    unit, rows = max(1, int(bits) // 2), kind_rows(kind)
+    return 4 * unit if int(rows) >= 8 else item_quarters(bits) * min(4, int(rows)) * unit
 
 
 @triton.jit
-def lane_offset(g, t, BITS: tl.constexpr, CLASS: tl.constexpr):
+def lane_offset(g, t, BITS: tl.constexpr, KIND: tl.constexpr):
     """Where a lane's bytes begin in an item."""
-    ROWS: tl.constexpr = class_rows(CLASS)
+    ROWS: tl.constexpr = kind_rows(KIND)
     U: tl.constexpr = max(1, BITS // 2)
     if item_quarters(BITS) == 4:
         at = g * (4 * ROWS * U)
     else:  # quarters 0 and 1, or 2 and 3
         at = g * (2 * ROWS * U)
-    if ROWS == 8:
-        at += t % 2 * (4 * U)
+    if ROWS >= 8:
+        at += t % (ROWS // 4) * (4 * U)
     return at
 
 
 @triton.jit
-def page_ids(ids, number, last, t, CLASS: tl.constexpr, FAST: tl.constexpr):
+def page_ids(ids, number, last, t, KIND: tl.constexpr, FAST: tl.constexpr):
     """Ids of the pages of the lane's four rows: one, two or four. number: the first page of the sixteen rows."""
-    if CLASS >= 3:
-        return (word(ids + tl.minimum(number + t // (2 ** (CLASS - 3)), last), 4, FAST),)
-    elif CLASS == 2:
+    if KIND >= 3:
+        return (word(ids + tl.minimum(number + t // (2 ** (KIND - 3)), last), 4, FAST),)
+    elif KIND == 2:
         n = number + 2 * t
         return word(ids + tl.minimum(n, last), 4, FAST), word(ids + tl.minimum(n + 1, last), 4, FAST)
     else:
@@ -66,16 +66,16 @@ def _part(p, NBYTES: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
-def lane_rows(base, id, page_nbytes, BITS: tl.constexpr, CLASS: tl.constexpr, FAST: tl.constexpr):
-    """Words of a lane's rows: part after part, each of a page or (rows of eight) a quarter; parts of one or two bytes
+def lane_rows(base, id, page_nbytes, BITS: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr):
+    """Words of a lane's rows: part after part, each of a page or (rows of eight and more) a quarter; parts of one or two bytes
     have a word each. base: pointer to the lane's bytes in page 0."""
-    NBYTES: tl.constexpr = part_nbytes(BITS, CLASS)
+    NBYTES: tl.constexpr = part_nbytes(BITS, KIND)
     x = ()
     for i in tl.static_range(len(id)):
         p = base + id[i].to(tl.int64) * page_nbytes
-        if CLASS == 4:
+        if KIND >= 4:
             for q in tl.static_range(item_quarters(BITS)):
-                x = x + _part(p + 2 * q * NBYTES, NBYTES, FAST)
+                x = x + _part(p + (kind_rows(KIND) // 4 * q) * NBYTES, NBYTES, FAST)
         else:
             x = x + _part(p, NBYTES, FAST)
     return x

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from spectral.kernels.classes import class_rows, first_row, item_quarters, item_tiles, log2
+from spectral.kernels.classes import class_kind, first_row, item_quarters, item_tiles, kind_rows, log2
 from spectral.kernels.items import lane_offset, lane_rows, page_ids
 from spectral.kernels.lanes import mix_rows, product, store_numbers, sum_rows, twice
 from spectral.kernels.staging import held_float, hold_float, stage
@@ -81,21 +81,21 @@ def _store_sums(
 
 @triton.jit
 def _step(
-    base, id, page_nbytes, w, number, lane, BITS: tl.constexpr, CLASS: tl.constexpr, FAST: tl.constexpr
+    base, id, page_nbytes, w, number, lane, BITS: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr
 ):
     """What a step needs: the lane's rows, and their weights."""
-    ROWS: tl.constexpr = class_rows(CLASS)
-    x = lane_rows(base, id, page_nbytes, BITS, CLASS, FAST)
+    ROWS: tl.constexpr = kind_rows(KIND)
+    x = lane_rows(base, id, page_nbytes, BITS, KIND, FAST)
     return x, four_words(w + ((number >> log2(16 // ROWS)) * 128 + lane * 4), FAST)
 
 
 @triton.jit
 def _mix(
     base, ids, b0, b1, last, page_nbytes, w, factor, shared, warp, g, t, out, cells, outputs, sums, wanted,
-    BITS: tl.constexpr, CLASS: tl.constexpr, PB: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr,
+    BITS: tl.constexpr, KIND: tl.constexpr, PB: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """One item of one plane and class over blocks b0 .. b1 - 1 of a sequence: warps take turns with blocks."""
-    ROWS: tl.constexpr = class_rows(CLASS)
+    ROWS: tl.constexpr = kind_rows(KIND)
     STEP: tl.constexpr = 16 // ROWS  # pages that make 16 rows
     PER: tl.constexpr = PB // STEP
     AHEAD: tl.constexpr = min(PER, 2)
@@ -106,17 +106,17 @@ def _mix(
         c = (tl.zeros([WARPS, 8, 8, item_tiles(BITS)], tl.float32),) * 2
     total = (tl.zeros([N], tl.float32),) * 4
     lane = g * 4 + t
-    base += lane_offset(g, t, BITS, CLASS)
+    base += lane_offset(g, t, BITS, KIND)
     end = b1 * PB - STEP  # a warp without a block takes the last one's bytes, and no weight of them
     mine = (b0 + warp) * PB
     steps = ()
     id = ()
     for s in tl.static_range(AHEAD):
         number = tl.minimum(mine + _steps_pages(s, PER, STEP, PB, WARPS), end)
-        this = page_ids(ids, number, last, t, CLASS, FAST)
-        steps = steps + (_step(base, this, page_nbytes, w, number, lane, BITS, CLASS, FAST),)
+        this = page_ids(ids, number, last, t, KIND, FAST)
+        steps = steps + (_step(base, this, page_nbytes, w, number, lane, BITS, KIND, FAST),)
         number = tl.minimum(mine + _steps_pages(s + AHEAD, PER, STEP, PB, WARPS), end)
-        id = id + (page_ids(ids, number, last, t, CLASS, FAST),)
+        id = id + (page_ids(ids, number, last, t, KIND, FAST),)
     f0, f1 = _factors(factor, b0 + warp, b1, g, FAST)
     for turn in range((b1 - b0 + WARPS - 1) // WARPS):
         for first in range(0, PER, AHEAD):
@@ -131,16 +131,16 @@ def _mix(
                     total = sum_rows(total, a, WARPS, FAST)
                 n = turn * PER + first + s
                 number = tl.minimum(mine + _steps_pages(n + AHEAD, PER, STEP, PB, WARPS), end)
-                new = new + (_step(base, id[s], page_nbytes, w, number, lane, BITS, CLASS, FAST),)
+                new = new + (_step(base, id[s], page_nbytes, w, number, lane, BITS, KIND, FAST),)
                 number = tl.minimum(mine + _steps_pages(n + 2 * AHEAD, PER, STEP, PB, WARPS), end)
-                following = following + (page_ids(ids, number, last, t, CLASS, FAST),)
+                following = following + (page_ids(ids, number, last, t, KIND, FAST),)
             steps = new
             id = following
         f0, f1 = _factors(factor, b0 + (turn + 1) * WARPS + warp, b1, g, FAST)
     _store_sums(c, out, cells, outputs, shared, warp, g, t, BITS, WARPS, FAST)
     i = tl.arange(0, 32)
     if wanted > 0:
-        p = sums + CLASS * 16 + i // 4
+        p = sums + i // 4
         tl.store(p, _all_warps(total[0], WARPS) * 16777216.0, mask=i % 4 == 0)
         tl.store(p + 8, _all_warps(total[2], WARPS) * 16777216.0, mask=i % 4 == 0)
 
@@ -157,13 +157,13 @@ def _all_warps(x, WARPS: tl.constexpr):
 @triton.jit
 def _mix_class(
     plane, base, ids, b0, b1, last, page_nbytes, w, factor, shared, warp, g, t, out, cells, outputs, sums, wanted,
-    CLASS: tl.constexpr, PB: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr,
+    KIND: tl.constexpr, PB: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     for number in tl.static_range(4):
         if plane == number:
             _mix(
                 base, ids, b0, b1, last, page_nbytes, w, factor, shared, warp, g, t, out, cells, outputs, sums, wanted,
-                8 >> number, CLASS, PB, WARPS, FAST,
+                8 >> number, KIND, PB, WARPS, FAST,
             )  # fmt: skip
 
 
@@ -241,9 +241,10 @@ def mix_kernel(
         ids = table_ptr + seq * table_stride
         for number in tl.static_range(CLASSES):
             if kind == number:
-                # 16 rows of a class are 256 halves; the classes before it have first_row(number) rows a page
-                w = weight_ptr + (where.to(tl.int64) * P + first_row(number)) * pages_max * 16
+                # 16 rows of a class are 256 halves; the classes before it have first_row rows a page
+                w = weight_ptr + (where.to(tl.int64) * P + first_row(number, CLASSES)) * pages_max * 16
                 _mix_class(
                     plane, base, ids, b0, b1, pages - 1, page_nbytes, w.to(tl.pointer_type(tl.int32)), factor, shared,
-                    i // 32, (i % 32) // 4, i % 4, out, cells, outputs, sums, wanted, number, PB, WARPS, FAST,
+                    i // 32, (i % 32) // 4, i % 4, out, cells, outputs, sums + number * 16, wanted,
+                    class_kind(number, CLASSES, P), PB, WARPS, FAST,
                 )  # fmt: skip

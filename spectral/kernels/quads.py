@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spectral.aside import Parcel
-from spectral.bits import frequency_classes
+from spectral.bits import row_classes
 from spectral.layout import PLANES, PageLayout, Strip, cell_runs, quarter_nbytes
 from spectral.remember import digest, memory
 from spectral.unit_codec import inverse_steps, row_deviation, row_steps
@@ -103,7 +103,7 @@ def _page_quads(codec: LayerCodec) -> Quads:
     order: np.ndarray = np.zeros(count, dtype=np.int64)
     for unit, column, start in zip(codec.units, columns, codec.starts, strict=False):
         layout: PageLayout = unit.layout
-        classes = frequency_classes(layout.page_tokens)
+        classes = row_classes(layout.page_tokens, len(layout.widths))
         for strip in layout.strips:
             rows = np.array(classes[strip.number])
             runs = np.array(strip.runs)

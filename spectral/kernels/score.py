@@ -32,7 +32,16 @@ from spectral.kernels.cells import (
     scaled,
     with_part,
 )
-from spectral.kernels.classes import class_rows, first_row, size_log2, strip_bits, strip_class, strip_plane
+from spectral.kernels.classes import (
+    class_rows,
+    first_row,
+    size_log2,
+    strip_bits,
+    strip_class,
+    strip_first,
+    strip_plane,
+    strip_rows,
+)
 from spectral.kernels.lanes import score_rows
 from spectral.kernels.staging import close_stage, copy_part, held_four, hold_four, stage, wait_stages
 from spectral.kernels.tables import SCORE_CHUNK, SCORE_STEP
@@ -138,16 +147,19 @@ def _step(
     EACH: tl.constexpr = max(1, STEP // WARPS)
     tl.debug_barrier()  # all warps have made this step, and multiplied with the one whose place the next one takes
     coming = _coming(state, held_q, q0, q1, EACH, HOLD)
-    x = ()
-    a = ()
-    for k in tl.static_range(STEP // RUNS):
-        x = x + (quarter_rows(at + k * SIZE, page, BITS, ROWS, True),)
-        own = ()
-        for run in tl.static_range(RUNS):
-            own = own + held_four(ring + (state[0] + (k * RUNS + run) * OPERAND))
-        a = a + (own,)
-    for k in tl.static_range(STEP // RUNS):
-        c = score_rows(c, x[k], a[k], BITS, ROWS, WARPS, True)
+    # Cells of sixteen rows fill the registers one by one; of smaller ones all are asked for before any is multiplied.
+    ONCE: tl.constexpr = 1 if ROWS == 16 else STEP // RUNS
+    for first in tl.static_range(0, STEP // RUNS, ONCE):
+        x = ()
+        a = ()
+        for k in tl.static_range(first, first + ONCE):
+            x = x + (quarter_rows(at + k * SIZE, page, BITS, ROWS, True),)
+            own = ()
+            for run in tl.static_range(RUNS):
+                own = own + held_four(ring + (state[0] + (k * RUNS + run) * OPERAND))
+            a = a + (own,)
+        for k in tl.static_range(ONCE):
+            c = score_rows(c, x[k], a[k], BITS, ROWS, WARPS, True)
     return c, _make(state, coming, made, EACH)
 
 
@@ -209,11 +221,11 @@ def _all_strips(
         if s + 1 < 4 * CLASSES:  # a strip before it is needed
             coming = tl.load(cells_ptr + strip_class(CLASSES, s + 1) * 4 + strip_plane(CLASSES, s + 1))
         d, off, state = _strip(
-            part_of(c, first_row(strip_class(CLASSES, s)), class_rows(strip_class(CLASSES, s))),
+            part_of(c, strip_first(CLASSES, s), strip_rows(CLASSES, P, s)),
             off, cells, held, page, copies, chunks, state, ring, made, held_q, q0, q1, i % 32,
-            strip_bits(CLASSES, s), class_rows(strip_class(CLASSES, s)), WARPS, HOLD, FAST,
+            strip_bits(CLASSES, s), strip_rows(CLASSES, P, s), WARPS, HOLD, FAST,
         )  # fmt: skip
-        c = with_part(c, d, first_row(strip_class(CLASSES, s)), class_rows(strip_class(CLASSES, s)), P)
+        c = with_part(c, d, strip_first(CLASSES, s), strip_rows(CLASSES, P, s), P)
     return c
 
 
@@ -224,12 +236,12 @@ def _above_mean(c, const0, const1, CLASSES: tl.constexpr, P: tl.constexpr):
     for number in tl.static_range(CLASSES):
         k0 = tl.load(const0 + number)
         k1 = tl.load(const1 + number)
-        for r in tl.static_range(class_rows(number)):
+        for r in tl.static_range(class_rows(number, CLASSES, P)):
             out = out + (
-                c[4 * (first_row(number) + r)] * FIELD_UNIT - k0,
-                c[4 * (first_row(number) + r) + 1] * FIELD_UNIT - k0,
-                c[4 * (first_row(number) + r) + 2] * FIELD_UNIT - k1,
-                c[4 * (first_row(number) + r) + 3] * FIELD_UNIT - k1,
+                c[4 * (first_row(number, CLASSES) + r)] * FIELD_UNIT - k0,
+                c[4 * (first_row(number, CLASSES) + r) + 1] * FIELD_UNIT - k0,
+                c[4 * (first_row(number, CLASSES) + r) + 2] * FIELD_UNIT - k1,
+                c[4 * (first_row(number, CLASSES) + r) + 3] * FIELD_UNIT - k1,
             )
     return out
 
@@ -244,18 +256,19 @@ def _leave_weights(
     number: of the first of the two pages whose scores the lane holds, in the block; count: of the block's pages; first:
     the block's first page; weights, tops: where the row's weights and the block's largest scores are left.
     """
+    FLAT: tl.constexpr = CLASSES == 1
     s = _above_mean(c, const0, const1, CLASSES, P)
     mean0, mean1 = tl.load(const0 + 7), tl.load(const1 + 7)
     here, next = number < count, number + 1 < count
-    x0, x1 = tokens(s, 0, mean0, here, P, SOFTCAP, FAST), tokens(s, 1, mean0, next, P, SOFTCAP, FAST)
-    y0, y1 = tokens(s, 2, mean1, here, P, SOFTCAP, FAST), tokens(s, 3, mean1, next, P, SOFTCAP, FAST)
+    x0, x1 = tokens(s, 0, mean0, here, P, FLAT, SOFTCAP, FAST), tokens(s, 1, mean0, next, P, FLAT, SOFTCAP, FAST)
+    y0, y1 = tokens(s, 2, mean1, here, P, FLAT, SOFTCAP, FAST), tokens(s, 3, mean1, next, P, FLAT, SOFTCAP, FAST)
     top0 = over_lanes(tl.maximum(largest(x0, P), largest(x1, P)), WARPS)
     top1 = over_lanes(tl.maximum(largest(y0, P), largest(y1, P)), WARPS)
-    u0, u1 = block_weights(x0, top0, P, FAST), block_weights(x1, top0, P, FAST)
-    v0, v1 = block_weights(y0, top1, P, FAST), block_weights(y1, top1, P, FAST)
+    u0, u1 = block_weights(x0, top0, P, FLAT, FAST), block_weights(x1, top0, P, FLAT, FAST)
+    v0, v1 = block_weights(y0, top1, P, FLAT, FAST), block_weights(y1, top1, P, FLAT, FAST)
     g, t = i % 32 // 4, i % 4
     place = weights.to(tl.pointer_type(tl.int32))
-    store_weights(place, pages_max, first + number, g, t, u0, u1, v0, v1, P, FAST)
+    store_weights(place, pages_max, first + number, g, t, u0, u1, v0, v1, P, FLAT, FAST)
     tl.store(tops + g, top0, mask=t + i // 32 == 0)
     tl.store(tops + g + 8, top1, mask=t + i // 32 == 0)
 

@@ -12,7 +12,7 @@ import triton
 from spectral.kernels.cells import held_runs
 from spectral.kernels.choices import DecodeChoices, block_pages
 from spectral.kernels.score import block_runs, score_kernel
-from spectral.kernels.shares import STAGE, STAGES, gather_kernel, share_kernel
+from spectral.kernels.shares import STAGES, gather_kernel, share_kernel, stage_nbytes
 from spectral.kernels.tables import SHARES
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Scoring:
         rows, units, parts, blocks, _ = self.largest.shape
         pages, runs, tokens = block_pages(layer.codec), layer.key_rank // 16, layer.codec.page_tokens
         octets, fast = blocks * pages // 8, not interpreted()
-        held = held_runs(runs, int(STAGES) * int(STAGE)) if self.choices.hold_share else 0
+        held = held_runs(runs, int(STAGES) * stage_nbytes(layer.classes)) if self.choices.hold_share else 0
         sums = torch.empty((rows, units, parts, octets, SHARES, 4 * tokens, 32), device=self.largest.device)
         share_kernel[(units * parts * SHARES, octets, rows)](
             self.projected, self.pool, step.pages, step.count, self.unit, layer.tables["share"],

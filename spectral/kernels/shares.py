@@ -1,7 +1,7 @@
 """Scores where few pages would leave most of a GPU idle: the cells of eight pages in shares, and weights from their
 sums. Two launches do what spectral.kernels.score does in one, in a fraction of its time.
 
-A share's warp makes its operands by itself. The bytes of its pages pass through a ring of stages, CHUNK bytes of every
+A share's warp makes its operands by itself. The bytes of its pages pass through a ring of stages, a chunk of every
 page at a time; a cell never crosses the end of a chunk.
 """
 
@@ -22,24 +22,45 @@ from spectral.kernels.cells import (
     scaled,
     with_part,
 )
-from spectral.kernels.classes import class_rows, first_row, size_log2, strip_bits, strip_class, strip_plane
+from spectral.kernels.classes import (
+    class_rows,
+    first_row,
+    size_log2,
+    strip_bits,
+    strip_class,
+    strip_first,
+    strip_plane,
+    strip_rows,
+)
 from spectral.kernels.lanes import score_rows
 from spectral.kernels.staging import close_stage, copy_pieces, prefetch, stage, wait_stages
 from spectral.kernels.weights import block_weights, largest, store_column, token_scores
 from spectral.kernels.words import four_words
 
-CHUNK = tl.constexpr(128)
-"""2^7: offsets are divided by shifts, which are shorter than division of signed numbers."""
-
 STAGES = tl.constexpr(3)
-PITCH = tl.constexpr(160)
-"""Bytes from page to page in a stage: eight pages' quarters then lie in different banks."""
 
-STAGE = tl.constexpr(8 * 160)
+
+@triton.constexpr_function
+def chunk_log2(classes):
+    """Of a chunk's bytes, which are no fewer than a cell's. (Offsets are divided by shifts, which are shorter than
+    division of signed numbers.)"""
+    return 8 if int(classes) == 1 else 7
+
+
+@triton.constexpr_function
+def page_pitch(classes):
+    """Bytes from page to page in a stage: eight pages' quarters then lie in different banks."""
+    return (1 << chunk_log2(classes)) + (16 if int(classes) == 1 else 32)
+
+
+@triton.constexpr_function
+def stage_nbytes(classes):
+    """Of eight pages in one stage."""
+    return 8 * page_pitch(classes)
 
 
 @triton.jit
-def _copied(held, ids, pages, first, count, page_nbytes, lane):
+def _copied(held, ids, pages, first, count, page_nbytes, lane, CLASSES: tl.constexpr):
     """What a lane copies of a chunk: pieces of sixteen bytes, which pass the first-level cache by and leave it to the
     tables. Four lanes have a page; pages begin at multiples of eight, so a ninth piece goes with every eight.
 
@@ -48,25 +69,25 @@ def _copied(held, ids, pages, first, count, page_nbytes, lane):
     """
     own, quarter = lane // 4, lane % 4 * 16
     base = (pages + page_start(ids, first + own, count, page_nbytes)).to(tl.int64) & -16
-    to = held + own * PITCH
-    return to + quarter, base + quarter, to + CHUNK, base + CHUNK
+    to = held + own * page_pitch(CLASSES)
+    return to + quarter, base + quarter, to + 2 ** chunk_log2(CLASSES), base + 2 ** chunk_log2(CLASSES)
 
 
 @triton.jit
-def _copy_chunk(copies, chunk):
+def _copy_chunk(copies, chunk, CLASSES: tl.constexpr):
     """Ask for one chunk of the warp's eight pages."""
-    stage = (chunk % STAGES) * STAGE
-    at = chunk * CHUNK
-    copy_pieces(copies[0] + stage, copies[1] + at, 2)
+    stage = (chunk % STAGES) * stage_nbytes(CLASSES)
+    at = chunk << chunk_log2(CLASSES)
+    copy_pieces(copies[0] + stage, copies[1] + at, 2 ** chunk_log2(CLASSES) // 64)
     copy_pieces(copies[2] + stage, copies[3] + at, 1)
 
 
 @triton.jit
-def _next_chunk(copies, chunk, chunks, lane):
+def _next_chunk(copies, chunk, chunks, lane, CLASSES: tl.constexpr):
     """Wait for a chunk, and ask for the one that takes the place of the last."""
     wait_stages(lane, STAGES - 2)
     if chunk + STAGES - 1 < chunks:
-        _copy_chunk(copies, chunk + STAGES - 1)
+        _copy_chunk(copies, chunk + STAGES - 1, CLASSES)
     close_stage(lane)
 
 
@@ -109,7 +130,7 @@ def _cells(
 @triton.jit
 def _strip(
     c, off, cells, held, page, copies, chunks, held_q, q0, q1, ops, e, lane,
-    BITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, HOLD: tl.constexpr, FAST: tl.constexpr,
+    BITS: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, WARPS: tl.constexpr, HOLD: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Add a class's plane to the scores of its rows, chunk after chunk.
 
@@ -117,15 +138,17 @@ def _strip(
     """
     U: tl.constexpr = max(1, BITS // 2)
     SIZE: tl.constexpr = 4 * ROWS * U
-    MANY: tl.constexpr = 1 if BITS == 1 else 2  # cells at once
+    MANY: tl.constexpr = 1 if BITS == 1 or ROWS == 16 else 2  # cells at once
+    LOG: tl.constexpr = chunk_log2(CLASSES)
+    REST: tl.constexpr = 2**LOG - 1
     quarter = lane % 4 * (ROWS * U)
     end = off + cells * SIZE
-    for _ in range(((off & (CHUNK - 1)) + cells * SIZE + CHUNK - 1 >> 7) * tl.minimum(cells, 1)):
+    for _ in range(((off & REST) + cells * SIZE + REST >> LOG) * tl.minimum(cells, 1)):
         if FAST:  # noqa: SIM102 (a constant and a tensor)
-            if off & (CHUNK - 1) == 0:
-                _next_chunk(copies, off >> 7, chunks, lane)
-        here = tl.minimum(end, (off | (CHUNK - 1)) + 1) - off >> size_log2(BITS, ROWS)
-        at = held + quarter + ((off >> 7) % STAGES * STAGE + (off & (CHUNK - 1)))
+            if off & REST == 0:
+                _next_chunk(copies, off >> LOG, chunks, lane, CLASSES)
+        here = tl.minimum(end, (off | REST) + 1) - off >> size_log2(BITS, ROWS)
+        at = held + quarter + ((off >> LOG) % STAGES * stage_nbytes(CLASSES) + (off & REST))
         p = page + (off + quarter)
         for _ in range(here >> (MANY - 1)):
             c, ops, e = _cells(c, at, p, held_q, q0, q1, ops, e, MANY, BITS, ROWS, WARPS, HOLD, FAST)
@@ -152,11 +175,11 @@ def _all_strips(
     for s in tl.static_range(4 * CLASSES):
         cells = tl.load(cells_ptr + strip_class(CLASSES, s) * 4 + strip_plane(CLASSES, s))
         d, off, ops, e = _strip(
-            part_of(c, first_row(strip_class(CLASSES, s)), class_rows(strip_class(CLASSES, s))),
+            part_of(c, strip_first(CLASSES, s), strip_rows(CLASSES, P, s)),
             off, cells, held, page, copies, chunks, held_q, q0, q1, ops, e, lane,
-            strip_bits(CLASSES, s), class_rows(strip_class(CLASSES, s)), WARPS, HOLD, FAST,
+            strip_bits(CLASSES, s), strip_rows(CLASSES, P, s), CLASSES, WARPS, HOLD, FAST,
         )  # fmt: skip
-        c = with_part(c, d, first_row(strip_class(CLASSES, s)), class_rows(strip_class(CLASSES, s)), P)
+        c = with_part(c, d, strip_first(CLASSES, s), strip_rows(CLASSES, P, s), P)
     return c
 
 
@@ -180,14 +203,14 @@ def share_kernel(
     held_q = lane
     held = lane
     if FAST:
-        held_q = stage(lane, 512 * HOLD + STAGES * STAGE)
+        held_q = stage(lane, 512 * HOLD + STAGES * stage_nbytes(CLASSES))
         held = held_q + 512 * HOLD
     count = tl.load(count_ptr + seq) - octet * 8
     if count > 0:
         g, t = lane // 4, lane % 4
         own = share_ptr + (unit * SHARES + share) * (4 + 4 * CLASSES)
         off, end, entry = tl.load(own), tl.load(own + 1), entry_ptr + tl.load(own + 2) * 16
-        chunks = (end + CHUNK - 1) // CHUNK
+        chunks = (end + 2 ** chunk_log2(CLASSES) - 1) >> chunk_log2(CLASSES)
         if FAST:  # two entries a line
             prefetch(entry + tl.minimum(2 * lane, tl.maximum(tl.load(own + 3) - 1, 0)) * 16)
         head = tl.load(unit_ptr + unit * 4)
@@ -195,15 +218,15 @@ def share_kernel(
         row = (seq * blocks + octet * 8 // PB) * GROUP
         ids = table_ptr + seq * table_stride + octet * 8
         pages = pages_ptr + tl.load(unit_ptr + unit * 4 + 2)
-        copies = _copied(held, ids, pages, 0, count, page_nbytes, lane)
+        copies = _copied(held, ids, pages, 0, count, page_nbytes, lane, CLASSES)
         if FAST:
             if HOLD > 0:
                 held_head = head + tl.minimum(part * 16 + lane // 2, heads - 1)
                 q = query_row(q_ptr, held_head, row, q_head_stride, runs, GROUP) + lane % 2 * 8
                 hold_query(held_q, q, lane, runs, 1)
             for ahead in tl.static_range(STAGES - 1):
-                if (off >> 7) + ahead < chunks:
-                    _copy_chunk(copies, (off >> 7) + ahead)
+                if (off >> chunk_log2(CLASSES)) + ahead < chunks:
+                    _copy_chunk(copies, (off >> chunk_log2(CLASSES)) + ahead, CLASSES)
                 close_stage(lane)
         page = pages + page_start(ids, g, count, page_nbytes)
         head0, head1 = head + tl.minimum(part * 16 + g, heads - 1), head + tl.minimum(part * 16 + g + 8, heads - 1)
@@ -212,10 +235,10 @@ def share_kernel(
         if FAST:
             if HOLD > 0:
                 wait_stages(lane, STAGES - 1)
-            if off & (CHUNK - 1) != 0:  # a chunk that another share begins
-                _next_chunk(copies, off >> 7, chunks, lane)
+            if off & (2 ** chunk_log2(CLASSES) - 1) != 0:  # a chunk that another share begins
+                _next_chunk(copies, off >> chunk_log2(CLASSES), chunks, lane, CLASSES)
         c = _all_strips(
-            own + 4, off, held + g * PITCH + behind(page), page, copies, chunks, held_q + g * 32 + t * 8, q0, q1,
+            own + 4, off, held + g * page_pitch(CLASSES) + behind(page), page, copies, chunks, held_q + g * 32 + t * 8, q0, q1,
             entry + t * 4, lane, CLASSES, P, 1, HOLD, FAST,
         )  # fmt: skip
         where = (((seq * units + unit) * GROUPS + part) * octets + octet) * SHARES + share
@@ -237,14 +260,14 @@ def _summed(sums, here, SHARES: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def _above_mean(s, const, CLASSES: tl.constexpr):
+def _above_mean(s, const, CLASSES: tl.constexpr, P: tl.constexpr):
     """Scores of all rows without the mean's part; const: of the lane's head, what all codes of a class are too high
     by."""
     out = ()
     for number in tl.static_range(CLASSES):
         k = tl.load(const + number)
-        for r in tl.static_range(class_rows(number)):
-            out = out + (s[first_row(number) + r] * FIELD_UNIT - k,)
+        for r in tl.static_range(class_rows(number, CLASSES, P)):
+            out = out + (s[first_row(number, CLASSES) + r] * FIELD_UNIT - k,)
     return out
 
 
@@ -277,12 +300,12 @@ def gather_kernel(
         own = tl.load(unit_ptr + unit * 4 + 1)
         head = tl.load(unit_ptr + unit * 4) + tl.minimum(part * 16 + g + 8 * side, own - 1)
         const = const_ptr + ((seq * blocks + blk).to(tl.int64) * heads + head) * 8
-        s = _above_mean(_summed(sums, here, SHARES, P), const, CLASSES)
-        x = token_scores(s, tl.load(const + 7), here, P, SOFTCAP, FAST)
+        s = _above_mean(_summed(sums, here, SHARES, P), const, CLASSES, P)
+        x = token_scores(s, tl.load(const + 7), here, P, CLASSES == 1, SOFTCAP, FAST)
         top = tl.max(tl.max(tl.reshape(largest(x, P), [OCTETS, 2, 2, 8, 4]), 4), 2)  # [octet, side, g]
         top = tl.max(top, 0)[None, :, None, :, None]
         top = tl.reshape(tl.broadcast_to(top, [OCTETS, 2, 2, 8, 4]), [N])
-        u = block_weights(x, top, P, FAST)
+        u = block_weights(x, top, P, CLASSES == 1, FAST)
         place = (weight_ptr + where.to(tl.int64) * pages_max * (16 * P)).to(tl.pointer_type(tl.int32))
-        store_column(place, pages_max, blk * PB + number, g, side, u, P, FAST)
+        store_column(place, pages_max, blk * PB + number, g, side, u, P, CLASSES == 1, FAST)
         tl.store(max_ptr + (where * blocks + blk) * 16 + g + 8 * side, top, mask=(t + odd + i // 128) == 0)

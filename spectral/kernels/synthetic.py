@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from spectral.basis import Unit, side_numbers
-from spectral.bits import CHANNEL_GROUP, WIDTHS, allocate, frequency_classes, gaussian_step, gaussian_tables
+from spectral.bits import CHANNEL_GROUP, WIDTHS, allocate, frequency_classes, gaussian_step, gaussian_tables, row_classes
 from spectral.codec import LayerCodec
 from spectral.fit import preferred
 from spectral.frames import BlockFrame
@@ -17,14 +17,22 @@ PAGE, SINKS, RECENT, BLOCK = 16, 4, 112, 512
 
 
 def synthetic_unit(
-    heads: tuple[int, int], dim: int, bits: float, seed: int, *, side: str = "both", field_bits: float = 0.0
+    heads: tuple[int, int],
+    dim: int,
+    bits: float,
+    seed: int,
+    *,
+    side: str = "both",
+    field_bits: float = 0.0,
+    transform: bool = True,
 ) -> tuple[Unit, np.ndarray]:
     """A unit with an exponential spectrum and tokens that vary slowly, and its widths at `bits` a number."""
     rng = np.random.default_rng(seed)
     size = sum(side_numbers(heads, side, dim, dim))
     basis, _ = np.linalg.qr(rng.normal(size=(size, size)))
     variance = np.exp(-8.0 * np.arange(size) / size)
-    counts = np.array([len(rows) for rows in frequency_classes(PAGE)])
+    classes = frequency_classes(PAGE) if transform else row_classes(PAGE, 1)
+    counts = np.array([len(rows) for rows in classes])
     tilt = np.exp(-0.35 * np.arange(len(counts))[:, None] * (1 - 0.5 * np.arange(size) / size))
     deviation = tilt / np.sqrt((tilt**2 * counts[:, None]).sum(0) / PAGE)
     scale = np.sqrt(variance / variance.sum() * dim)
@@ -43,13 +51,15 @@ def synthetic_parts(
 ) -> list[tuple[Unit, np.ndarray]]:
     """Units of a layer with as many heads each as make 1,024 numbers of keys and values, and their widths, as a profile
     with this preference (spectral.fit.PREFERENCES) has them."""
-    sides, field_bits = preferred(prefer)
+    wanted = preferred(prefer)
     run = max(1, min(kv_heads, 1024 // (2 * dim)))
     spans = [(a, min(a + run, kv_heads)) for a in range(0, kv_heads, run)]
-    wanted = [(span, side) for side in sides for span in spans]
+    parts = [(span, side) for side in wanted.sides for span in spans]
     return [
-        synthetic_unit(span, dim, bits, seed, side=side, field_bits=field_bits)
-        for seed, (span, side) in enumerate(wanted)
+        synthetic_unit(
+            span, dim, bits, seed, side=side, field_bits=wanted.field_bits, transform=wanted.transform
+        )
+        for seed, (span, side) in enumerate(parts)
     ]
 
 

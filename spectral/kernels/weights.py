@@ -1,4 +1,4 @@
-"""From scores of a page's frequencies to weights: softmax within a block, and where the weights are left."""
+"""From scores of a page's rows to weights: softmax within a block, and where the weights are left."""
 
 from __future__ import annotations
 
@@ -45,32 +45,51 @@ def _softcapped(x, P: tl.constexpr, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def tokens(s, i: tl.constexpr, mean, valid, P: tl.constexpr, SOFTCAP: tl.constexpr, FAST: tl.constexpr):
-    """Scores of a page's tokens for one head, -inf where there is no page: number i of every row."""
-    return token_scores(_column(s, i, P), mean, valid, P, SOFTCAP, FAST)
+def _valid(x, valid, P: tl.constexpr):
+    """-inf where there is no page."""
+    out = ()
+    for k in tl.static_range(P):
+        out = out + (tl.where(valid, x[k], float("-inf")),)
+    return out
 
 
 @triton.jit
-def token_scores(s, mean, valid, P: tl.constexpr, SOFTCAP: tl.constexpr, FAST: tl.constexpr):
-    """The same from one number of every row."""
+def tokens(
+    s, i: tl.constexpr, mean, valid, P: tl.constexpr, FLAT: tl.constexpr, SOFTCAP: tl.constexpr, FAST: tl.constexpr
+):
+    """Scores of a page's tokens for one head, -inf where there is no page: number i of every row."""
+    return token_scores(_column(s, i, P), mean, valid, P, FLAT, SOFTCAP, FAST)
+
+
+@triton.jit
+def token_scores(
+    s, mean, valid, P: tl.constexpr, FLAT: tl.constexpr, SOFTCAP: tl.constexpr, FAST: tl.constexpr
+):
+    """The same from one number of every row; FLAT: rows are tokens."""
+    if FLAT:
+        x = ()
+        for k in tl.static_range(P):
+            x = x + (s[k] + mean,)
+        if SOFTCAP > 0:
+            x = _softcapped(x, P, SOFTCAP)
+        return _valid(x, valid, P)
     first = s[0] + mean * (P**0.5)  # what the first frequency adds to every token is this over the root of P
     if SOFTCAP > 0:
-        x = _softcapped(dct((first,) + s[1:], P, True, FAST), P, SOFTCAP)
-        out = ()
-        for k in tl.static_range(P):
-            out = out + (tl.where(valid, x[k], float("-inf")),)
-        return out
+        return _valid(_softcapped(dct((first,) + s[1:], P, True, FAST), P, SOFTCAP), valid, P)
     else:
         return dct((tl.where(valid, first, float("-inf")),) + s[1:], P, True, FAST)
 
 
 @triton.jit
-def block_weights(x, top, P: tl.constexpr, FAST: tl.constexpr):
-    """Weights of a page's tokens relative to `top`, as frequencies."""
+def block_weights(x, top, P: tl.constexpr, FLAT: tl.constexpr, FAST: tl.constexpr):
+    """Weights of a page's tokens relative to `top`, as rows."""
     e = ()
     for k in tl.static_range(P):
         e = e + (tl.exp2(x[k] - top),)
-    return dct(e, P, False, FAST)
+    if FLAT:
+        return e
+    else:
+        return dct(e, P, False, FAST)
 
 
 @triton.jit
@@ -97,13 +116,37 @@ def _store_quads(slot, pages_max, number, u, v, P: tl.constexpr, FAST: tl.conste
 
 
 @triton.jit
-def store_weights(place, pages_max, number, g, t, u0, u1, v0, v1, P: tl.constexpr, FAST: tl.constexpr):
+def _store_page(slot, number, u, v, P: tl.constexpr, FAST: tl.constexpr):
+    """A page's weights where its rows are one class."""
+    if P == 16:
+        at = slot + number * 128
+    else:  # sixteen rows are two pages
+        at = slot + number // 2 * 128 + number % 2 * 8
+    for quad in tl.static_range(P // 4):
+        x = _quad(u, v, 4 * quad, FAST)
+        store_four(at + 4 * quad, x[0], x[1], x[2], x[3], FAST)
+
+
+@triton.jit
+def store_weights(
+    place, pages_max, number, g, t, u0, u1, v0, v1, P: tl.constexpr, FLAT: tl.constexpr, FAST: tl.constexpr
+):
     """Weights of pages `number` and number + 1 (u: of head g, v: of head g + 8), for every class in the order of its
     matrix operands: [step of 16 rows][g][t][rows 4 t .. of head g, then of head g + 8], fp16.
 
     place: pointer to int32: 256 halves for every sixteen rows of a class, class after class.
     """
     slot = place + g * 16
+    if FLAT:
+        _store_page(slot, number, u0, v0, P, FAST)
+        _store_page(slot, number + 1, u1, v1, P, FAST)
+    else:
+        _store_classes(slot, pages_max, number, t, u0, u1, v0, v1, P, FAST)
+
+
+@triton.jit
+def _store_classes(slot, pages_max, number, t, u0, u1, v0, v1, P: tl.constexpr, FAST: tl.constexpr):
+    """Two pages' weights, class after class."""
     for row in tl.static_range(2):  # classes 0 and 1: a step is sixteen pages
         at = slot + (pages_max // 16 * row + number // 16) * 128 + (number % 16) // 4 * 4 + (number // 2) % 2
         store_word(at, packed(u0[row], u1[row], FAST), FAST)
@@ -116,9 +159,23 @@ def store_weights(place, pages_max, number, g, t, u0, u1, v0, v1, P: tl.constexp
 
 
 @triton.jit
-def store_column(place, pages_max, number, g, side, u, P: tl.constexpr, FAST: tl.constexpr):
+def store_column(place, pages_max, number, g, side, u, P: tl.constexpr, FLAT: tl.constexpr, FAST: tl.constexpr):
     """One page's weights of one head, g or (side = 1) g + 8, where store_weights leaves them."""
     slot = place + g * 16 + 2 * side
+    if FLAT:
+        if P == 16:
+            at = slot + number * 128
+        else:
+            at = slot + number // 2 * 128 + number % 2 * 8
+        for quad in tl.static_range(P // 4):
+            store_word(at + 4 * quad, packed(u[4 * quad], u[4 * quad + 1], FAST), FAST)
+            store_word(at + 4 * quad + 1, packed(u[4 * quad + 2], u[4 * quad + 3], FAST), FAST)
+    else:
+        _store_column_classes(slot, pages_max, number, u, P, FAST)
+
+
+@triton.jit
+def _store_column_classes(slot, pages_max, number, u, P: tl.constexpr, FAST: tl.constexpr):
     for row in tl.static_range(2):
         at = slot + (pages_max // 16 * row + number // 16) * 128 + (number % 16) // 4 * 4 + (number // 2) % 2
         store_half(at.to(tl.pointer_type(tl.float16)) + number % 2, u[row], FAST)

@@ -71,25 +71,25 @@ def random_model(family: str, seed: int = 0) -> LoadedModel:
     return wrap_model(family, made(FAMILIES[family], seed), NoTokenizer())
 
 
-def random_unit(heads: tuple[int, int], dim: int, seed: int, page: int = 16, side: str = "both") -> Unit:
-    """A unit of random, decaying statistics, latents of unit variance."""
+def random_unit(heads: tuple[int, int], dim: int, seed: int, page: int = 16, side: str = "both", flat: bool = False) -> Unit:
+    """A unit of random, decaying statistics, latents of unit variance; `flat`: of pages that are not transformed."""
     rng = np.random.default_rng(seed)
     size = sum(side_numbers(heads, side, dim, dim))
     mixing = rng.normal(size=(size, size)) * (0.95 ** np.arange(size))
     skew = rng.normal(size=(size, size))
     basis = weighted_basis(rng.normal(size=size), mixing @ mixing.T, skew @ skew.T / size + 0.1 * np.eye(size))
     scale = np.sqrt(np.maximum(basis.variance, 1e-9))
-    deviation = rng.uniform(0.5, 1.5, size=(len(frequency_classes(page)), size))
+    deviation = rng.uniform(0.5, 1.5, size=(1 if flat else len(frequency_classes(page)), size))
     return Unit(heads, basis.mean, basis.decode * scale, basis.encode / scale, basis.variance, deviation, side)
 
 
-def cycling_widths(widths: list[int], channels: int, page: int) -> np.ndarray:
+def cycling_widths(widths: list[int], channels: int, page: int, flat: bool = False) -> np.ndarray:
     """[classes, channels]: runs of 16 latents cycle through the widths, shifted by one in every class."""
     runs = channels // 16
     return np.stack(
         [
             np.repeat([widths[(run + c) % len(widths)] for run in range(runs)], 16).tolist() + [0] * (channels % 16)
-            for c in range(len(frequency_classes(page)))
+            for c in range(1 if flat else len(frequency_classes(page)))
         ]
     ).astype(np.uint8)
 
@@ -106,15 +106,16 @@ def random_codec(
     sinks: int = 4,
     device: str = "cpu",
     apart: bool = False,
+    flat: bool = False,
 ) -> LayerCodec:
     """A layer codec whose latents cycle through the given widths; `units` of equal size, or that many for keys and for
-    values (`apart`); `block` tokens of a frame."""
+    values (`apart`); `block` tokens of a frame; `flat`: pages are not transformed."""
     run = heads // units
     parts = []
     for side in ("key", "value") if apart else ("both",):
         for number in range(units):
-            unit = random_unit((number * run, (number + 1) * run), dim, seed + len(parts), page, side)
-            parts.append((unit, cycling_widths(widths, unit.variance.size, page)))
+            unit = random_unit((number * run, (number + 1) * run), dim, seed + len(parts), page, side, flat)
+            parts.append((unit, cycling_widths(widths, unit.variance.size, page, flat)))
     frequencies = 0.5 ** np.arange(dim // 2)
     frame = BlockFrame(frequencies, block_tokens=block, page_tokens=page, sinks=sinks, device=device)
     return LayerCodec(
@@ -134,8 +135,9 @@ def random_codebook(
     units: int = 1,
     device: str = "cpu",
     apart: bool = False,
+    flat: bool = False,
 ) -> Codebook:
-    """A setting with random bases for every full layer of a model; `units`, `apart`: see `random_codec`."""
+    """A setting with random bases for every full layer of a model; `units`, `apart`, `flat`: see `random_codec`."""
     layers = [
         None
         if layer.sliding
@@ -150,6 +152,7 @@ def random_codebook(
             sinks=sinks,
             device=device,
             apart=apart,
+            flat=flat,
         )
         for i, layer in enumerate(shape.layers)
     ]

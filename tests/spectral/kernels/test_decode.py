@@ -36,10 +36,12 @@ def store_of(
     *,
     units: int = 1,
     apart: bool = False,
+    flat: bool = False,
+    page: int = 16,
 ) -> PageStore:
     shape = ModelShape((LayerShape(kv_heads, dim, dim),), kv_heads * group, kv_heads * group * dim)
     book = random_codebook(
-        shape, widths, page=16, window=32, block=block, window_bits=window_bits, units=units, apart=apart
+        shape, widths, page=page, window=32, block=block, window_bits=window_bits, units=units, apart=apart, flat=flat
     )
     return PageStore(shape, book, device=DEVICE, window_dtype=torch.float32)
 
@@ -100,6 +102,52 @@ def test_decoding_on_codes_equals_the_reference(
     assert got.dtype == expected.dtype and got.shape == expected.shape
     error = (got - expected).float().norm() / expected.float().norm()
     assert error < 4e-3, float(error)  # fp16 operands: 3e-4 to 2.4e-3 here, where random bases make large scores
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "dim", "group", "widths", "window_bits", "softcap", "lengths", "shared", "units", "apart", "page"),
+    [
+        (1, 32, 4, MIXED, 16, None, [2, 51], True, 1, False, 16),
+        (1, 32, 4, MIXED, 16, None, [2, 51], False, 1, False, 16),
+        (2, 16, 2, [4, 2, 1], 10, None, [300], True, 1, False, 16),
+        (2, 64, 2, [8, 4, 4, 2, 1, 1, 0], 10, None, [300], False, 1, True, 16),
+        (2, 64, 2, [8, 4, 4, 2, 1, 1, 0], 10, None, [200], True, 1, True, 16),
+        (1, 40, 20, [3, 6, 0], 8, 5.0, [100], False, 1, False, 16),
+        (4, 16, 3, MIXED, 8, None, [2, 100], True, 2, True, 16),
+        (4, 16, 3, MIXED, 8, None, [2, 100], False, 2, True, 16),
+        (2, 32, 2, MIXED, 8, None, [2, 100], True, 2, True, 8),
+        (2, 32, 2, MIXED, 8, None, [2, 100], False, 2, True, 8),
+    ],
+)
+def test_tokens_that_are_not_transformed(
+    monkeypatch: pytest.MonkeyPatch,
+    kv_heads: int,
+    dim: int,
+    group: int,
+    widths: list[int],
+    window_bits: int,
+    softcap: float | None,
+    lengths: list[int],
+    shared: bool,
+    units: int,
+    apart: bool,
+    page: int,
+) -> None:
+    """The same of pages whose rows are tokens: one class, and cells of all rows."""
+    blocks = {8: 128, 16: 256}
+    store = store_of(
+        kv_heads, dim, group, widths, window_bits, blocks[page], units=units, apart=apart, flat=True, page=page
+    )
+    rows = [store.open() for _ in lengths]
+    monkeypatch.setenv("SPECTRAL_ATTENTION", "reference")
+    for i, (row, tokens) in enumerate(zip(rows, lengths, strict=True)):
+        run_chunk(store, row, tokens, group, i)
+    expected = step(store, rows, group, 99, softcap, commit=False)
+    monkeypatch.setenv("SPECTRAL_ATTENTION", "triton")
+    with forced(shared_blocks=1 << 20 if shared else 0):
+        got = step(store, rows, group, 99, softcap, commit=False)
+    error = (got - expected).float().norm() / expected.float().norm()
+    assert error < 4e-3, float(error)
 
 
 def test_a_stream_is_the_same_through_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
