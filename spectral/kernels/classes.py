@@ -71,6 +71,13 @@ def strip_first(classes, number):
 
 
 @triton.constexpr_function
+def score_step(classes):
+    from spectral.kernels.tables import step_entries
+
+    return step_entries(int(classes))
+
+
+@triton.constexpr_function
 def log2(x):
     return int(x).bit_length() - 1
 

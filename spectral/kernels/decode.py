@@ -21,14 +21,12 @@ from spectral.codec import LayerCodec
 from spectral.errors import SettingError
 from spectral.kernels.choices import DecodeChoices, Shape, block_pages, chosen, layer_shape
 from spectral.kernels.combine import combine_kernel, finish_kernel, query_kernel, window_kernel
-from spectral.kernels.mix import factor_kernel, mix_kernel
-from spectral.kernels.scoring import Scoring, interpreted
+from spectral.kernels.fused import ENTRIES
+from spectral.kernels.scoring import Asked, fused_sums, sums_of_weights, weights
 from spectral.kernels.tables import QUAD_ORDER, LayerTables, layer_tables
 from spectral.windows import ExactWindow, QuantizedWindow
 
 LOG2E = math.log2(math.e)
-MIX_WARPS = 4
-FACTOR_TILE = 64
 
 
 def unsupported(codec: LayerCodec, window: int) -> str:
@@ -79,6 +77,8 @@ class LayerKernels:
         self.tables = tables.to(device)
         self.outputs, self.classes = tables.outputs, len(units[0].class_deviation)
         self.items = len(tables.item)
+        self.fused = self.classes == 1 and codec.page_tokens == 16 and int(tables.wholes.max()) <= int(ENTRIES)
+        """Whether one kernel makes scores and sums."""
         self.key_rank, self.rank = tables.key_offset.shape[2], tables.offset.shape[2]
 
         def wide(x: torch.Tensor, rank: int) -> torch.Tensor:
@@ -98,6 +98,9 @@ class LayerKernels:
         self.vectors = vectors
         self.unit_heads = [unit.heads for unit in units]
         self._bytes = [codec.starts[number : number + 2] for number in codec.key_units]
+        spans = [[codec.starts[number], codec.starts[number + 1] - codec.starts[number]] for number in codec.value_units]
+        self.value_bytes = torch.tensor(spans, dtype=torch.int32, device=device)
+        """int32 [units, 2]: where the bytes of a unit's values begin in a page, and how many."""
         self._units: dict[int, torch.Tensor] = {}
         self._shapes: dict[int, Shape] = {}
 
@@ -298,41 +301,21 @@ def _pages(
     group, page_blocks, tokens = heads // codec.kv_heads, block_pages(codec), codec.page_tokens
     blocks = triton.cdiv(step.pages.shape[1], page_blocks)
     parts, units = layer.head_groups(group), len(layer.unit_heads)
-    unit, tables, fast = layer.units(group), layer.tables, not interpreted()
+    unit, tables = layer.units(group), layer.tables
     projected, const = _project(layer, choices, query, blocks, scale)
-    pages_max = blocks * page_blocks
-    weight = torch.empty((rows, units, parts, pages_max * tokens * 16), dtype=torch.float16, device=device)
-    largest = torch.empty((rows, units, parts, blocks, 16), device=device)
-    scoring = Scoring(layer, choices, pool, step, projected, const, unit, weight, largest, group, cap)
-    if units * parts * blocks * rows <= choices.shared_blocks:
-        scoring.by_shares()
+    asked = Asked(layer, choices, pool, step, projected, const, unit, group, cap, parts, blocks)
+    if layer.fused and units * parts * blocks * rows > choices.shared_blocks:
+        found = fused_sums(asked)
     else:
-        scoring.by_blocks()
-    wanted = max(1, triton.cdiv(choices.mix_programs, rows * layer.items))
-    each = triton.cdiv(triton.cdiv(blocks, wanted), choices.split_blocks) * choices.split_blocks
-    splits = triton.cdiv(blocks, each)
-    factor = torch.empty((rows, units, parts, blocks, 16), dtype=torch.int32, device=device)
-    tops = torch.empty((rows, splits, units, parts, 16), device=device)
-    factor_kernel[(units * parts, splits, rows)](
-        step.count, largest, factor, tops, blocks, units, splits, each,
-        GROUPS=parts, PB=page_blocks, SB=FACTOR_TILE, num_warps=4,
-    )  # fmt: skip
-    sums = torch.empty((rows, splits, units, parts, layer.classes, 16), device=device)
-    outs = torch.empty((rows, splits, parts, 16, layer.outputs), device=device)
-    mix_kernel[(rows, splits, layer.items * parts)](
-        pool, step.pages, step.count, tables["item"], weight, factor, outs, sums, step.pages.stride(0),
-        codec.page_nbytes, blocks, pages_max, units, splits, layer.outputs, each,
-        GROUPS=parts, CLASSES=layer.classes, P=tokens, PB=page_blocks, WARPS=MIX_WARPS, FAST=fast,
-        num_warps=MIX_WARPS, num_stages=1, **({"maxnreg": 128} if fast else {}),
-    )  # fmt: skip
+        found = sums_of_weights(asked, *weights(asked))
     latent = torch.empty((codec.kv_heads, rows, group, layer.rank), dtype=torch.float16, device=device)
     share = torch.empty((rows, heads, 2), device=device)
     meet()
-    many = splits >= choices.many_splits
+    many = found.splits >= choices.many_splits
     tile = 16 if many else choices.combine_tile
     combine_kernel[(units * parts, triton.cdiv(layer.rank, tile), rows)](
-        outs, sums, tops, step.count, unit, tables["source"], tables["source_factor"], tables["offset"], top, total,
-        latent, share, units, splits, layer.outputs, each, layer.rank, heads, rows,
+        found.outs, found.sums, found.tops, step.count, unit, tables["source"], tables["source_factor"], tables["offset"], top, total,
+        latent, share, units, found.splits, layer.outputs, found.each, layer.rank, heads, rows,
         GROUPS=parts, GROUP=group, CLASSES=layer.classes, P=tokens, PB=page_blocks, RT=tile,
         SPLITS=8 if many else 1, num_warps=8 if many else choices.combine_warps,
     )  # fmt: skip

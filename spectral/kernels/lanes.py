@@ -17,7 +17,7 @@ from spectral.kernels.classes import item_quarters, item_tiles
 
 
 @triton.constexpr_function
-def _mma(accumulator: list[str], a: list[str], b: list[str]) -> str:
+def mma_text(accumulator: list[str], a: list[str], b: list[str]) -> str:
     c = ", ".join(accumulator)
     return (
         f"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {{{c}}}, {{{', '.join(a)}}}, {{{', '.join(b)}}}, {{{c}}};"
@@ -25,8 +25,8 @@ def _mma(accumulator: list[str], a: list[str], b: list[str]) -> str:
 
 
 @triton.constexpr_function
-def _score_rows(bits: int, rows: int) -> str:
-    """Operands: out C [4 rows]; in C [4 rows], words, a [4 per run]."""
+def _score_rows(bits: int, rows: int, pairs: bool) -> str:
+    """Operands: out C [4 rows]; in C [4 rows], words, a [4 per run]. pairs: of four bits (see `score_rows`)."""
     words, runs = max(1, rows * max(1, bits // 2) // 4), 2 if bits == 1 else 1
     # What leaves latents 0 and 2, or 1 and 3, of a byte that was copied to all four, or of two that were twice.
     masks = {
@@ -46,11 +46,15 @@ def _score_rows(bits: int, rows: int) -> str:
         else:
             at = 2 * (row % 2) if bits == 4 else row % 4
             source, pick = (x[row // 2], f"{at + 1}{at + 1}{at}{at}") if bits == 4 else (x[row // 4], str(at) * 4)
+            if pairs:
+                lines += [f"prmt.b32 b1, {source}, 0, 0x4{at + 1}4{at};", "and.b32 b0, b1, 0x000F000F;"]
+                lines.append(mma_text(out[4 * row : 4 * row + 4], a, ["b0", "b1"]))
+                continue
             lines.append(f"prmt.b32 y, {source}, 0, 0x{pick};")
             lines += [f"and.b32 b{i}, y, 0x{mask:08X};" for i, mask in enumerate(masks[bits])]
         for run in range(runs):
             operand = [f"b{2 * run}", f"b{2 * run + 1}"]
-            lines.append(_mma(out[4 * row : 4 * row + 4], a[4 * run : 4 * run + 4], operand))
+            lines.append(mma_text(out[4 * row : 4 * row + 4], a[4 * run : 4 * run + 4], operand))
     return "\n".join([*lines, "}"])
 
 
@@ -101,14 +105,14 @@ def _mix_rows(bits: int, rows: int) -> str:
                         lines.append(f"prmt.b32 u{side}, {pair}, 0x{j:x}{j:x}{i:x}{i:x};")
                     mask = (0x00010001 if bits == 1 else 0x00030003) << bits * field
                 lines.append(f"and.b32 b{side}, u{side}, 0x{mask:08X};")
-            lines.append(_mma(out[n], a, ["b0", "b1"]))
+            lines.append(mma_text(out[n], a, ["b0", "b1"]))
             n += 1
     return "\n".join([*lines, "}"])
 
 
 @triton.constexpr_function
-def score_text(bits, rows):
-    return _score_rows(int(bits), int(rows))
+def score_text(bits, rows, pairs):
+    return _score_rows(int(bits), int(rows), bool(pairs))
 
 
 @triton.constexpr_function
@@ -120,7 +124,7 @@ def mix_text(bits, rows):
 def sum_text():
     """Operands: out C [4]; in C, a [4]: the other operand is the smallest fp16 number everywhere."""
     lines = ["{", ".reg .b32 b;", "mov.b32 b, 0x00010001;"] + [f"mov.b32 ${i}, ${4 + i};" for i in range(4)]
-    lines.append(_mma([f"${i}" for i in range(4)], [f"${8 + i}" for i in range(4)], ["b", "b"]))
+    lines.append(mma_text([f"${i}" for i in range(4)], [f"${8 + i}" for i in range(4)], ["b", "b"]))
     return "\n".join([*lines, "}"])
 
 
@@ -234,14 +238,31 @@ def product(a, b, FAST: tl.constexpr):
 
 
 @triton.jit
+def less(a, b, FAST: tl.constexpr):
+    """Two halves less two halves."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "sub.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        return halves(half(a, False) - half(b, False), half(a, True) - half(b, True))
+
+
+@triton.jit
 def twice(x):
     """A number as two equal halves."""
     return halves(x, x)
 
 
 @triton.jit
-def score_rows(c, x, a, BITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr):
+def score_rows(
+    c, x, a, BITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr,
+    PAIRS: tl.constexpr = False,
+):  # fmt: skip
     """Add one cell's part to the scores of its rows.
+
+    PAIRS: of fields of four bits two are left together in a byte, which spares an instruction of four. The second's
+    operands then multiply both, and the first's must be less by them (FAST alone).
 
     Args:
         c: fp32 sums, 4 a row; x: words of the lane's quarter; a: 4 words a run: the query's latents 4 t and 4 t + 2
@@ -251,7 +272,7 @@ def score_rows(c, x, a, BITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.conste
         RUNS: tl.constexpr = 2 if BITS == 1 else 1
         WORDS: tl.constexpr = max(1, ROWS * max(1, BITS // 2) // 4)
         c = tl.inline_asm_elementwise(
-            score_text(BITS, ROWS),
+            score_text(BITS, ROWS, PAIRS),
             constraints(4 * ROWS, 4 * ROWS, WORDS + 4 * RUNS),
             c + x + a,
             dtype=floats(4 * ROWS),

@@ -35,6 +35,7 @@ from spectral.kernels.cells import (
 from spectral.kernels.classes import (
     class_rows,
     first_row,
+    score_step,
     size_log2,
     strip_bits,
     strip_class,
@@ -44,7 +45,7 @@ from spectral.kernels.classes import (
 )
 from spectral.kernels.lanes import score_rows
 from spectral.kernels.staging import close_stage, copy_part, held_four, hold_four, stage, wait_stages
-from spectral.kernels.tables import SCORE_CHUNK, SCORE_STEP
+from spectral.kernels.tables import SCORE_CHUNK, step_entries
 from spectral.kernels.weights import block_weights, largest, over_lanes, store_weights, tokens
 from spectral.kernels.words import four_words, table_words, word
 
@@ -55,16 +56,13 @@ PITCH = tl.constexpr(272)
 STAGE = tl.constexpr(8 * 272)
 """Bytes of a warp's eight pages in one of its two stages."""
 
-STEP = tl.constexpr(SCORE_STEP)
-"""Entries whose operands the warps of a program make at once."""
-
 OPERAND = tl.constexpr(512)
 """Bytes of an entry's operands: sixteen a lane."""
 
 
-def block_runs(runs: int, warps: int) -> int:
+def block_runs(runs: int, warps: int, classes: int) -> int:
     """held_runs beside the stages of so many warps and two steps of operands."""
-    return held_runs(runs, warps * 2 * int(STAGE) + 2 * int(STEP) * int(OPERAND))
+    return held_runs(runs, warps * 2 * int(STAGE) + 2 * step_entries(classes) * int(OPERAND))
 
 
 @triton.jit
@@ -77,23 +75,24 @@ def _copied(held, ids, pages, first, count, page_nbytes, lane):
 
 
 @triton.jit
-def _ask_chunk(copies, chunk, lane):
+def ask_chunk(copies, chunk, lane):
     """Ask for one chunk of the warp's eight pages. They pass the first-level cache by and leave it to the tables."""
     copy_part(copies[0] + (chunk & 1) * STAGE, copies[1] + chunk * CHUNK, copies[2], CHUNK // 64)
     close_stage(lane)
 
 
 @triton.jit
-def _next_chunk(copies, chunk, chunks, lane):
+def next_chunk(copies, chunk, chunks, lane):
     """Wait for a chunk, and ask for the next one, which takes the place of the last."""
     wait_stages(lane, 0)
     if chunk + 1 < chunks:
-        _ask_chunk(copies, chunk + 1, lane)
+        ask_chunk(copies, chunk + 1, lane)
 
 
 @triton.jit
 def _begin(
-    made, ops, held_q, q0, q1, i, WARPS: tl.constexpr, HOLD: tl.constexpr, FAST: tl.constexpr,
+    made, ops, held_q, q0, q1, i,
+    STEP: tl.constexpr, WARPS: tl.constexpr, HOLD: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """What goes from step to step: where the step's operands lie in the ring, its number, where the query's words of
     the next step's entries lie, and the warp's first entry. The first step's operands are left in the ring. (In plain
@@ -113,7 +112,7 @@ def _begin(
 
 
 @triton.jit
-def _coming(state, held_q, q0, q1, EACH: tl.constexpr, HOLD: tl.constexpr):
+def _coming(state, held_q, q0, q1, STEP: tl.constexpr, EACH: tl.constexpr, HOLD: tl.constexpr):
     """Of a warp's entries of the next step the query's words and the factors, and where the words of the one after it
     lie: what a step needs is asked for one before."""
     out = ()
@@ -124,7 +123,7 @@ def _coming(state, held_q, q0, q1, EACH: tl.constexpr, HOLD: tl.constexpr):
 
 
 @triton.jit
-def _make(state, coming, made, EACH: tl.constexpr):
+def _make(state, coming, made, STEP: tl.constexpr, EACH: tl.constexpr):
     """Leave the next step's operands in the ring."""
     slot = state[0] ^ (STEP * OPERAND)
     where = ()
@@ -139,14 +138,14 @@ def _make(state, coming, made, EACH: tl.constexpr):
 @triton.jit
 def _step(
     c, at, page, state, ring, made, held_q, q0, q1,
-    BITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, HOLD: tl.constexpr,
+    BITS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, WARPS: tl.constexpr, HOLD: tl.constexpr,
 ):  # fmt: skip
     """Add the cells of a step to the scores of their rows; those behind a segment's last have empty entries."""
     SIZE: tl.constexpr = 4 * ROWS * max(1, BITS // 2)
     RUNS: tl.constexpr = 2 if BITS == 1 else 1
     EACH: tl.constexpr = max(1, STEP // WARPS)
     tl.debug_barrier()  # all warps have made this step, and multiplied with the one whose place the next one takes
-    coming = _coming(state, held_q, q0, q1, EACH, HOLD)
+    coming = _coming(state, held_q, q0, q1, STEP, EACH, HOLD)
     # Cells of sixteen rows fill the registers one by one; of smaller ones all are asked for before any is multiplied.
     ONCE: tl.constexpr = 1 if ROWS == 16 else STEP // RUNS
     for first in tl.static_range(0, STEP // RUNS, ONCE):
@@ -160,11 +159,11 @@ def _step(
             a = a + (own,)
         for k in tl.static_range(ONCE):
             c = score_rows(c, x[k], a[k], BITS, ROWS, WARPS, True)
-    return c, _make(state, coming, made, EACH)
+    return c, _make(state, coming, made, STEP, EACH)
 
 
 @triton.jit
-def _plain_cell(c, page, entry, q0, q1, BITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr):
+def plain_cell(c, page, entry, q0, q1, BITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr):
     """Add one cell to the scores of its rows, in plain Triton."""
     a = ()
     for run in tl.static_range(2 if BITS == 1 else 1):
@@ -176,7 +175,8 @@ def _plain_cell(c, page, entry, q0, q1, BITS: tl.constexpr, ROWS: tl.constexpr, 
 @triton.jit
 def _strip(
     c, off, cells, held, page, copies, chunks, state, ring, made, held_q, q0, q1, lane,
-    BITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, HOLD: tl.constexpr, FAST: tl.constexpr,
+    BITS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, WARPS: tl.constexpr, HOLD: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
     """Add a class's plane to the scores of its rows, segment after segment. off: of its first cell in the page."""
     U: tl.constexpr = max(1, BITS // 2)
@@ -187,17 +187,17 @@ def _strip(
     for _ in range(((off & (CHUNK - 1)) + cells * SIZE + CHUNK - 1 >> 8) * tl.minimum(cells, 1)):
         if FAST:  # noqa: SIM102 (a constant and a tensor)
             if off & (CHUNK - 1) == 0:
-                _next_chunk(copies, off >> 8, chunks, lane)
+                next_chunk(copies, off >> 8, chunks, lane)
         here = tl.minimum(end, (off | (CHUNK - 1)) + 1) - off >> size_log2(BITS, ROWS)
         if FAST:
             at = held + (quarter + ((off >> 8 & 1) * STAGE + (off & (CHUNK - 1))))
             for _ in range(0, here, CELLS):  # (by ones, the assembler would unroll it: four times as much code)
-                c, state = _step(c, at, page, state, ring, made, held_q, q0, q1, BITS, ROWS, WARPS, HOLD)
+                c, state = _step(c, at, page, state, ring, made, held_q, q0, q1, BITS, ROWS, STEP, WARPS, HOLD)
                 at += CELLS * SIZE
         else:
             for k in range(here):
                 entry = state[0] + k * (16 * STEP // CELLS)
-                c = _plain_cell(c, page + (off + quarter + k * SIZE), entry, q0, q1, BITS, ROWS, WARPS)
+                c = plain_cell(c, page + (off + quarter + k * SIZE), entry, q0, q1, BITS, ROWS, WARPS)
             state = (state[0] + (here + CELLS - 1) // CELLS * (16 * STEP),)
         off += here * SIZE
     return c, off, state
@@ -214,7 +214,8 @@ def _all_strips(
     """
     c = (tl.zeros([32 * WARPS], tl.float32),) * (4 * P)
     off = tl.full([], 0, tl.int32)
-    state = _begin(made, ops, held_q, q0, q1, i, WARPS, HOLD, FAST)
+    STEP: tl.constexpr = score_step(CLASSES)
+    state = _begin(made, ops, held_q, q0, q1, i, STEP, WARPS, HOLD, FAST)
     coming = tl.load(cells_ptr + strip_class(CLASSES, 0) * 4 + strip_plane(CLASSES, 0))
     for s in tl.static_range(4 * CLASSES):
         cells = coming
@@ -223,7 +224,7 @@ def _all_strips(
         d, off, state = _strip(
             part_of(c, strip_first(CLASSES, s), strip_rows(CLASSES, P, s)),
             off, cells, held, page, copies, chunks, state, ring, made, held_q, q0, q1, i % 32,
-            strip_bits(CLASSES, s), strip_rows(CLASSES, P, s), WARPS, HOLD, FAST,
+            strip_bits(CLASSES, s), strip_rows(CLASSES, P, s), STEP, WARPS, HOLD, FAST,
         )  # fmt: skip
         c = with_part(c, d, strip_first(CLASSES, s), strip_rows(CLASSES, P, s), P)
     return c
@@ -293,6 +294,7 @@ def score_kernel(
     [sequence, unit, head groups, blocks, 16].
     """
     PB: tl.constexpr = 8 * WARPS
+    STEP: tl.constexpr = score_step(CLASSES)
     EACH: tl.constexpr = max(1, STEP // WARPS)
     BYTES: tl.constexpr = WARPS * 2 * STAGE
     RING: tl.constexpr = 2 * STEP * OPERAND
@@ -321,7 +323,7 @@ def score_kernel(
                 held_head = head + tl.minimum(part * 16 + lane // 2, own - 1)
                 q = query_row(q_ptr, held_head, row, q_head_stride, runs, GROUP) + lane % 2 * 8
                 hold_query(held_q, q, i, runs, WARPS)
-            _ask_chunk(copies, 0, lane)
+            ask_chunk(copies, 0, lane)
         page = pages + page_start(ids, mine + g, count, page_nbytes)  # whose codes this lane multiplies
         head0, head1 = head + tl.minimum(part * 16 + g, own - 1), head + tl.minimum(part * 16 + g + 8, own - 1)
         q0 = query_row(q_ptr, head0, row, q_head_stride, runs, GROUP) + 4 * t

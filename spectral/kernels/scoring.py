@@ -1,4 +1,5 @@
-"""How weights are launched (spectral.kernels.decode): by blocks, or by shares of them where blocks are few."""
+"""How packed pages are read (spectral.kernels.decode): weights by blocks, or by shares of them where blocks are few, and
+sums with those; or both in one launch, where rows are tokens."""
 
 from __future__ import annotations
 
@@ -11,12 +12,17 @@ import triton
 
 from spectral.kernels.cells import held_runs
 from spectral.kernels.choices import DecodeChoices, block_pages
+from spectral.kernels.fused import fused_kernel
+from spectral.kernels.mix import factor_kernel, mix_kernel
 from spectral.kernels.score import block_runs, score_kernel
 from spectral.kernels.shares import STAGES, gather_kernel, share_kernel, stage_nbytes
 from spectral.kernels.tables import SHARES
 
 if TYPE_CHECKING:
     from spectral.kernels.decode import LayerKernels, StepTables
+
+MIX_WARPS = 4
+FACTOR_TILE = 64
 
 
 @cache
@@ -26,9 +32,10 @@ def interpreted() -> bool:
 
 
 @dataclass
-class Scoring:
-    """What becomes weights, and where: projected fp16 [H, B * blocks * G, R], const fp32 [B, blocks, Hq, 8]; weight
-    and largest as spectral.kernels.score leaves them. cap: of softcap, in units of log2, 0 for none."""
+class Asked:
+    """A step's pages and queries: projected fp16 [H, B * blocks * G, R], const fp32 [B, blocks, Hq, 8], unit int32
+    [units, 4] (LayerKernels.units). group: heads of a KV head; cap: of softcap, in units of log2, 0 for none; parts:
+    groups of 16 query heads in the largest unit; blocks: of the longest row."""
 
     layer: LayerKernels
     choices: DecodeChoices
@@ -37,46 +44,137 @@ class Scoring:
     projected: torch.Tensor
     const: torch.Tensor
     unit: torch.Tensor
-    weight: torch.Tensor
-    largest: torch.Tensor
     group: int
     cap: float
+    parts: int
+    blocks: int
 
-    def by_blocks(self) -> None:
-        """A program for each block."""
-        layer, step = self.layer, self.step
-        rows, units, parts, blocks, _ = self.largest.shape
-        pages, runs, fast = block_pages(layer.codec), layer.key_rank // 16, not interpreted()
-        warps, entries = pages // 8, layer.tables["stepped"]
-        score_kernel[(units * parts, blocks, rows)](
-            self.projected, self.const, self.pool, step.pages, step.count, self.unit, layer.tables["cells"], entries,
-            self.weight, self.largest,
-            step.pages.stride(0), layer.codec.page_nbytes, self.projected.stride(0), runs, blocks, blocks * pages,
-            units, self.const.shape[2], entries.stride(0),
-            GROUPS=parts, GROUP=self.group, CLASSES=layer.classes, P=layer.codec.page_tokens,
-            HOLD=block_runs(runs, warps) if self.choices.hold else 0, SOFTCAP=self.cap, WARPS=warps, FAST=fast,
-            num_warps=warps,
-            num_stages=1, **({"maxnreg": 128} if fast else {}),
-        )  # fmt: skip
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Rows, units, head groups of a unit, blocks."""
+        return self.step.count.shape[0], self.unit.shape[0], self.parts, self.blocks
 
-    def by_shares(self) -> None:
-        """SHARES programs for every eight pages, and one for each block that puts their sums together."""
-        layer, step = self.layer, self.step
-        rows, units, parts, blocks, _ = self.largest.shape
-        pages, runs, tokens = block_pages(layer.codec), layer.key_rank // 16, layer.codec.page_tokens
-        octets, fast = blocks * pages // 8, not interpreted()
-        held = held_runs(runs, int(STAGES) * stage_nbytes(layer.classes)) if self.choices.hold_share else 0
-        sums = torch.empty((rows, units, parts, octets, SHARES, 4 * tokens, 32), device=self.largest.device)
-        share_kernel[(units * parts * SHARES, octets, rows)](
-            self.projected, self.pool, step.pages, step.count, self.unit, layer.tables["share"],
-            layer.tables["entry"], sums,
-            step.pages.stride(0), layer.codec.page_nbytes, self.projected.stride(0), runs, blocks, units, octets,
-            GROUPS=parts, GROUP=self.group, CLASSES=layer.classes, P=tokens, PB=pages, SHARES=SHARES,
-            HOLD=held, FAST=fast, num_warps=1, num_stages=1,
-        )  # fmt: skip
-        gather_kernel[(units * parts, blocks, rows)](
-            sums, self.const, step.count, self.unit, self.weight, self.largest,
-            blocks, blocks * pages, units, octets, self.const.shape[2],
-            GROUPS=parts, CLASSES=layer.classes, P=tokens, PB=pages, SHARES=SHARES, SOFTCAP=self.cap, FAST=fast,
-            num_warps=pages // 2, num_stages=1,
-        )  # fmt: skip
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Memory on the step's device."""
+        return torch.empty(shape, dtype=dtype, device=self.pool.device)
+
+
+@dataclass
+class Sums:
+    """Sums of fields over parts of rows: outs fp32 [rows, splits, parts, 16, outputs]; of weights, sums fp32 [rows,
+    splits, units, parts, C, 16], both relative to the largest score of a part, tops fp32 [rows, splits, units, parts,
+    16]. each: blocks of a part."""
+
+    outs: torch.Tensor
+    sums: torch.Tensor
+    tops: torch.Tensor
+    splits: int
+    each: int
+
+
+def weights(asked: Asked) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and blocks' largest scores, as spectral.kernels.score leaves them."""
+    rows, units, parts, blocks = asked.shape
+    tokens = blocks * block_pages(asked.layer.codec) * asked.layer.codec.page_tokens
+    weight = asked.empty(rows, units, parts, tokens * 16, dtype=torch.float16)
+    top = asked.empty(rows, units, parts, blocks, 16)
+    if units * parts * blocks * rows <= asked.choices.shared_blocks:
+        _by_shares(asked, weight, top)
+    else:
+        _by_blocks(asked, weight, top)
+    return weight, top
+
+
+def _by_blocks(asked: Asked, weight: torch.Tensor, top: torch.Tensor) -> None:
+    """A program for each block."""
+    layer, step = asked.layer, asked.step
+    rows, units, parts, blocks = asked.shape
+    pages, runs, fast = block_pages(layer.codec), layer.key_rank // 16, not interpreted()
+    warps, entries = pages // 8, layer.tables["stepped"]
+    score_kernel[(units * parts, blocks, rows)](
+        asked.projected, asked.const, asked.pool, step.pages, step.count, asked.unit, layer.tables["cells"], entries,
+        weight, top,
+        step.pages.stride(0), layer.codec.page_nbytes, asked.projected.stride(0), runs, blocks, blocks * pages,
+        units, asked.const.shape[2], entries.stride(0),
+        GROUPS=parts, GROUP=asked.group, CLASSES=layer.classes, P=layer.codec.page_tokens,
+        HOLD=block_runs(runs, warps, layer.classes) if asked.choices.hold else 0, SOFTCAP=asked.cap, WARPS=warps,
+        FAST=fast, num_warps=warps, num_stages=1, **({"maxnreg": 128} if fast else {}),
+    )  # fmt: skip
+
+
+def _by_shares(asked: Asked, weight: torch.Tensor, top: torch.Tensor) -> None:
+    """SHARES programs for every eight pages, and one for each block that puts their sums together."""
+    layer, step = asked.layer, asked.step
+    rows, units, parts, blocks = asked.shape
+    pages, runs, tokens = block_pages(layer.codec), layer.key_rank // 16, layer.codec.page_tokens
+    octets, fast = blocks * pages // 8, not interpreted()
+    held = held_runs(runs, int(STAGES) * stage_nbytes(layer.classes)) if asked.choices.hold_share else 0
+    sums = asked.empty(rows, units, parts, octets, SHARES, 4 * tokens, 32)
+    share_kernel[(units * parts * SHARES, octets, rows)](
+        asked.projected, asked.pool, step.pages, step.count, asked.unit, layer.tables["share"],
+        layer.tables["entry"], sums,
+        step.pages.stride(0), layer.codec.page_nbytes, asked.projected.stride(0), runs, blocks, units, octets,
+        GROUPS=parts, GROUP=asked.group, CLASSES=layer.classes, P=tokens, PB=pages, SHARES=SHARES,
+        HOLD=held, FAST=fast, num_warps=1, num_stages=1,
+    )  # fmt: skip
+    gather_kernel[(units * parts, blocks, rows)](
+        sums, asked.const, step.count, asked.unit, weight, top,
+        blocks, blocks * pages, units, octets, asked.const.shape[2],
+        GROUPS=parts, CLASSES=layer.classes, P=tokens, PB=pages, SHARES=SHARES, SOFTCAP=asked.cap, FAST=fast,
+        num_warps=pages // 2, num_stages=1,
+    )  # fmt: skip
+
+
+def sums_of_weights(asked: Asked, weight: torch.Tensor, largest: torch.Tensor) -> Sums:
+    """Codes times weights, item by item."""
+    layer, step, choices = asked.layer, asked.step, asked.choices
+    rows, units, parts, blocks = asked.shape
+    page_blocks, fast = block_pages(layer.codec), not interpreted()
+    wanted = max(1, triton.cdiv(choices.mix_programs, rows * layer.items))
+    each = triton.cdiv(triton.cdiv(blocks, wanted), choices.split_blocks) * choices.split_blocks
+    splits = triton.cdiv(blocks, each)
+    factor = asked.empty(rows, units, parts, blocks, 16, dtype=torch.int32)
+    found = _sums(asked, splits, each)
+    factor_kernel[(units * parts, splits, rows)](
+        step.count, largest, factor, found.tops, blocks, units, splits, each,
+        GROUPS=parts, PB=page_blocks, SB=FACTOR_TILE, num_warps=4,
+    )  # fmt: skip
+    mix_kernel[(rows, splits, layer.items * parts)](
+        asked.pool, step.pages, step.count, layer.tables["item"], weight, factor, found.outs, found.sums,
+        step.pages.stride(0), layer.codec.page_nbytes, blocks, blocks * page_blocks, units, splits, layer.outputs, each,
+        GROUPS=parts, CLASSES=layer.classes, P=layer.codec.page_tokens, PB=page_blocks, WARPS=MIX_WARPS, FAST=fast,
+        num_warps=MIX_WARPS, num_stages=1, **({"maxnreg": 128} if fast else {}),
+    )  # fmt: skip
+    return found
+
+
+def fused_sums(asked: Asked) -> Sums:
+    """Both at once."""
+    layer, step = asked.layer, asked.step
+    rows, units, parts, blocks = asked.shape
+    pages, fast = block_pages(layer.codec), not interpreted()
+    each = triton.cdiv(blocks, max(1, triton.cdiv(asked.choices.mix_programs, rows * units * parts)))
+    splits, entries, piece = triton.cdiv(blocks, each), layer.tables["whole"], layer.tables["piece"]
+    found = _sums(asked, splits, each)
+    room = 0 if fast else pages * layer.codec.page_tokens * 16
+    scratch = asked.empty(max(1, rows * splits * units * parts * room), dtype=torch.float16)
+    fused_kernel[(units * parts, splits, rows)](
+        asked.projected, asked.const, asked.pool, step.pages, step.count, asked.unit, layer.tables["cells"], entries,
+        layer.tables["wholes"], piece, layer.tables["pieces"], layer.value_bytes, scratch, found.outs, found.sums, found.tops,
+        step.pages.stride(0), layer.codec.page_nbytes, asked.projected.stride(0), layer.key_rank // 16, blocks, units,
+        asked.const.shape[2], entries.stride(0), piece.stride(0), splits, layer.outputs, each, room,
+        GROUPS=parts, GROUP=asked.group, SOFTCAP=asked.cap, WARPS=pages // 8, FAST=fast,
+        num_warps=pages // 8, num_stages=1, **({"maxnreg": 128} if fast else {}),
+    )  # fmt: skip
+    return found
+
+
+def _sums(asked: Asked, splits: int, each: int) -> Sums:
+    rows, units, parts, _ = asked.shape
+    return Sums(
+        asked.empty(rows, splits, parts, 16, asked.layer.outputs),
+        asked.empty(rows, splits, units, parts, asked.layer.classes, 16),
+        asked.empty(rows, splits, units, parts, 16),
+        splits,
+        each,
+    )

@@ -138,6 +138,14 @@ def held_four(at):
 
 
 @triton.jit
+def hold_word(at, x):
+    """A word to four aligned bytes of shared memory."""
+    tl.inline_asm_elementwise(
+        "st.shared.b32 [$1], $2;\nmov.b32 $0, 0;", "=r,r,r", [at, x], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def hold_float(at, x):
     """An fp32 number to four aligned bytes of shared memory."""
     tl.inline_asm_elementwise(
@@ -204,8 +212,13 @@ def store_half(p, a, FAST: tl.constexpr):
 
 
 @triton.jit
-def prefetch(p):
-    """Ask for the line of global memory at a pointer to come nearer."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L1 [$1];\nmov.b32 $0, 0;", "=r,l", [p.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
+def prefetch(p, LEVEL: tl.constexpr = 1):
+    """Ask for the line of global memory at a pointer to come nearer: into the first-level or the second-level cache."""
+    if LEVEL == 1:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L1 [$1];\nmov.b32 $0, 0;", "=r,l", [p.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+        )
+    else:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1];\nmov.b32 $0, 0;", "=r,l", [p.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+        )

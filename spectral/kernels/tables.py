@@ -23,8 +23,16 @@ ITEM_CELLS = {8: 4, 4: 8, 2: 8, 1: 4}
 RUN_SLACK = 8
 """Entries behind the last run, which share_kernel asks for ahead of time."""
 
-SCORE_CHUNK, SCORE_STEP = 256, 4
-"""Bytes of a page that score_kernel has in shared memory at once, and entries that it multiplies with at once."""
+SCORE_CHUNK = 256
+"""Bytes of a page that score_kernel has in shared memory at once."""
+
+
+
+def step_entries(classes: int) -> int:
+    """Entries that score_kernel multiplies with at once, of pages with so many classes: a chunk has two cells of sixteen
+    rows and four bits, and a few of fewer rows."""
+    return 2 if classes == 1 else 4
+
 
 SHARES = 8
 """Programs that share the scores of eight pages where a launch would leave most of a GPU idle."""
@@ -48,11 +56,16 @@ class LayerTables:
             (four fp16; 0 for padding), 32 times the run's first latent, 0.
         stepped: int32 [units, entries, 4, 4]: `entry` for score_kernel: by unit, with empty ones where what a chunk of
             a page has of a strip does not fill its last step, and behind a unit's last.
+        whole: int32 [units, entries, 4, 4]: `entry` for fused_kernel, of pages whose rows are tokens: by unit, the last
+            word 1 where fields have four bits; wholes: int32 [units]: how many a unit has.
         share: int32 [units, SHARES, 4 + 4 C]: a unit's cells in SHARES parts of about equal work: offset of the part's
             first cell in the unit's page, of its end, its first entry, how many entries it has, and how many cells of
             every strip, by class and plane.
         item: int32 [items, 8]: unit, class, plane, offset of its first cell, cells, first output column, 1 if its
             program stores the sums of weights of its class, 0.
+        piece: int32 [units, pieces, 4]: of pages whose rows are tokens what fused_kernel sums at once, the longest
+            first: plane, offset, first output column, quarters (8, or 4 where a plane's last cell is alone);
+            pieces: int32 [units]: how many a unit has.
         source: int32 [units, C, 2, R / 16]: output column of a run's (at most two) planes, -1: none.
         source_factor: float32 [units, C, 2, R]: what a unit of that column stands for.
         offset: float32 [units, C, R]: half the range of a latent's codes, what an all-zero code lies below the mean;
@@ -63,8 +76,12 @@ class LayerTables:
     cells: np.ndarray
     entry: np.ndarray
     stepped: np.ndarray
+    whole: np.ndarray
+    wholes: np.ndarray
     share: np.ndarray
     item: np.ndarray
+    piece: np.ndarray
+    pieces: np.ndarray
     source: np.ndarray
     source_factor: np.ndarray
     offset: np.ndarray
@@ -105,9 +122,12 @@ def _layer_tables(codec: LayerCodec) -> LayerTables:
     return LayerTables(
         scored.cells,
         _entries(np.concatenate(scored.run), np.concatenate(scored.factor), RUN_SLACK),
-        _together(scored.stepped),
+        _together(scored.stepped, 2 * step_entries(scored.cells.shape[1])),
+        _together(scored.whole, 0),
+        np.array([len(own) for own in scored.whole], dtype=np.int32),
         np.stack(scored.share),
         np.array(mixed.item, dtype=np.int32),
+        *_pieces(mixed.piece),
         mixed.source,
         mixed.source_factor,
         mixed.offset,
@@ -135,6 +155,7 @@ class _Scored:
         self.run: list[np.ndarray] = [np.zeros(0, np.int32)]
         self.factor: list[np.ndarray] = [np.zeros((0, CHANNEL_GROUP))]
         self.stepped: list[np.ndarray] = []
+        self.whole: list[np.ndarray] = []
         self.share: list[np.ndarray] = []
         runs = 0
         for u, unit in enumerate(units):
@@ -142,14 +163,20 @@ class _Scored:
             _offset(unit, size, self.offset[u])
             self.share.append(_shares(unit.layout, runs))
             own: list[np.ndarray] = [np.zeros((0, 4, 4), np.int32)]
+            whole = own[:]
             for s in unit.layout.strips:
                 self.cells[u, s.number, PLANE_ORDER.index(s.bits)] = s.cells
                 first, value = _strip_runs(s, unit.layout, size)
                 self.run.append(first)
                 self.factor.append(value * SCORE_UNIT)
-                own += _in_steps(s, _entries(first, value * SCORE_UNIT, 0))
+                entry = _entries(first, value * SCORE_UNIT, 0)
+                own += _in_steps(s, entry, step_entries(classes))
                 runs += first.size
+                if classes == 1:
+                    whole.append(entry.copy())
+                    whole[-1][..., 3] = s.bits == 4
             self.stepped.append(np.concatenate(own))
+            self.whole.append(np.concatenate(whole))
 
 
 class _Mixed:
@@ -161,6 +188,7 @@ class _Mixed:
         self.source_factor = np.zeros((len(units), classes, 2, rank), dtype=np.float32)
         self.offset = np.zeros((len(units), classes, rank), dtype=np.float32)
         self.item: list[list[int]] = []
+        self.piece: list[list[list[int]]] = [[] for _ in units]
         self.outputs = 0
         for u, (unit, start) in enumerate(units):
             size = step_size(unit.layout, unit.class_deviation, unit.steps)
@@ -186,7 +214,21 @@ class _Mixed:
             column = self.outputs + CHANNEL_GROUP * cell_runs(s.bits) * cell
             place = start + s.start + cell * s.cell_nbytes
             self.item.append([u, s.number, PLANE_ORDER.index(s.bits), place, count, column, 0, 0])
+        for cell in range(0, s.cells if len(self.source[u]) == 1 else 0, 2):
+            column = self.outputs + CHANNEL_GROUP * cell_runs(s.bits) * cell
+            place = start + s.start + cell * s.cell_nbytes
+            self.piece[u].append([PLANE_ORDER.index(s.bits), place, column, 4 * min(2, s.cells - cell)])
         self.outputs += CHANNEL_GROUP * first.size
+
+
+def _pieces(found: list[list[list[int]]]) -> tuple[np.ndarray, np.ndarray]:
+    """`piece` and `pieces`: those of one bit, which have twice as many latents, before the others, and what is half
+    full last."""
+    piece: np.ndarray = np.zeros((len(found), max(1, *map(len, found)), 4), dtype=np.int32)
+    for own, rows in zip(piece, found, strict=True):
+        for at, row in enumerate(sorted(rows, key=lambda row: (row[0] != PLANE_ORDER.index(1), -row[3]))):
+            own[at] = row
+    return piece, np.array([len(rows) for rows in found], dtype=np.int32)
 
 
 def _shares(layout: PageLayout, first_run: int) -> np.ndarray:
@@ -217,21 +259,21 @@ def _entries(run: np.ndarray, factor: np.ndarray, slack: int) -> np.ndarray:
     return entry
 
 
-def _in_steps(s: Strip, entry: np.ndarray) -> list[np.ndarray]:
+def _in_steps(s: Strip, entry: np.ndarray, step: int) -> list[np.ndarray]:
     """A strip's entries [runs, 4, 4] as those of every chunk that it lies in, filled to whole steps."""
     width, out, cell = cell_runs(s.bits), [], 0
     while cell < s.cells:
         here = (SCORE_CHUNK - (s.start + cell * s.cell_nbytes) % SCORE_CHUNK) // s.cell_nbytes
         part = entry[cell * width : (cell + here) * width]
-        out.append(np.pad(part, ((0, -len(part) % SCORE_STEP), (0, 0), (0, 0))))
+        out.append(np.pad(part, ((0, -len(part) % step), (0, 0), (0, 0))))
         cell += here
     return out
 
 
-def _together(stepped: list[np.ndarray]) -> np.ndarray:
-    """`stepped` from every unit's entries, with two steps behind the last, which are asked for ahead of time."""
-    most = max(map(len, stepped)) + 2 * SCORE_STEP
-    return np.stack([np.pad(own, ((0, most - len(own)), (0, 0), (0, 0))) for own in stepped])
+def _together(entries: list[np.ndarray], slack: int) -> np.ndarray:
+    """Every unit's entries, with `slack` empty ones behind the last, which are asked for ahead of time."""
+    most = max(map(len, entries)) + slack
+    return np.stack([np.pad(own, ((0, most - len(own)), (0, 0), (0, 0))) for own in entries])
 
 
 def _strip_runs(s: Strip, layout: PageLayout, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -93,7 +93,7 @@ def block_weights(x, top, P: tl.constexpr, FLAT: tl.constexpr, FAST: tl.constexp
 
 
 @triton.jit
-def _quad(u, v, FIRST: tl.constexpr, FAST: tl.constexpr):
+def quad(u, v, FIRST: tl.constexpr, FAST: tl.constexpr):
     """Four rows of two heads as words."""
     return (
         packed(u[FIRST], u[FIRST + 1], FAST),
@@ -106,12 +106,12 @@ def _quad(u, v, FIRST: tl.constexpr, FAST: tl.constexpr):
 @triton.jit
 def _store_quads(slot, pages_max, number, u, v, P: tl.constexpr, FAST: tl.constexpr):
     """A page's weights of the classes of four and more rows."""
-    x = _quad(u, v, 4, FAST)
+    x = quad(u, v, 4, FAST)
     store_four(slot + (pages_max // 16 * 4 + number // 4) * 128 + number % 4 * 4, x[0], x[1], x[2], x[3], FAST)
     if P == 16:
         at = slot + (pages_max // 16 * 8 + number // 2) * 128 + number % 2 * 8
         for half in tl.static_range(2):
-            y = _quad(u, v, 8 + 4 * half, FAST)
+            y = quad(u, v, 8 + 4 * half, FAST)
             store_four(at + 4 * half, y[0], y[1], y[2], y[3], FAST)
 
 
@@ -122,9 +122,9 @@ def _store_page(slot, number, u, v, P: tl.constexpr, FAST: tl.constexpr):
         at = slot + number * 128
     else:  # sixteen rows are two pages
         at = slot + number // 2 * 128 + number % 2 * 8
-    for quad in tl.static_range(P // 4):
-        x = _quad(u, v, 4 * quad, FAST)
-        store_four(at + 4 * quad, x[0], x[1], x[2], x[3], FAST)
+    for k in tl.static_range(P // 4):
+        x = quad(u, v, 4 * k, FAST)
+        store_four(at + 4 * k, x[0], x[1], x[2], x[3], FAST)
 
 
 @triton.jit
@@ -152,7 +152,7 @@ def _store_classes(slot, pages_max, number, t, u0, u1, v0, v1, P: tl.constexpr, 
         store_word(at, packed(u0[row], u1[row], FAST), FAST)
         store_word(at + 2, packed(v0[row], v1[row], FAST), FAST)
     at = slot + (pages_max // 16 * 2 + number // 8) * 128 + (number % 8) // 2 * 4
-    x = _quad((u0[2], u0[3], u1[2], u1[3]), (v0[2], v0[3], v1[2], v1[3]), 0, FAST)
+    x = quad((u0[2], u0[3], u1[2], u1[3]), (v0[2], v0[3], v1[2], v1[3]), 0, FAST)
     store_four(at, x[0], x[1], x[2], x[3], FAST)
     _store_quads(slot, pages_max, number, u0, v0, P, FAST)
     _store_quads(slot, pages_max, number + 1, u1, v1, P, FAST)

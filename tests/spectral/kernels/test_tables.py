@@ -14,7 +14,7 @@ from spectral.basis import holding
 from spectral.bits import CHANNEL_GROUP, FIELDS, WIDTHS, frequency_classes
 from spectral.kernels.cells import SHARED, held_runs
 from spectral.kernels.classes import class_rows, first_row, strip_bits, strip_class, strip_order
-from spectral.kernels.score import CHUNK, OPERAND, STAGE, STEP, block_runs
+from spectral.kernels.score import CHUNK, OPERAND, STAGE, block_runs
 from spectral.kernels.tables import RUN_SLACK, layer_tables
 from spectral.layout import PLANE_ORDER, PLANES, PageLayout, page_layout
 
@@ -102,7 +102,7 @@ def test_steps_of_entries_never_cross_the_end_of_a_chunk_or_strip(page: int) -> 
     [(1, 2), (64, 2), (65, 2), (69, 2), (70, 2), (52, 4), (53, 4), (128, 4), (18, 8), (19, 8), (128, 8)],
 )
 def test_a_block_holds_its_query_only_where_it_fits(runs: int, warps: int) -> None:
-    room = block_runs(runs, warps)
+    room = block_runs(runs, warps, 5)
     rings = warps * 2 * int(STAGE) + 2 * int(STEP) * int(OPERAND)
     assert rings <= SHARED, "without the query it must fit"
     assert room == 0 or (room >= runs and room * 512 + rings <= SHARED)
