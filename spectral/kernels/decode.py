@@ -21,8 +21,8 @@ from spectral.codec import LayerCodec
 from spectral.errors import SettingError
 from spectral.kernels.choices import DecodeChoices, Shape, block_pages, chosen, layer_shape
 from spectral.kernels.combine import combine_kernel, finish_kernel, query_kernel, window_kernel
-from spectral.kernels.fused import ENTRIES
-from spectral.kernels.scoring import Asked, fused_sums, sums_of_weights, weights
+from spectral.kernels.flat import ENTRIES
+from spectral.kernels.scoring import Asked, flat_sums, sums_of_weights, weights
 from spectral.kernels.tables import QUAD_ORDER, LayerTables, layer_tables
 from spectral.windows import ExactWindow, QuantizedWindow
 
@@ -77,8 +77,8 @@ class LayerKernels:
         self.tables = tables.to(device)
         self.outputs, self.classes = tables.outputs, len(units[0].class_deviation)
         self.items = len(tables.item)
-        self.fused = self.classes == 1 and codec.page_tokens == 16 and int(tables.wholes.max()) <= int(ENTRIES)
-        """Whether one kernel makes scores and sums."""
+        self.flat = self.classes == 1 and codec.page_tokens == 16 and int(tables.wholes.max()) <= int(ENTRIES)
+        """Whether the kernels for pages whose rows are tokens serve."""
         self.key_rank, self.rank = tables.key_offset.shape[2], tables.offset.shape[2]
 
         def wide(x: torch.Tensor, rank: int) -> torch.Tensor:
@@ -98,9 +98,6 @@ class LayerKernels:
         self.vectors = vectors
         self.unit_heads = [unit.heads for unit in units]
         self._bytes = [codec.starts[number : number + 2] for number in codec.key_units]
-        spans = [[codec.starts[number], codec.starts[number + 1] - codec.starts[number]] for number in codec.value_units]
-        self.value_bytes = torch.tensor(spans, dtype=torch.int32, device=device)
-        """int32 [units, 2]: where the bytes of a unit's values begin in a page, and how many."""
         self._units: dict[int, torch.Tensor] = {}
         self._shapes: dict[int, Shape] = {}
 
@@ -304,8 +301,8 @@ def _pages(
     unit, tables = layer.units(group), layer.tables
     projected, const = _project(layer, choices, query, blocks, scale)
     asked = Asked(layer, choices, pool, step, projected, const, unit, group, cap, parts, blocks)
-    if layer.fused and units * parts * blocks * rows > choices.shared_blocks:
-        found = fused_sums(asked)
+    if layer.flat and units * parts * blocks * rows > choices.shared_blocks:
+        found = flat_sums(asked)
     else:
         found = sums_of_weights(asked, *weights(asked))
     latent = torch.empty((codec.kv_heads, rows, group, layer.rank), dtype=torch.float16, device=device)

@@ -66,7 +66,7 @@ def block_runs(runs: int, warps: int, classes: int) -> int:
 
 
 @triton.jit
-def _copied(held, ids, pages, first, count, page_nbytes, lane):
+def copied(held, ids, pages, first, count, page_nbytes, lane):
     """Where a lane's pieces of a chunk go, where the first chunk's lie, and whether a last piece is the lane's: pages
     begin at multiples of eight, so one more of sixteen bytes goes with every chunk. Four lanes have a page."""
     own, quarter = lane // 4, lane % 4 * 16
@@ -317,7 +317,7 @@ def score_kernel(
         ids = table_ptr + seq * table_stride + blk * PB
         pages = pages_ptr + tl.load(unit_ptr + unit * 4 + 2)
         mine = i // 32 * 8
-        copies = _copied(held, ids, pages, mine, count, page_nbytes, lane)
+        copies = copied(held, ids, pages, mine, count, page_nbytes, lane)
         if FAST:
             if HOLD > 0:
                 held_head = head + tl.minimum(part * 16 + lane // 2, own - 1)

@@ -12,11 +12,12 @@ import triton
 
 from spectral.kernels.cells import held_runs
 from spectral.kernels.choices import DecodeChoices, block_pages
-from spectral.kernels.fused import fused_kernel
+from spectral.kernels.flat import flat_score_kernel
 from spectral.kernels.mix import factor_kernel, mix_kernel
+from spectral.kernels.pieces import pieces_kernel
 from spectral.kernels.score import block_runs, score_kernel
 from spectral.kernels.shares import STAGES, gather_kernel, share_kernel, stage_nbytes
-from spectral.kernels.tables import SHARES
+from spectral.kernels.tables import PIECE_WARPS, SHARES
 
 if TYPE_CHECKING:
     from spectral.kernels.decode import LayerKernels, StepTables
@@ -136,8 +137,8 @@ def sums_of_weights(asked: Asked, weight: torch.Tensor, largest: torch.Tensor) -
     factor = asked.empty(rows, units, parts, blocks, 16, dtype=torch.int32)
     found = _sums(asked, splits, each)
     factor_kernel[(units * parts, splits, rows)](
-        step.count, largest, factor, found.tops, blocks, units, splits, each,
-        GROUPS=parts, PB=page_blocks, SB=FACTOR_TILE, num_warps=4,
+        step.count, largest, factor, found.tops, largest, found.sums, blocks, units, splits, each,
+        GROUPS=parts, PB=page_blocks, SB=FACTOR_TILE, TOTALS=False, num_warps=4,
     )  # fmt: skip
     mix_kernel[(rows, splits, layer.items * parts)](
         asked.pool, step.pages, step.count, layer.tables["item"], weight, factor, found.outs, found.sums,
@@ -148,23 +149,34 @@ def sums_of_weights(asked: Asked, weight: torch.Tensor, largest: torch.Tensor) -
     return found
 
 
-def fused_sums(asked: Asked) -> Sums:
-    """Both at once."""
-    layer, step = asked.layer, asked.step
+def flat_sums(asked: Asked) -> Sums:
+    """Weights by blocks, and sums with them, of pages whose rows are tokens."""
+    layer, step, codec = asked.layer, asked.step, asked.layer.codec
     rows, units, parts, blocks = asked.shape
-    pages, fast = block_pages(layer.codec), not interpreted()
-    each = triton.cdiv(blocks, max(1, triton.cdiv(asked.choices.mix_programs, rows * units * parts)))
-    splits, entries, piece = triton.cdiv(blocks, each), layer.tables["whole"], layer.tables["piece"]
-    found = _sums(asked, splits, each)
-    room = 0 if fast else pages * layer.codec.page_tokens * 16
-    scratch = asked.empty(max(1, rows * splits * units * parts * room), dtype=torch.float16)
-    fused_kernel[(units * parts, splits, rows)](
+    pages, fast = block_pages(codec), not interpreted()
+    entries, piece = layer.tables["whole"], layer.tables["piece"]
+    weight = asked.empty(rows, units, parts, blocks * pages * codec.page_tokens * 16, dtype=torch.float16)
+    top, total = asked.empty(2, rows, units, parts, blocks, 16)
+    flat_score_kernel[(units * parts, blocks, rows)](
         asked.projected, asked.const, asked.pool, step.pages, step.count, asked.unit, layer.tables["cells"], entries,
-        layer.tables["wholes"], piece, layer.tables["pieces"], layer.value_bytes, scratch, found.outs, found.sums, found.tops,
-        step.pages.stride(0), layer.codec.page_nbytes, asked.projected.stride(0), layer.key_rank // 16, blocks, units,
-        asked.const.shape[2], entries.stride(0), piece.stride(0), splits, layer.outputs, each, room,
+        layer.tables["wholes"], weight, top, total,
+        step.pages.stride(0), codec.page_nbytes, asked.projected.stride(0), layer.key_rank // 16, blocks,
+        blocks * pages, units, asked.const.shape[2], entries.stride(0),
         GROUPS=parts, GROUP=asked.group, SOFTCAP=asked.cap, WARPS=pages // 8, FAST=fast,
         num_warps=pages // 8, num_stages=1, **({"maxnreg": 128} if fast else {}),
+    )  # fmt: skip
+    each = triton.cdiv(blocks, max(1, triton.cdiv(asked.choices.mix_programs, rows * units * parts)))
+    splits = triton.cdiv(blocks, each)
+    found, factor = _sums(asked, splits, each), asked.empty(rows, units, parts, blocks, 16, dtype=torch.int32)
+    factor_kernel[(units * parts, splits, rows)](
+        step.count, top, factor, found.tops, total, found.sums, blocks, units, splits, each,
+        GROUPS=parts, PB=pages, SB=FACTOR_TILE, TOTALS=True, num_warps=4,
+    )  # fmt: skip
+    pieces_kernel[(units * parts, splits, rows)](
+        asked.pool, step.pages, step.count, piece, layer.tables["pieces"], weight, factor, found.outs,
+        step.pages.stride(0), codec.page_nbytes, blocks, blocks * pages, units, splits, layer.outputs, each,
+        piece.stride(1),
+        GROUPS=parts, PB=pages, FAST=fast, num_warps=PIECE_WARPS, num_stages=1, **({"maxnreg": 128} if fast else {}),
     )  # fmt: skip
     return found
 

@@ -34,6 +34,9 @@ def step_entries(classes: int) -> int:
     return 2 if classes == 1 else 4
 
 
+PIECE_WARPS = 4
+"""Warps between which the values of pages whose rows are tokens are shared out."""
+
 SHARES = 8
 """Programs that share the scores of eight pages where a launch would leave most of a GPU idle."""
 
@@ -56,16 +59,16 @@ class LayerTables:
             (four fp16; 0 for padding), 32 times the run's first latent, 0.
         stepped: int32 [units, entries, 4, 4]: `entry` for score_kernel: by unit, with empty ones where what a chunk of
             a page has of a strip does not fill its last step, and behind a unit's last.
-        whole: int32 [units, entries, 4, 4]: `entry` for fused_kernel, of pages whose rows are tokens: by unit, the last
+        whole: int32 [units, entries, 4, 4]: `entry` for flat_score_kernel, of pages whose rows are tokens: by unit, the last
             word 1 where fields have four bits; wholes: int32 [units]: how many a unit has.
         share: int32 [units, SHARES, 4 + 4 C]: a unit's cells in SHARES parts of about equal work: offset of the part's
             first cell in the unit's page, of its end, its first entry, how many entries it has, and how many cells of
             every strip, by class and plane.
         item: int32 [items, 8]: unit, class, plane, offset of its first cell, cells, first output column, 1 if its
             program stores the sums of weights of its class, 0.
-        piece: int32 [units, pieces, 4]: of pages whose rows are tokens what fused_kernel sums at once, the longest
-            first: plane, offset, first output column, quarters (8, or 4 where a plane's last cell is alone);
-            pieces: int32 [units]: how many a unit has.
+        piece: int32 [units, PIECE_WARPS, pieces, 4]: of pages whose rows are tokens what a warp of pieces_kernel sums
+            one after another: kind (of spectral.kernels.pieces.PIECE_KINDS), offset, first output column, quarters that
+            are latents; pieces: int32 [units, PIECE_WARPS]: how many a warp has.
         source: int32 [units, C, 2, R / 16]: output column of a run's (at most two) planes, -1: none.
         source_factor: float32 [units, C, 2, R]: what a unit of that column stands for.
         offset: float32 [units, C, R]: half the range of a latent's codes, what an all-zero code lies below the mean;
@@ -188,7 +191,7 @@ class _Mixed:
         self.source_factor = np.zeros((len(units), classes, 2, rank), dtype=np.float32)
         self.offset = np.zeros((len(units), classes, rank), dtype=np.float32)
         self.item: list[list[int]] = []
-        self.piece: list[list[list[int]]] = [[] for _ in units]
+        self.piece: list[list[tuple[int, int, int, int]]] = [[] for _ in units]
         self.outputs = 0
         for u, (unit, start) in enumerate(units):
             size = step_size(unit.layout, unit.class_deviation, unit.steps)
@@ -214,21 +217,53 @@ class _Mixed:
             column = self.outputs + CHANNEL_GROUP * cell_runs(s.bits) * cell
             place = start + s.start + cell * s.cell_nbytes
             self.item.append([u, s.number, PLANE_ORDER.index(s.bits), place, count, column, 0, 0])
-        for cell in range(0, s.cells if len(self.source[u]) == 1 else 0, 2):
-            column = self.outputs + CHANNEL_GROUP * cell_runs(s.bits) * cell
-            place = start + s.start + cell * s.cell_nbytes
-            self.piece[u].append([PLANE_ORDER.index(s.bits), place, column, 4 * min(2, s.cells - cell)])
+        if len(self.source[u]) == 1:
+            self.piece[u].append((s.bits, start + s.start, self.outputs, 4 * s.cells))
         self.outputs += CHANNEL_GROUP * first.size
 
 
-def _pieces(found: list[list[list[int]]]) -> tuple[np.ndarray, np.ndarray]:
-    """`piece` and `pieces`: those of one bit, which have twice as many latents, before the others, and what is half
-    full last."""
-    piece: np.ndarray = np.zeros((len(found), max(1, *map(len, found)), 4), dtype=np.int32)
-    for own, rows in zip(piece, found, strict=True):
-        for at, row in enumerate(sorted(rows, key=lambda row: (row[0] != PLANE_ORDER.index(1), -row[3]))):
-            own[at] = row
-    return piece, np.array([len(rows) for rows in found], dtype=np.int32)
+def _pieces(planes: list[list[tuple[int, int, int, int]]]) -> tuple[np.ndarray, np.ndarray]:
+    """`piece` and `pieces` from every unit's planes: bits, offset, first output column, quarters."""
+    shared = [_shared_out(own) for own in planes]
+    most = max((len(own) for unit in shared for own in unit), default=0)
+    piece: np.ndarray = np.zeros((len(planes), PIECE_WARPS, max(1, most), 4), dtype=np.int32)
+    for u, w in np.ndindex(len(planes), PIECE_WARPS):
+        piece[u, w, : len(shared[u][w])] = np.array(shared[u][w], dtype=np.int32).reshape(-1, 4)
+    return piece, np.array([[len(own) for own in unit] for unit in shared], dtype=np.int32)
+
+
+def _shared_out(planes: list[tuple[int, int, int, int]]) -> list[list[tuple[int, ...]]]:
+    """A unit's pieces by warp. Of those of sixteen quarters, which read their weights once for twice the work, as many
+    are halved as make the longest warp's share shorter."""
+    best: list[list[tuple[int, ...]]] = []
+    for halved in range(1 + sum(quarters // 9 + 1 for _, _, _, quarters in planes)):
+        warps: list[list[tuple[int, ...]]] = [[] for _ in range(PIECE_WARPS)]
+        load = [0.0] * PIECE_WARPS
+        for cost, piece in sorted(_cut(planes, halved), key=lambda one: -one[0]):
+            least = load.index(min(load))
+            warps[least].append(piece)
+            load[least] += cost
+        if not halved or max(load) < shortest:
+            best, shortest = warps, max(load)
+    return best
+
+
+def _cut(planes: list[tuple[int, int, int, int]], halved: int) -> list[tuple[float, tuple[int, ...]]]:
+    """Pieces of planes with what they cost (instructions a page), the first `halved` of sixteen quarters in two."""
+    out: list[tuple[float, tuple[int, ...]]] = []
+    for bits, offset, column, quarters in planes:
+        at = 0
+        while at < quarters:
+            both = bits in (2, 4) and quarters - at > 8
+            if both and halved:
+                both, halved = False, halved - 1
+            size = 16 if both else 8
+            kind = {8: 0, 4: 2, 2: 4, 1: 5}[bits] - both
+            place = offset + at * 16 * max(1, bits // 2)
+            cost = {0: 28.0, 1: 39.0, 2: 25.0, 3: 39.0, 4: 25.0, 5: 38.0}[kind]
+            out.append((cost, (kind, place, column + at * (8 if bits == 1 else 4), min(size, quarters - at))))
+            at += size
+    return out
 
 
 def _shares(layout: PageLayout, first_run: int) -> np.ndarray:

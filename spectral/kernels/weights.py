@@ -35,6 +35,13 @@ def over_lanes(x, WARPS: tl.constexpr):
 
 
 @triton.jit
+def all_warps(x, WARPS: tl.constexpr):
+    """The sum over warps, by lane, for every lane."""
+    x = tl.sum(tl.reshape(x, [WARPS, 32]), 0)
+    return tl.reshape(tl.broadcast_to(x[None, :], [WARPS, 32]), [WARPS * 32])
+
+
+@triton.jit
 def _softcapped(x, P: tl.constexpr, SOFTCAP: tl.constexpr):
     """Gemma's c tanh(s / c), all in units of log2."""
     out = ()

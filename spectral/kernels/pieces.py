@@ -1,0 +1,278 @@
+"""Sums of packed values with weights, over tokens, for pages whose rows are tokens: a program takes a split of a sequence
+and a unit, each of its warps some of the unit's latents.
+
+A piece is eight or sixteen quarters of cells that lie together in a page, one or two columns of the matrix instruction
+each. A warp sums one piece after another over all pages of the split; the weights that all warps of a program read come
+from the first-level cache. Pieces differ in the size of their fields and warps in their pieces, so the loop over them is
+one text of PTX (`_pieces_text`); the interpreter does the same sums in plain Triton.
+
+Codes and weights of four pages are asked for while those of four others are multiplied; pages' ids go through a few
+words of shared memory a warp, sixteen at a time.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from spectral.kernels.lanes import mma_text
+from spectral.kernels.staging import stage
+
+AHEAD = 4
+"""Pages that are asked for while as many others are multiplied."""
+
+PIECE_KINDS = ((8, 1), (4, 2), (4, 1), (2, 2), (2, 1), (1, 1))
+"""Bits of a piece's fields, and eights of quarters: what spectral.kernels.tables calls its kind."""
+
+WARPS = tl.constexpr(4)
+"""Of a program, between which a unit's pieces are shared out (LayerTables.piece)."""
+
+
+@triton.constexpr_function
+def _unpack(bits: int, x: list[str]) -> list[list[str]]:
+    """Of every field of a lane's four rows the lines that make its operands b0 and b1; x: the rows' words."""
+    out: list[list[str]] = []
+    if bits == 8:
+        for f in range(4):
+            pick = f"0x{4 + f:x}{4 + f:x}{f:x}{f:x}"
+            lines = [f"prmt.b32 b{side}, {x[2 * side]}, {x[2 * side + 1]}, {pick};" for side in (0, 1)]
+            lines += [f"and.b32 b{side}, b{side}, 0x00FF00FF;" for side in (0, 1)]
+            out.append(lines)
+        return out
+    for f in range(8 if bits == 1 else 4):
+        lines = []
+        if bits == 4:
+            if f == 0:
+                lines = [f"mov.b32 u{side}, {x[side]};" for side in (0, 1)]
+            elif f == 2:
+                lines = [f"shr.b32 u{side}, u{side}, 8;" for side in (0, 1)]
+            mask = 0x000F000F << 4 * (f % 2)
+        else:
+            if f == 0:
+                lines = [f"prmt.b32 u{side}, {x[0]}, 0, 0x4{2 * side + 1}4{2 * side};" for side in (0, 1)]
+            mask = (0x00010001 if bits == 1 else 0x00030003) << bits * f
+        lines += [f"and.b32 b{side}, u{side}, 0x{mask:08X};" for side in (0, 1)]
+        out.append(lines)
+    return out
+
+
+@triton.constexpr_function
+def _words(bits: int) -> int:
+    """Of a lane's four rows of a quarter."""
+    return max(1, bits // 2)
+
+
+@triton.constexpr_function
+def _ask(name: str, bits: int, eights: int, ids: str, first: int) -> list[str]:
+    """Ask for a lane's rows and weights of AHEAD pages. ids: where in shared memory their ids lie; first: the number of
+    the first of them behind the group's weights."""
+    words = _words(bits)
+    lines = [f"ld.shared.v4.b32 {{i0, i1, i2, i3}}, [{ids}];"]
+    for k in range(AHEAD):
+        lines.append(f"mad.wide.u32 at, i{k}, $4, base;")
+        for eight in range(eights):
+            own = [f"{name}{(k * eights + eight) * words + w}" for w in range(words)]
+            place = 128 * words * eight
+            if words == 1:
+                lines.append(f"ld.global.nc.L1::no_allocate.b32 {own[0]}, [at + {place}];")
+                continue
+            for w in range(0, words, 2):  # eight bytes at once: what pages are aligned to
+                pair = f"{{{own[w]}, {own[w + 1]}}}"
+                lines.append(f"ld.global.nc.L1::no_allocate.v2.b32 {pair}, [at + {place + 4 * w}];")
+        own = [f"w{name}{4 * k + n}" for n in range(4)]
+        lines.append(f"ld.global.nc.v4.b32 {{{', '.join(own)}}}, [w + {512 * (first + k)}];")
+    return lines
+
+
+@triton.constexpr_function
+def _multiply(name: str, bits: int, eights: int) -> list[str]:
+    """Products of AHEAD pages' weights, times their block's factor, and fields."""
+    words, tiles, lines = _words(bits), 8 if bits == 1 else 4, []
+    for k in range(AHEAD):
+        for n, a in enumerate(("a0", "a2", "a1", "a3")):  # heads g, then g + 8
+            lines.append(f"mul.rn.f16x2 {a}, w{name}{4 * k + n}, f{n // 2};")
+        for eight in range(eights):
+            first = (k * eights + eight) * words
+            for f, unpacked in enumerate(_unpack(bits, [f"{name}{first + w}" for w in range(words)])):
+                sums = [f"c{4 * (tiles * eight + f) + n}" for n in range(4)]
+                lines += [*unpacked, mma_text(sums, ["a0", "a1", "a2", "a3"], ["b0", "b1"])]
+    return lines
+
+
+@triton.constexpr_function
+def _leave(first: int, at: int) -> list[str]:
+    """Four tiles' sums from tile `first` on, `at` bytes behind the lane's: columns 2 t and 2 t + 1 of heads g, then of
+    heads g + 8."""
+    lines = []
+    for side in (0, 1):
+        for odd in (0, 1):
+            own = ", ".join(f"c{4 * f + 2 * side + odd}" for f in range(first, first + 4))
+            lines.append(f"st.global.v4.f32 [{'o8' if side else 'o'} + {at + 16 * odd}], {{{own}}};")
+    return lines
+
+
+@triton.constexpr_function
+def _piece(kind: int) -> list[str]:
+    """One piece: all pages of the split, sixteen a turn, then its sums."""
+    bits, eights = PIECE_KINDS[kind][0], PIECE_KINDS[kind][1]
+    tiles = 8 if bits == 1 else 4
+    lines = [f"B{kind}:", f"mad.lo.u32 off, $14, {4 * _words(bits)}, off;", "mad.wide.u32 base, off, 1, $3;"]
+    lines += [f"mov.f32 c{n}, 0f00000000;" for n in range(4 * tiles * eights)]
+    lines += ["mov.b64 w, $1;", "mov.b32 turn, 0;", "mov.b32 sm, $13;", "and.b32 l16, $14, 15;"]
+    lines += ["min.s32 u0, l16, $8;", "mad.wide.s32 at, u0, 4, $2;", "ld.global.nc.b32 id, [at];"]
+    lines += ["shl.b32 l4, l16, 2;", "bar.warp.sync 0xffffffff;", "add.s32 u0, sm, l4;", "st.shared.b32 [u0], id;"]
+    lines += ["add.s32 u0, l16, 16;", "min.s32 u0, u0, $8;", "mad.wide.s32 at, u0, 4, $2;"]
+    lines += ["ld.global.nc.b32 id, [at];", "ld.global.nc.b32 f0, [$11];", "ld.global.nc.b32 f1, [$11 + 32];"]
+    lines.append("bar.warp.sync 0xffffffff;")
+    lines += _ask("x", bits, eights, "sm", 0)
+    lines.append(f"L{kind}:")
+    lines += _ask("y", bits, eights, "sm + 16", AHEAD)
+    lines += _multiply("x", bits, eights)
+    lines += _ask("x", bits, eights, "sm + 32", 2 * AHEAD)
+    lines += ["add.s32 turn, turn, 1;", "xor.b32 sn, sm, 64;", "add.s32 u0, sn, l4;", "st.shared.b32 [u0], id;"]
+    lines += ["bar.warp.sync 0xffffffff;"]
+    lines += _multiply("y", bits, eights)
+    lines += _ask("y", bits, eights, "sm + 48", 3 * AHEAD)
+    # What the turn after the next one wants, and the next one's factors (of the last block where there is none).
+    lines += ["mad.lo.s32 u0, turn, 16, l16;", "add.s32 u0, u0, 16;", "min.s32 u0, u0, $8;"]
+    lines += ["mad.wide.s32 at, u0, 4, $2;", "ld.global.nc.b32 id, [at];", "sub.s32 u0, $7, 1;"]
+    lines += ["min.s32 u0, turn, u0;", "shr.s32 u0, u0, $12;", "mad.wide.s32 at, u0, 64, $11;"]
+    lines += ["ld.global.nc.b32 n0, [at];", "ld.global.nc.b32 n1, [at + 32];"]
+    lines += _multiply("x", bits, eights)
+    lines += ["setp.lt.s32 p, turn, $7;", "add.s64 w, w, 8192;", "mov.b32 sm, sn;", f"@!p bra M{kind};"]
+    lines += _ask("x", bits, eights, "sm", 0)
+    lines.append(f"M{kind}:")
+    lines += _multiply("y", bits, eights)
+    lines += ["mov.b32 f0, n0;", "mov.b32 f1, n1;", f"@p bra L{kind};"]
+    # Of a piece that is not full some columns are no latents.
+    lines += ["mad.wide.s32 o, col, 4, $9;", "setp.ge.s32 p, t2, valid;", "@p bra NEXT;"]
+    if bits == 1:  # a cell has two runs of sixteen latents: 128 bytes instead of 64
+        lines += ["and.b32 u0, $14, 2;", "mad.wide.s32 o, u0, 32, o;"]
+    lines += ["cvt.s64.s32 at, $10;", "add.s64 o8, o, at;"]
+    lines += _leave(0, 0)
+    if bits == 1:
+        lines += _leave(4, 64)
+    if eights == 2:
+        lines += ["add.s32 u0, t2, 8;", "setp.ge.s32 p, u0, valid;", "@p bra NEXT;"]
+        lines += _leave(4, 128)
+    return [*lines, "bra NEXT;"]
+
+
+@triton.constexpr_function
+def _pieces_text() -> str:
+    """A warp's pieces. Operands: 0 out, unused; 1: the lane's weights of the first page; 2: the pages' ids; 3: the pool;
+    4: bytes of a page; 5: the warp's first piece; 6: how many; 7: sixteens of pages; 8: the last page that there is; 9:
+    where heads g and columns 2 t begin; 10: bytes from there to heads g + 8; 11: the first block's factors of heads g;
+    12: of a block's sixteens the logarithm; 13: 128 bytes of shared memory of the warp; 14: the lane."""
+    lines = [
+        "{",
+        ".reg .pred p;",
+        ".reg .b32 n, kind, off, col, valid, t2, turn, sm, sn, l16, l4, id, f0, f1, n0, n1;",
+        ".reg .b32 u<2>, b<2>, a<4>, i<4>, x<16>, y<16>, wx<16>, wy<16>;",
+        ".reg .b64 base, at, next, w, o, o8;",
+        ".reg .f32 c<32>;",
+        "and.b32 t2, $14, 3;",
+        "add.s32 t2, t2, t2;",
+        "mov.b32 n, $6;",
+        "mov.b64 next, $5;",
+        "NEXT:",
+        "setp.le.s32 p, n, 0;",
+        "@p bra DONE;",
+        "ld.global.nc.v4.b32 {kind, off, col, valid}, [next];",
+        "add.s64 next, next, 16;",
+        "sub.s32 n, n, 1;",
+    ]
+    for kind in range(1, 6):
+        lines += [f"setp.eq.s32 p, kind, {kind};", f"@p bra B{kind};"]
+    for kind in range(6):
+        lines += _piece(kind)
+    return "\n".join([*lines, "DONE:", "mov.b32 $0, 0;", "}"])
+
+
+@triton.constexpr_function
+def pieces_text():
+    return _pieces_text()
+
+
+@triton.jit
+def _plain_pieces(weights, ids, last, pool, page_nbytes, piece, count, b0, b1, out, outputs, factor, PB: tl.constexpr):
+    """The same in plain Triton. weights, ids: of the split's first page."""
+    head = tl.arange(0, 16)[:, None, None]
+    j = tl.arange(0, 16)[None, :, None]
+    field = tl.arange(0, 4)[None, None, :]
+    for n in range(count):
+        kind, off = tl.load(piece + 4 * n), tl.load(piece + 4 * n + 1)
+        col, valid = tl.load(piece + 4 * n + 2), tl.load(piece + 4 * n + 3)
+        bits = 8 >> (kind + 1) // 2
+        unit = tl.maximum(bits // 2, 1)
+        for half in range(1 + kind // 5):
+            x = tl.zeros([16, 16, 4], tl.float32)
+            bit = bits * field + 4 * half
+            for page in range((b1 - b0) * PB):
+                base = pool + tl.load(ids + tl.minimum(page, last)).to(tl.int64) * page_nbytes + off
+                f = tl.load(factor + (b0 + page // PB) * 16 + head).to(tl.int16).to(tl.float16, bitcast=True)
+                for r in range(16):
+                    code = tl.load(base + j * (16 * unit) + r * unit + bit // 8, mask=j < valid, other=0).to(tl.int32)
+                    value = (code >> (bit % 8)) & ((1 << bits) - 1)
+                    w = tl.load(weights + (page * 256 + head % 8 * 32 + r // 4 * 8 + head // 8 * 4 + r % 4))
+                    x += (w * f).to(tl.float32) * (value << (bit % 8)).to(tl.float32)
+            at = out + head * outputs + col
+            at += j // 4 * (16 + 16 * (kind // 5)) + j % 4 * 4 + 16 * half + field
+            tl.store(at, x * 5.9604644775390625e-08, mask=(j < valid) & (head >= 0) & (field >= 0))  # 2^-24
+
+
+@triton.jit(
+    do_not_specialize=[
+        "table_stride", "page_nbytes", "blocks", "pages_max", "units", "splits", "outputs", "split_blocks",
+        "piece_stride",
+    ]
+)  # fmt: skip
+def pieces_kernel(
+    pages_ptr, table_ptr, count_ptr, piece_ptr, pieces_ptr, weight_ptr, factor_ptr, out_ptr,
+    table_stride, page_nbytes, blocks, pages_max, units, splits, outputs, split_blocks, piece_stride,
+    GROUPS: tl.constexpr, PB: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """A unit over one split of a sequence's blocks, for 16 query heads.
+
+    piece_ptr, pieces_ptr: LayerTables.piece and .pieces; weight_ptr to out_ptr as spectral.kernels.mix has them.
+    """
+    unit, part = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS
+    split, seq = tl.program_id(1), tl.program_id(2)
+    pages = tl.load(count_ptr + seq)
+    b0 = split * split_blocks
+    b1 = tl.minimum(b0 + split_blocks, (pages + PB - 1) // PB)
+    i = tl.arange(0, 32 * WARPS)
+    ids_at = i
+    if FAST:
+        ids_at = stage(i, WARPS * 128) + i // 32 * 128
+    if b0 < b1:
+        where = (seq * units + unit) * GROUPS + part
+        weights = weight_ptr + (where.to(tl.int64) * pages_max + b0 * PB) * 256
+        ids = table_ptr + seq * table_stride + b0 * PB
+        last = pages - 1 - b0 * PB
+        out = out_ptr + (((seq * splits + split) * GROUPS + part) * 16).to(tl.int64) * outputs
+        factor = factor_ptr + where * blocks * 16
+        if FAST:
+            lane, warp = i % 32, i // 32
+            g, t = lane // 4, lane % 4
+            own = unit * WARPS + warp
+            tl.inline_asm_elementwise(
+                pieces_text(),
+                "=r,l,l,l,r,l,r,r,r,l,r,l,r,r,r",
+                [
+                    (weights + lane * 8).to(tl.int64), ids.to(tl.int64), pages_ptr.to(tl.int64), page_nbytes,
+                    (piece_ptr + own * piece_stride).to(tl.int64), tl.load(pieces_ptr + own), (b1 - b0) * (PB // 16),
+                    last, (out + g * outputs + t * 8).to(tl.int64), outputs * 32,
+                    (factor + b0 * 16 + g).to(tl.int64), PB // 32, ids_at, lane,
+                ],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )  # fmt: skip
+        else:
+            for warp in range(WARPS):
+                own = unit * WARPS + warp
+                _plain_pieces(
+                    weights, ids, last, pages_ptr, page_nbytes, piece_ptr + own * piece_stride,
+                    tl.load(pieces_ptr + own), b0, b1, out, outputs, factor, PB,
+                )  # fmt: skip
