@@ -63,6 +63,8 @@ class DecodeChoices:
     window_warps: int = _knob(4, 2, 4, 8, seconds=2)
     window_tile: int = _knob(32, 16, 32, seconds=2)
     many_splits: int = _knob(8, 4, 8, 16)
+    piece_programs: int = _knob(512, 256, 512, 1024, 2048)
+    score_programs: int = _knob(1024, 512, 1024, 2048, 4096)
     combine_tile: int = _knob(32, 16, 32, 64, seconds=2)
     combine_warps: int = _knob(4, 1, 2, 4, 8, seconds=2)
     query_warps: int = _knob(1, 1, 2, 4, seconds=1)

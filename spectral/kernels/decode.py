@@ -27,6 +27,10 @@ from spectral.kernels.tables import QUAD_ORDER, LayerTables, layer_tables
 from spectral.windows import ExactWindow, QuantizedWindow
 
 LOG2E = math.log2(math.e)
+MOST_SPLITS = 64
+"""Parts of a row from which they are put together 32 at a time."""
+FEW_ROWS = 32
+"""Rows, by unit, up to which parts are put together many at a time: more fill a GPU with one part after another."""
 
 
 def unsupported(codec: LayerCodec, window: int) -> str:
@@ -308,12 +312,14 @@ def _pages(
     latent = torch.empty((codec.kv_heads, rows, group, layer.rank), dtype=torch.float16, device=device)
     share = torch.empty((rows, heads, 2), device=device)
     meet()
-    many = found.splits >= choices.many_splits
-    tile = 16 if many else choices.combine_tile
+    together = 8 if found.splits < MOST_SPLITS else 32
+    if found.splits < choices.many_splits or rows * units * parts > FEW_ROWS:
+        together = 1
+    tile, warps = (choices.combine_tile, choices.combine_warps) if together == 1 else (16, 8 if together == 8 else 16)
     combine_kernel[(units * parts, triton.cdiv(layer.rank, tile), rows)](
         found.outs, found.sums, found.tops, step.count, unit, tables["source"], tables["source_factor"], tables["offset"], top, total,
         latent, share, units, found.splits, layer.outputs, found.each, layer.rank, heads, rows,
         GROUPS=parts, GROUP=group, CLASSES=layer.classes, P=tokens, PB=page_blocks, RT=tile,
-        SPLITS=8 if many else 1, num_warps=8 if many else choices.combine_warps,
+        SPLITS=together, num_warps=warps,
     )  # fmt: skip
     return latent, share

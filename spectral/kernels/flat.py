@@ -12,13 +12,32 @@ import triton.language as tl
 
 from spectral.kernels.cells import FIELD_UNIT, behind, page_start, quarter_rows, query_row, query_words, scaled
 from spectral.kernels.lanes import less, score_rows, sum_rows
-from spectral.kernels.score import CHUNK, OPERAND, PITCH, STAGE, ask_chunk, copied, next_chunk, plain_cell
-from spectral.kernels.staging import hold_four, held_four, stage
-from spectral.kernels.weights import all_warps, block_weights, largest, over_lanes, quad, store_weights, tokens
+from spectral.kernels.score import CHUNK, OPERAND, PITCH, STAGE, plain_cell
+from spectral.kernels.staging import close_stage, copy_part, held_four, hold_four, stage, wait_stages
+from spectral.kernels.weights import block_weights, largest, over_quad, quad, store_weights, tokens
 from spectral.kernels.words import four_words
 
-ENTRIES = tl.constexpr(48)
+ENTRIES = tl.constexpr(40)
 """Entries of the table for whose operands shared memory has room; what has more is left to spectral.kernels.score."""
+
+STAGES = tl.constexpr(3)
+"""Chunks of its eight pages that a warp has in shared memory."""
+
+
+@triton.jit
+def _ask_chunk(copies, chunk, chunks, lane):
+    """Ask for a chunk of the warp's eight pages, if there is one; it counts as a stage even so."""
+    if chunk < chunks:
+        copy_part(copies[0] + chunk % STAGES * STAGE, copies[1] + chunk * CHUNK, copies[2], CHUNK // 64)
+    close_stage(lane)
+
+
+@triton.jit
+def _copies(held, pages, start, lane):
+    """As spectral.kernels.score has them. start: where the lane's page begins in the pool."""
+    quarter = lane % 4 * 16
+    base = (pages + start).to(tl.int64) & -16
+    return held + (lane // 4 * PITCH + quarter), base + quarter, (quarter == 0).to(tl.int32)
 
 
 @triton.jit
@@ -47,8 +66,9 @@ def _strip(
     for _ in range(cells):
         if FAST:
             if off & (CHUNK - 1) == 0:
-                next_chunk(copies, off >> 8, chunks, lane)
-            at = held + (quarter + ((off >> 8 & 1) * STAGE + (off & (CHUNK - 1))))
+                wait_stages(lane, STAGES - 2)
+                _ask_chunk(copies, (off >> 8) + STAGES - 1, chunks, lane)
+            at = held + (quarter + ((off >> 8) % STAGES * STAGE + (off & (CHUNK - 1))))
             a = held_four(made)
             if BITS == 1:
                 a = a + held_four(made + OPERAND)
@@ -99,76 +119,88 @@ def _sum_page(total, u, v, WARPS: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["table_stride", "page_nbytes", "runs", "blocks", "pages_max", "units", "heads", "entry_stride"]
+    do_not_specialize=["table_stride", "page_nbytes", "runs", "blocks", "pages_max", "units", "heads", "entry_stride", "each"]
 )
 def flat_score_kernel(
     q_ptr, const_ptr, pages_ptr, table_ptr, count_ptr, unit_ptr, cells_ptr, entry_ptr, entries_ptr,
     weight_ptr, max_ptr, total_ptr,
-    table_stride, page_nbytes, q_head_stride, runs, blocks, pages_max, units, heads, entry_stride,
+    table_stride, page_nbytes, q_head_stride, runs, blocks, pages_max, units, heads, entry_stride, each,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, SOFTCAP: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """One block (8 pages a warp) of one sequence, unit and 16 of its query heads.
+    """Some blocks (8 pages a warp) of one sequence, unit and 16 of its query heads, one after another.
 
-    Arguments as spectral.kernels.score has them, but entry_ptr, entries_ptr: LayerTables.whole and .wholes; total_ptr:
-    fp32 [sequence, unit, head groups, blocks, 16]: sums of a block's weights.
+    Arguments as spectral.kernels.score has them, but entry_ptr, entries_ptr: LayerTables.whole and .wholes. Weights are
+    relative to the largest score of a warp's eight pages: max_ptr, and total_ptr, sums of their weights: fp32 [sequence,
+    unit, head groups, blocks * WARPS, 16]. each: blocks of a program.
     """
     P: tl.constexpr = 16
     PB: tl.constexpr = 8 * WARPS
-    BYTES: tl.constexpr = WARPS * 2 * STAGE
+    BYTES: tl.constexpr = WARPS * STAGES * STAGE
     unit, part = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS
-    blk, seq = tl.program_id(1), tl.program_id(2)
+    seq = tl.program_id(2)
     i = tl.arange(0, 32 * WARPS)
     lane = i % 32
     held, made = i, i
     if FAST:
-        held = stage(i, BYTES + ENTRIES * OPERAND) + i // 32 * (2 * STAGE)
-        made = held - i // 32 * (2 * STAGE) + BYTES + lane * 16
-    count = tl.load(count_ptr + seq) - blk * PB
-    if count > 0:
+        held = stage(i, BYTES + ENTRIES * OPERAND) + i // 32 * (STAGES * STAGE)
+        made = held - i // 32 * (STAGES * STAGE) + BYTES + lane * 16
+    count = tl.load(count_ptr + seq)
+    b0 = tl.program_id(1) * each
+    b1 = tl.minimum(b0 + each, (count + PB - 1) // PB)
+    if b0 < b1:
         g, t = lane // 4, lane % 4
         chunks = (tl.load(unit_ptr + unit * 4 + 3) + CHUNK - 1) // CHUNK
         head = tl.load(unit_ptr + unit * 4)
         own = tl.load(unit_ptr + unit * 4 + 1)
-        row = (seq * blocks + blk) * GROUP
-        ids = table_ptr + seq * table_stride + blk * PB
         pages = pages_ptr + tl.load(unit_ptr + unit * 4 + 2)
-        mine = i // 32 * 8
-        copies = copied(held, ids, pages, mine, count, page_nbytes, lane)
-        if FAST:
-            ask_chunk(copies, 0, lane)
-        page = pages + page_start(ids, mine + g, count, page_nbytes)
         head0, head1 = head + tl.minimum(part * 16 + g, own - 1), head + tl.minimum(part * 16 + g + 8, own - 1)
-        q0 = query_row(q_ptr, head0, row, q_head_stride, runs, GROUP) + 4 * t
-        q1 = query_row(q_ptr, head1, row, q_head_stride, runs, GROUP) + 4 * t
-        const = const_ptr + (seq * blocks + blk).to(tl.int64) * (heads * 8)
-        ops = entry_ptr + unit * entry_stride + t * 4
-        if FAST:
-            _make_operands(made, q0, q1, ops, tl.load(entries_ptr + unit), i, WARPS)
-            tl.debug_barrier()
-        k0, k1 = tl.load(const + head0 * 8), tl.load(const + head1 * 8)
-        mean0, mean1 = tl.load(const + head0 * 8 + 7), tl.load(const + head1 * 8 + 7)
-        c = _all_strips(
-            cells_ptr + unit * 4, held + g * PITCH + behind(page), page, copies, chunks, made, ops, q0, q1, lane,
-            WARPS, FAST,
-        )  # fmt: skip
-        s = _above_mean(c, k0, k1)
+        mine = i // 32 * 8
         number = mine + 2 * t
-        here, next = number < count, number + 1 < count
-        x0, x1 = tokens(s, 0, mean0, here, P, True, SOFTCAP, FAST), tokens(s, 1, mean0, next, P, True, SOFTCAP, FAST)
-        y0, y1 = tokens(s, 2, mean1, here, P, True, SOFTCAP, FAST), tokens(s, 3, mean1, next, P, True, SOFTCAP, FAST)
-        top0 = over_lanes(tl.maximum(largest(x0, P), largest(x1, P)), WARPS)
-        top1 = over_lanes(tl.maximum(largest(y0, P), largest(y1, P)), WARPS)
-        u0, u1 = block_weights(x0, top0, P, True, FAST), block_weights(x1, top0, P, True, FAST)
-        v0, v1 = block_weights(y0, top1, P, True, FAST), block_weights(y1, top1, P, True, FAST)
         where = (seq * units + unit) * GROUPS + part
         place = (weight_ptr + where.to(tl.int64) * pages_max * (16 * P)).to(tl.pointer_type(tl.int32))
-        store_weights(place, pages_max, blk * PB + number, g, t, u0, u1, v0, v1, P, True, FAST)
-        total = (tl.zeros([32 * WARPS], tl.float32),) * 4
-        total = _sum_page(_sum_page(total, u0, v0, WARPS, FAST), u1, v1, WARPS, FAST)
-        sum0, sum1 = all_warps(total[0], WARPS), all_warps(total[2], WARPS)
-        at = (where * blocks + blk) * 16 + g
-        first = t + i // 32 == 0
-        tl.store(max_ptr + at, top0, mask=first)
-        tl.store(max_ptr + at + 8, top1, mask=first)
-        tl.store(total_ptr + at, sum0 * 16777216.0, mask=first)
-        tl.store(total_ptr + at + 8, sum1 * 16777216.0, mask=first)
+        ids = table_ptr + seq * table_stride
+        start = page_start(ids + b0 * PB, mine + g, count - b0 * PB, page_nbytes)
+        if FAST:
+            for chunk in tl.static_range(STAGES - 1):
+                _ask_chunk(_copies(held, pages, start, lane), chunk, chunks, lane)
+        for blk in range(b0, b1):
+            here = count - blk * PB
+            row = (seq * blocks + blk) * GROUP
+            q0 = query_row(q_ptr, head0, row, q_head_stride, runs, GROUP) + 4 * t
+            q1 = query_row(q_ptr, head1, row, q_head_stride, runs, GROUP) + 4 * t
+            const = const_ptr + (seq * blocks + blk).to(tl.int64) * (heads * 8)
+            ops = entry_ptr + unit * entry_stride + t * 4
+            if FAST:
+                if blk > b0:
+                    tl.debug_barrier()  # all warps have multiplied with the last block's operands
+                _make_operands(made, q0, q1, ops, tl.load(entries_ptr + unit), i, WARPS)
+                tl.debug_barrier()
+            k0, k1 = tl.load(const + head0 * 8), tl.load(const + head1 * 8)
+            mean0, mean1 = tl.load(const + head0 * 8 + 7), tl.load(const + head1 * 8 + 7)
+            page = pages + start
+            c = _all_strips(
+                cells_ptr + unit * 4, held + g * PITCH + behind(page), page, _copies(held, pages, start, lane), chunks,
+                made, ops, q0, q1, lane, WARPS, FAST,
+            )  # fmt: skip
+            if blk + 1 < b1:
+                start = page_start(ids + (blk + 1) * PB, mine + g, here - PB, page_nbytes)
+                if FAST:
+                    for chunk in tl.static_range(STAGES - 1):
+                        _ask_chunk(_copies(held, pages, start, lane), chunk, chunks, lane)
+            s = _above_mean(c, k0, k1)
+            now, next = number < here, number + 1 < here
+            x0, x1 = tokens(s, 0, mean0, now, P, True, SOFTCAP, FAST), tokens(s, 1, mean0, next, P, True, SOFTCAP, FAST)
+            y0, y1 = tokens(s, 2, mean1, now, P, True, SOFTCAP, FAST), tokens(s, 3, mean1, next, P, True, SOFTCAP, FAST)
+            top0 = over_quad(tl.maximum(largest(x0, P), largest(x1, P)), WARPS, FAST)
+            top1 = over_quad(tl.maximum(largest(y0, P), largest(y1, P)), WARPS, FAST)
+            safe0, safe1 = tl.where(mine < here, top0, 0.0), tl.where(mine < here, top1, 0.0)  # eight that are none
+            u0, u1 = block_weights(x0, safe0, P, True, FAST), block_weights(x1, safe0, P, True, FAST)
+            v0, v1 = block_weights(y0, safe1, P, True, FAST), block_weights(y1, safe1, P, True, FAST)
+            store_weights(place, pages_max, blk * PB + number, g, t, u0, u1, v0, v1, P, True, FAST)
+            total = (tl.zeros([32 * WARPS], tl.float32),) * 4
+            total = _sum_page(_sum_page(total, u0, v0, WARPS, FAST), u1, v1, WARPS, FAST)
+            at = ((where * blocks + blk) * WARPS + i // 32) * 16 + g
+            tl.store(max_ptr + at, top0, mask=t == 0)
+            tl.store(max_ptr + at + 8, top1, mask=t == 0)
+            tl.store(total_ptr + at, total[0] * 16777216.0, mask=t == 0)
+            tl.store(total_ptr + at + 8, total[2] * 16777216.0, mask=t == 0)

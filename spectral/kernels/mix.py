@@ -171,19 +171,20 @@ def _mix_class(
 def factor_kernel(
     count_ptr, max_ptr, factor_ptr, top_ptr, total_ptr, sum_ptr,
     blocks, units, splits, split_blocks,
-    GROUPS: tl.constexpr, PB: tl.constexpr, SB: tl.constexpr, TOTALS: tl.constexpr,
+    GROUPS: tl.constexpr, PB: tl.constexpr, SB: tl.constexpr, ROUND: tl.constexpr,
+    TOTALS: tl.constexpr,
 ):  # fmt: skip
     """What the weights of each block of a split are too large or small by: two equal halves in a word, and the
     split's largest. SB blocks at a time.
 
     factor_ptr: int32 [sequence, unit, head groups, blocks, 16]; top_ptr: fp32 [sequence, split, unit, head groups,
-    16]. TOTALS: from sums of blocks' weights, total_ptr, laid out as max_ptr is, a split's: sum_ptr, as top_ptr.
+    16]. ROUND: blocks that are there if one of them is. TOTALS: from sums of blocks' weights, total_ptr, laid out as max_ptr is, a split's: sum_ptr, as top_ptr.
     """
     unit = tl.program_id(0)  # and head group
     split = tl.program_id(1)
     seq = tl.program_id(2)
     b0 = split * split_blocks
-    b1 = tl.minimum(b0 + split_blocks, (tl.load(count_ptr + seq) + PB - 1) // PB)
+    b1 = tl.minimum(b0 + split_blocks, (tl.load(count_ptr + seq) + PB * ROUND - 1) // (PB * ROUND) * ROUND)
     if b0 < b1:
         head = tl.arange(0, 16)
         own = (seq * units * GROUPS + unit) * blocks

@@ -2,12 +2,12 @@
 and a unit, each of its warps some of the unit's latents.
 
 A piece is eight or sixteen quarters of cells that lie together in a page, one or two columns of the matrix instruction
-each. A warp sums one piece after another over all pages of the split; the weights that all warps of a program read come
-from the first-level cache. Pieces differ in the size of their fields and warps in their pieces, so the loop over them is
+each. A warp sums one piece after another over all pages of the split; the weights, which all warps of a program read,
+come from the first-level cache. Pieces differ in the size of their fields and warps in their pieces, so the loop over them is
 one text of PTX (`_pieces_text`); the interpreter does the same sums in plain Triton.
 
-Codes and weights of four pages are asked for while those of four others are multiplied; pages' ids go through a few
-words of shared memory a warp, sixteen at a time.
+Codes are asked for eight pages before they are multiplied, into registers, and weights twelve to sixteen, into shared
+memory. Pages' ids go through a few words of shared memory a warp, sixteen at a time.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import triton.language as tl
 from spectral.kernels.lanes import mma_text
 from spectral.kernels.staging import stage
 
-AHEAD = 4
-"""Pages that are asked for while as many others are multiplied."""
-
 PIECE_KINDS = ((8, 1), (4, 2), (4, 1), (2, 2), (2, 1), (1, 1))
 """Bits of a piece's fields, and eights of quarters: what spectral.kernels.tables calls its kind."""
+
+RING = tl.constexpr(8192)
+"""Bytes of shared memory in which a warp has the weights of sixteen pages. A lane reads there what it asked for."""
 
 WARPS = tl.constexpr(4)
 """Of a program, between which a unit's pieces are shared out (LayerTables.piece)."""
@@ -63,40 +63,51 @@ def _words(bits: int) -> int:
 
 
 @triton.constexpr_function
-def _ask(name: str, bits: int, eights: int, ids: str, first: int) -> list[str]:
-    """Ask for a lane's rows and weights of AHEAD pages. ids: where in shared memory their ids lie; first: the number of
-    the first of them behind the group's weights."""
+def _ask_codes(bits: int, eights: int, slot: int) -> list[str]:
+    """Ask for a lane's rows of the page whose id is in i0 to i3, into a slot of the eight that a warp has in registers."""
     words = _words(bits)
-    lines = [f"ld.shared.v4.b32 {{i0, i1, i2, i3}}, [{ids}];"]
-    for k in range(AHEAD):
-        lines.append(f"mad.wide.u32 at, i{k}, $4, base;")
-        for eight in range(eights):
-            own = [f"{name}{(k * eights + eight) * words + w}" for w in range(words)]
-            place = 128 * words * eight
-            if words == 1:
-                lines.append(f"ld.global.nc.L1::no_allocate.b32 {own[0]}, [at + {place}];")
-                continue
-            for w in range(0, words, 2):  # eight bytes at once: what pages are aligned to
-                pair = f"{{{own[w]}, {own[w + 1]}}}"
-                lines.append(f"ld.global.nc.L1::no_allocate.v2.b32 {pair}, [at + {place + 4 * w}];")
-        own = [f"w{name}{4 * k + n}" for n in range(4)]
-        lines.append(f"ld.global.nc.v4.b32 {{{', '.join(own)}}}, [w + {512 * (first + k)}];")
+    lines = [f"mad.wide.u32 at, i{slot % 4}, $4, base;"]
+    for eight in range(eights):
+        own = [f"x{(slot * eights + eight) * words + w}" for w in range(words)]
+        place = 128 * words * eight
+        if words == 1:
+            lines.append(f"ld.global.nc.L1::no_allocate.b32 {own[0]}, [at + {place}];")
+            continue
+        for w in range(0, words, 2):  # eight bytes at once: what pages are aligned to
+            pair = f"{{{own[w]}, {own[w + 1]}}}"
+            lines.append(f"ld.global.nc.L1::no_allocate.v2.b32 {pair}, [at + {place + 4 * w}];")
     return lines
 
 
 @triton.constexpr_function
-def _multiply(name: str, bits: int, eights: int) -> list[str]:
-    """Products of AHEAD pages' weights, times their block's factor, and fields."""
-    words, tiles, lines = _words(bits), 8 if bits == 1 else 4, []
-    for k in range(AHEAD):
-        for n, a in enumerate(("a0", "a2", "a1", "a3")):  # heads g, then g + 8
-            lines.append(f"mul.rn.f16x2 {a}, w{name}{4 * k + n}, f{n // 2};")
-        for eight in range(eights):
-            first = (k * eights + eight) * words
-            for f, unpacked in enumerate(_unpack(bits, [f"{name}{first + w}" for w in range(words)])):
-                sums = [f"c{4 * (tiles * eight + f) + n}" for n in range(4)]
-                lines += [*unpacked, mma_text(sums, ["a0", "a1", "a2", "a3"], ["b0", "b1"])]
+def _ask_weights(first: int, slot: int) -> list[str]:
+    """Ask for the lane's weights of four pages, into a slot of the four that a warp has in shared memory."""
+    lines = []
+    for k in range(4):
+        at = 2048 * slot + 512 * k
+        lines.append(f"cp.async.ca.shared.global [ring + {at}], [w + {512 * (first + k)}], 16;")
+    return [*lines, "cp.async.commit_group;"]
+
+
+@triton.constexpr_function
+def _multiply(bits: int, eights: int, slot: int, page: int, factor: str) -> list[str]:
+    """Products of a page's weights, times their factor, and fields."""
+    words, tiles = _words(bits), 8 if bits == 1 else 4
+    lines = [f"ld.shared.v4.b32 {{v0, v1, v2, v3}}, [ring + {512 * page}];"]
+    for n, a in enumerate(("a0", "a2", "a1", "a3")):  # heads g, then g + 8
+        lines.append(f"mul.rn.f16x2 {a}, v{n}, {factor}{n // 2};")
+    for eight in range(eights):
+        first = (slot * eights + eight) * words
+        for f, unpacked in enumerate(_unpack(bits, [f"x{first + w}" for w in range(words)])):
+            sums = [f"c{4 * (tiles * eight + f) + n}" for n in range(4)]
+            lines += [*unpacked, mma_text(sums, ["a0", "a1", "a2", "a3"], ["b0", "b1"])]
     return lines
+
+
+@triton.constexpr_function
+def _factors(name: str, at: int) -> list[str]:
+    """Eight pages' factors of heads g and g + 8, `at` bytes on."""
+    return [f"ld.global.nc.b32 {name}{side}, [factor + {at + 32 * side}];" for side in (0, 1)]
 
 
 @triton.constexpr_function
@@ -116,38 +127,38 @@ def _piece(kind: int) -> list[str]:
     """One piece: all pages of the split, sixteen a turn, then its sums."""
     bits, eights = PIECE_KINDS[kind][0], PIECE_KINDS[kind][1]
     tiles = 8 if bits == 1 else 4
-    lines = [f"B{kind}:", f"mad.lo.u32 off, $14, {4 * _words(bits)}, off;", "mad.wide.u32 base, off, 1, $3;"]
+    lines = [f"B{kind}:", f"mad.lo.u32 off, $13, {4 * _words(bits)}, off;", "mad.wide.u32 base, off, 1, $3;"]
     lines += [f"mov.f32 c{n}, 0f00000000;" for n in range(4 * tiles * eights)]
-    lines += ["mov.b64 w, $1;", "mov.b32 turn, 0;", "mov.b32 sm, $13;", "and.b32 l16, $14, 15;"]
+    lines += ["mov.b64 w, $1;", "mov.b64 factor, $11;", "mov.b32 turn, 0;", "mov.b32 sm, $12;", "and.b32 l16, $13, 15;"]
+    for slot in range(3):
+        lines += _ask_weights(4 * slot, slot)
     lines += ["min.s32 u0, l16, $8;", "mad.wide.s32 at, u0, 4, $2;", "ld.global.nc.b32 id, [at];"]
     lines += ["shl.b32 l4, l16, 2;", "bar.warp.sync 0xffffffff;", "add.s32 u0, sm, l4;", "st.shared.b32 [u0], id;"]
     lines += ["add.s32 u0, l16, 16;", "min.s32 u0, u0, $8;", "mad.wide.s32 at, u0, 4, $2;"]
-    lines += ["ld.global.nc.b32 id, [at];", "ld.global.nc.b32 f0, [$11];", "ld.global.nc.b32 f1, [$11 + 32];"]
-    lines.append("bar.warp.sync 0xffffffff;")
-    lines += _ask("x", bits, eights, "sm", 0)
+    lines += ["ld.global.nc.b32 id, [at];", *_factors("f", 0), *_factors("n", 64), "bar.warp.sync 0xffffffff;"]
+    for slot in range(8):
+        if slot % 4 == 0:
+            lines.append(f"ld.shared.v4.b32 {{i0, i1, i2, i3}}, [sm + {4 * slot}];")
+        lines += _ask_codes(bits, eights, slot)
     lines.append(f"L{kind}:")
-    lines += _ask("y", bits, eights, "sm + 16", AHEAD)
-    lines += _multiply("x", bits, eights)
-    lines += _ask("x", bits, eights, "sm + 32", 2 * AHEAD)
-    lines += ["add.s32 turn, turn, 1;", "xor.b32 sn, sm, 64;", "add.s32 u0, sn, l4;", "st.shared.b32 [u0], id;"]
-    lines += ["bar.warp.sync 0xffffffff;"]
-    lines += _multiply("y", bits, eights)
-    lines += _ask("y", bits, eights, "sm + 48", 3 * AHEAD)
-    # What the turn after the next one wants, and the next one's factors (of the last block where there is none).
-    lines += ["mad.lo.s32 u0, turn, 16, l16;", "add.s32 u0, u0, 16;", "min.s32 u0, u0, $8;"]
-    lines += ["mad.wide.s32 at, u0, 4, $2;", "ld.global.nc.b32 id, [at];", "sub.s32 u0, $7, 1;"]
-    lines += ["min.s32 u0, turn, u0;", "shr.s32 u0, u0, $12;", "mad.wide.s32 at, u0, 64, $11;"]
-    lines += ["ld.global.nc.b32 n0, [at];", "ld.global.nc.b32 n1, [at + 32];"]
-    lines += _multiply("x", bits, eights)
-    lines += ["setp.lt.s32 p, turn, $7;", "add.s64 w, w, 8192;", "mov.b32 sm, sn;", f"@!p bra M{kind};"]
-    lines += _ask("x", bits, eights, "sm", 0)
-    lines.append(f"M{kind}:")
-    lines += _multiply("y", bits, eights)
-    lines += ["mov.b32 f0, n0;", "mov.b32 f1, n1;", f"@p bra L{kind};"]
+    for page in range(16):
+        if page % 4 == 0:
+            lines += _ask_weights(page + 12, (page // 4 + 3) % 4)
+            lines += ["cp.async.wait_group 3;", f"ld.shared.v4.b32 {{i0, i1, i2, i3}}, [sm + {(4 * page + 32) % 64}];"]
+        lines += _multiply(bits, eights, page % 8, page, "f" if page < 8 else "n")
+        lines += _ask_codes(bits, eights, page % 8)
+        if page == 3:  # the next turn's pages, and those after them
+            lines += ["add.s32 turn, turn, 1;", "xor.b32 sn, sm, 64;", "add.s32 u0, sn, l4;", "st.shared.b32 [u0], id;"]
+            lines += ["mad.lo.s32 u0, turn, 16, l16;", "add.s32 u0, u0, 16;", "min.s32 u0, u0, $8;"]
+            lines += ["mad.wide.s32 at, u0, 4, $2;", "ld.global.nc.b32 id, [at];", "setp.lt.s32 p, turn, $7;"]
+            lines += ["selp.b64 at, 128, 0, p;", "add.s64 factor, factor, at;", "bar.warp.sync 0xffffffff;"]
+        if page == 7:
+            lines += [*_factors("f", 0), "mov.b32 sm, sn;"]
+    lines += [*_factors("n", 64), "add.s64 w, w, 8192;", f"@p bra L{kind};", "cp.async.wait_group 0;"]
     # Of a piece that is not full some columns are no latents.
     lines += ["mad.wide.s32 o, col, 4, $9;", "setp.ge.s32 p, t2, valid;", "@p bra NEXT;"]
     if bits == 1:  # a cell has two runs of sixteen latents: 128 bytes instead of 64
-        lines += ["and.b32 u0, $14, 2;", "mad.wide.s32 o, u0, 32, o;"]
+        lines += ["and.b32 u0, $13, 2;", "mad.wide.s32 o, u0, 32, o;"]
     lines += ["cvt.s64.s32 at, $10;", "add.s64 o8, o, at;"]
     lines += _leave(0, 0)
     if bits == 1:
@@ -162,25 +173,27 @@ def _piece(kind: int) -> list[str]:
 def _pieces_text() -> str:
     """A warp's pieces. Operands: 0 out, unused; 1: the lane's weights of the first page; 2: the pages' ids; 3: the pool;
     4: bytes of a page; 5: the warp's first piece; 6: how many; 7: sixteens of pages; 8: the last page that there is; 9:
-    where heads g and columns 2 t begin; 10: bytes from there to heads g + 8; 11: the first block's factors of heads g;
-    12: of a block's sixteens the logarithm; 13: 128 bytes of shared memory of the warp; 14: the lane."""
+    where heads g and columns 2 t begin; 10: bytes from there to heads g + 8; 11: the first eight pages' factors of heads
+    g; 12: 128 bytes of shared memory of the warp; 13: the lane; 14: where the lane's weights of sixteen pages come to
+    lie in shared memory."""
     lines = [
         "{",
         ".reg .pred p;",
-        ".reg .b32 n, kind, off, col, valid, t2, turn, sm, sn, l16, l4, id, f0, f1, n0, n1;",
-        ".reg .b32 u<2>, b<2>, a<4>, i<4>, x<16>, y<16>, wx<16>, wy<16>;",
-        ".reg .b64 base, at, next, w, o, o8;",
+        ".reg .b32 left, kind, off, col, valid, t2, turn, sm, sn, l16, l4, id, ring;",
+        ".reg .b32 f<2>, n<2>, u<2>, b<2>, a<4>, i<4>, v<4>, x<32>;",
+        ".reg .b64 base, at, next, w, factor, o, o8;",
         ".reg .f32 c<32>;",
-        "and.b32 t2, $14, 3;",
+        "mov.b32 ring, $14;",
+        "and.b32 t2, $13, 3;",
         "add.s32 t2, t2, t2;",
-        "mov.b32 n, $6;",
+        "mov.b32 left, $6;",
         "mov.b64 next, $5;",
         "NEXT:",
-        "setp.le.s32 p, n, 0;",
+        "setp.le.s32 p, left, 0;",
         "@p bra DONE;",
         "ld.global.nc.v4.b32 {kind, off, col, valid}, [next];",
         "add.s64 next, next, 16;",
-        "sub.s32 n, n, 1;",
+        "sub.s32 left, left, 1;",
     ]
     for kind in range(1, 6):
         lines += [f"setp.eq.s32 p, kind, {kind};", f"@p bra B{kind};"]
@@ -210,7 +223,7 @@ def _plain_pieces(weights, ids, last, pool, page_nbytes, piece, count, b0, b1, o
             bit = bits * field + 4 * half
             for page in range((b1 - b0) * PB):
                 base = pool + tl.load(ids + tl.minimum(page, last)).to(tl.int64) * page_nbytes + off
-                f = tl.load(factor + (b0 + page // PB) * 16 + head).to(tl.int16).to(tl.float16, bitcast=True)
+                f = tl.load(factor + (b0 * PB + page) // 8 * 16 + head).to(tl.int16).to(tl.float16, bitcast=True)
                 for r in range(16):
                     code = tl.load(base + j * (16 * unit) + r * unit + bit // 8, mask=j < valid, other=0).to(tl.int32)
                     value = (code >> (bit % 8)) & ((1 << bits) - 1)
@@ -234,7 +247,8 @@ def pieces_kernel(
 ):  # fmt: skip
     """A unit over one split of a sequence's blocks, for 16 query heads.
 
-    piece_ptr, pieces_ptr: LayerTables.piece and .pieces; weight_ptr to out_ptr as spectral.kernels.mix has them.
+    piece_ptr, pieces_ptr: LayerTables.piece and .pieces; weight_ptr to out_ptr as spectral.kernels.mix has them,
+    but factor_ptr: of every eight pages, int32 [sequence, unit, head groups, blocks * PB / 8, 16].
     """
     unit, part = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS
     split, seq = tl.program_id(1), tl.program_id(2)
@@ -242,16 +256,17 @@ def pieces_kernel(
     b0 = split * split_blocks
     b1 = tl.minimum(b0 + split_blocks, (pages + PB - 1) // PB)
     i = tl.arange(0, 32 * WARPS)
-    ids_at = i
+    ids_at, ring = i, i
     if FAST:
-        ids_at = stage(i, WARPS * 128) + i // 32 * 128
+        ring = stage(i, WARPS * (RING + 128)) + i // 32 * RING + i % 32 * 16
+        ids_at = ring - i // 32 * RING - i % 32 * 16 + WARPS * RING + i // 32 * 128
     if b0 < b1:
         where = (seq * units + unit) * GROUPS + part
         weights = weight_ptr + (where.to(tl.int64) * pages_max + b0 * PB) * 256
         ids = table_ptr + seq * table_stride + b0 * PB
         last = pages - 1 - b0 * PB
         out = out_ptr + (((seq * splits + split) * GROUPS + part) * 16).to(tl.int64) * outputs
-        factor = factor_ptr + where * blocks * 16
+        factor = factor_ptr + where * blocks * (PB * 2)
         if FAST:
             lane, warp = i % 32, i // 32
             g, t = lane // 4, lane % 4
@@ -263,7 +278,7 @@ def pieces_kernel(
                     (weights + lane * 8).to(tl.int64), ids.to(tl.int64), pages_ptr.to(tl.int64), page_nbytes,
                     (piece_ptr + own * piece_stride).to(tl.int64), tl.load(pieces_ptr + own), (b1 - b0) * (PB // 16),
                     last, (out + g * outputs + t * 8).to(tl.int64), outputs * 32,
-                    (factor + b0 * 16 + g).to(tl.int64), PB // 32, ids_at, lane,
+                    (factor + b0 * (PB * 2) + g).to(tl.int64), ids_at, lane, ring,
                 ],
                 dtype=tl.int32,
                 is_pure=False,

@@ -66,7 +66,7 @@ def block_runs(runs: int, warps: int, classes: int) -> int:
 
 
 @triton.jit
-def copied(held, ids, pages, first, count, page_nbytes, lane):
+def _copied(held, ids, pages, first, count, page_nbytes, lane):
     """Where a lane's pieces of a chunk go, where the first chunk's lie, and whether a last piece is the lane's: pages
     begin at multiples of eight, so one more of sixteen bytes goes with every chunk. Four lanes have a page."""
     own, quarter = lane // 4, lane % 4 * 16
@@ -75,18 +75,18 @@ def copied(held, ids, pages, first, count, page_nbytes, lane):
 
 
 @triton.jit
-def ask_chunk(copies, chunk, lane):
+def _ask_chunk(copies, chunk, lane):
     """Ask for one chunk of the warp's eight pages. They pass the first-level cache by and leave it to the tables."""
     copy_part(copies[0] + (chunk & 1) * STAGE, copies[1] + chunk * CHUNK, copies[2], CHUNK // 64)
     close_stage(lane)
 
 
 @triton.jit
-def next_chunk(copies, chunk, chunks, lane):
+def _next_chunk(copies, chunk, chunks, lane):
     """Wait for a chunk, and ask for the next one, which takes the place of the last."""
     wait_stages(lane, 0)
     if chunk + 1 < chunks:
-        ask_chunk(copies, chunk + 1, lane)
+        _ask_chunk(copies, chunk + 1, lane)
 
 
 @triton.jit
@@ -187,7 +187,7 @@ def _strip(
     for _ in range(((off & (CHUNK - 1)) + cells * SIZE + CHUNK - 1 >> 8) * tl.minimum(cells, 1)):
         if FAST:  # noqa: SIM102 (a constant and a tensor)
             if off & (CHUNK - 1) == 0:
-                next_chunk(copies, off >> 8, chunks, lane)
+                _next_chunk(copies, off >> 8, chunks, lane)
         here = tl.minimum(end, (off | (CHUNK - 1)) + 1) - off >> size_log2(BITS, ROWS)
         if FAST:
             at = held + (quarter + ((off >> 8 & 1) * STAGE + (off & (CHUNK - 1))))
@@ -317,13 +317,13 @@ def score_kernel(
         ids = table_ptr + seq * table_stride + blk * PB
         pages = pages_ptr + tl.load(unit_ptr + unit * 4 + 2)
         mine = i // 32 * 8
-        copies = copied(held, ids, pages, mine, count, page_nbytes, lane)
+        copies = _copied(held, ids, pages, mine, count, page_nbytes, lane)
         if FAST:
             if HOLD > 0:
                 held_head = head + tl.minimum(part * 16 + lane // 2, own - 1)
                 q = query_row(q_ptr, held_head, row, q_head_stride, runs, GROUP) + lane % 2 * 8
                 hold_query(held_q, q, i, runs, WARPS)
-            ask_chunk(copies, 0, lane)
+            _ask_chunk(copies, 0, lane)
         page = pages + page_start(ids, mine + g, count, page_nbytes)  # whose codes this lane multiplies
         head0, head1 = head + tl.minimum(part * 16 + g, own - 1), head + tl.minimum(part * 16 + g + 8, own - 1)
         q0 = query_row(q_ptr, head0, row, q_head_stride, runs, GROUP) + 4 * t

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from spectral.kernels.decode import LayerKernels, StepTables
 
 MIX_WARPS = 4
+WEIGHT_SLACK = 4096
+"""Weights behind the last that pieces_kernel asks for ahead of time, and does not use."""
 FACTOR_TILE = 64
 
 
@@ -138,7 +140,7 @@ def sums_of_weights(asked: Asked, weight: torch.Tensor, largest: torch.Tensor) -
     found = _sums(asked, splits, each)
     factor_kernel[(units * parts, splits, rows)](
         step.count, largest, factor, found.tops, largest, found.sums, blocks, units, splits, each,
-        GROUPS=parts, PB=page_blocks, SB=FACTOR_TILE, TOTALS=False, num_warps=4,
+        GROUPS=parts, PB=page_blocks, SB=FACTOR_TILE, ROUND=1, TOTALS=False, num_warps=4,
     )  # fmt: skip
     mix_kernel[(rows, splits, layer.items * parts)](
         asked.pool, step.pages, step.count, layer.tables["item"], weight, factor, found.outs, found.sums,
@@ -155,22 +157,25 @@ def flat_sums(asked: Asked) -> Sums:
     rows, units, parts, blocks = asked.shape
     pages, fast = block_pages(codec), not interpreted()
     entries, piece = layer.tables["whole"], layer.tables["piece"]
-    weight = asked.empty(rows, units, parts, blocks * pages * codec.page_tokens * 16, dtype=torch.float16)
-    top, total = asked.empty(2, rows, units, parts, blocks, 16)
-    flat_score_kernel[(units * parts, blocks, rows)](
+    size = blocks * pages * codec.page_tokens * 16
+    weight = asked.empty(rows * units * parts * size + WEIGHT_SLACK, dtype=torch.float16)
+    octets = blocks * pages // 8
+    top, total = asked.empty(2, rows, units, parts, octets, 16)
+    score_each = max(1, min(blocks, rows * units * parts * blocks // asked.choices.score_programs))
+    flat_score_kernel[(units * parts, triton.cdiv(blocks, score_each), rows)](
         asked.projected, asked.const, asked.pool, step.pages, step.count, asked.unit, layer.tables["cells"], entries,
         layer.tables["wholes"], weight, top, total,
         step.pages.stride(0), codec.page_nbytes, asked.projected.stride(0), layer.key_rank // 16, blocks,
-        blocks * pages, units, asked.const.shape[2], entries.stride(0),
+        blocks * pages, units, asked.const.shape[2], entries.stride(0), score_each,
         GROUPS=parts, GROUP=asked.group, SOFTCAP=asked.cap, WARPS=pages // 8, FAST=fast,
         num_warps=pages // 8, num_stages=1, **({"maxnreg": 128} if fast else {}),
     )  # fmt: skip
-    each = triton.cdiv(blocks, max(1, triton.cdiv(asked.choices.mix_programs, rows * units * parts)))
+    each = triton.cdiv(blocks, max(1, triton.cdiv(asked.choices.piece_programs, rows * units * parts)))
     splits = triton.cdiv(blocks, each)
-    found, factor = _sums(asked, splits, each), asked.empty(rows, units, parts, blocks, 16, dtype=torch.int32)
+    found, factor = _sums(asked, splits, each), asked.empty(rows, units, parts, octets, 16, dtype=torch.int32)
     factor_kernel[(units * parts, splits, rows)](
-        step.count, top, factor, found.tops, total, found.sums, blocks, units, splits, each,
-        GROUPS=parts, PB=pages, SB=FACTOR_TILE, TOTALS=True, num_warps=4,
+        step.count, top, factor, found.tops, total, found.sums, octets, units, splits, each * pages // 8,
+        GROUPS=parts, PB=8, SB=FACTOR_TILE, ROUND=pages // 8, TOTALS=True, num_warps=4,
     )  # fmt: skip
     pieces_kernel[(units * parts, splits, rows)](
         asked.pool, step.pages, step.count, piece, layer.tables["pieces"], weight, factor, found.outs,

@@ -212,13 +212,8 @@ def store_half(p, a, FAST: tl.constexpr):
 
 
 @triton.jit
-def prefetch(p, LEVEL: tl.constexpr = 1):
-    """Ask for the line of global memory at a pointer to come nearer: into the first-level or the second-level cache."""
-    if LEVEL == 1:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L1 [$1];\nmov.b32 $0, 0;", "=r,l", [p.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-        )
-    else:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1];\nmov.b32 $0, 0;", "=r,l", [p.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-        )
+def prefetch(p):
+    """Ask for the line of global memory at a pointer to come nearer."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L1 [$1];\nmov.b32 $0, 0;", "=r,l", [p.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )

@@ -34,11 +34,25 @@ def over_lanes(x, WARPS: tl.constexpr):
     return tl.reshape(tl.broadcast_to(x[None, :, None], [WARPS, 8, 4]), [32 * WARPS])
 
 
+@triton.constexpr_function
+def _quad_text() -> str:
+    turns = [f"shfl.sync.bfly.b32 y, $0, {k}, 0x1f, 0xffffffff; max.f32 $0, $0, y;" for k in (1, 2)]
+    return "{.reg .f32 y; mov.f32 $0, $1; " + " ".join(turns) + "}"
+
+
+@triton.constexpr_function
+def quad_text():
+    return _quad_text()
+
+
 @triton.jit
-def all_warps(x, WARPS: tl.constexpr):
-    """The sum over warps, by lane, for every lane."""
-    x = tl.sum(tl.reshape(x, [WARPS, 32]), 0)
-    return tl.reshape(tl.broadcast_to(x[None, :], [WARPS, 32]), [WARPS * 32])
+def over_quad(x, WARPS: tl.constexpr, FAST: tl.constexpr):
+    """The largest over the lanes t of a head, for each of them."""
+    if FAST:
+        return tl.inline_asm_elementwise(quad_text(), "=&f,f", [x], dtype=tl.float32, is_pure=False, pack=1)
+    else:
+        top = tl.max(tl.reshape(x, [WARPS * 8, 4]), 1)
+        return tl.reshape(tl.broadcast_to(top[:, None], [WARPS * 8, 4]), [32 * WARPS])
 
 
 @triton.jit
