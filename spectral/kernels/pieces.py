@@ -71,11 +71,11 @@ def _ask_codes(bits: int, eights: int, slot: int) -> list[str]:
         own = [f"x{(slot * eights + eight) * words + w}" for w in range(words)]
         place = 128 * words * eight
         if words == 1:
-            lines.append(f"ld.global.nc.L1::no_allocate.b32 {own[0]}, [at + {place}];")
+            lines.append(f"ld.global.nc.L1::no_allocate.L2::cache_hint.b32 {own[0]}, [at + {place}], once;")
             continue
         for w in range(0, words, 2):  # eight bytes at once: what pages are aligned to
             pair = f"{{{own[w]}, {own[w + 1]}}}"
-            lines.append(f"ld.global.nc.L1::no_allocate.v2.b32 {pair}, [at + {place + 4 * w}];")
+            lines.append(f"ld.global.nc.L1::no_allocate.L2::cache_hint.v2.b32 {pair}, [at + {place + 4 * w}], once;")
     return lines
 
 
@@ -181,9 +181,10 @@ def _pieces_text() -> str:
         ".reg .pred p;",
         ".reg .b32 left, kind, off, col, valid, t2, turn, sm, sn, l16, l4, id, ring;",
         ".reg .b32 f<2>, n<2>, u<2>, b<2>, a<4>, i<4>, v<4>, x<32>;",
-        ".reg .b64 base, at, next, w, factor, o, o8;",
+        ".reg .b64 base, at, next, w, factor, o, o8, once;",
         ".reg .f32 c<32>;",
         "mov.b32 ring, $14;",
+        "createpolicy.fractional.L2::evict_first.b64 once, 1.0;",  # weights, which are read again, stay
         "and.b32 t2, $13, 3;",
         "add.s32 t2, t2, t2;",
         "mov.b32 left, $6;",
