@@ -14,7 +14,7 @@ from spectral.kernels.cells import FIELD_UNIT, behind, page_start, quarter_rows,
 from spectral.kernels.lanes import less, score_rows, sum_rows
 from spectral.kernels.score import CHUNK, OPERAND, PITCH, STAGE, plain_cell
 from spectral.kernels.staging import close_stage, copy_part, held_four, hold_four, prefetch, stage, wait_stages
-from spectral.kernels.weights import block_weights, largest, over_quad, quad, store_weights, tokens
+from spectral.kernels.weights import largest, over_quad, quad, softcapped, store_weights
 from spectral.kernels.words import four_words
 
 ENTRIES = tl.constexpr(40)
@@ -112,17 +112,35 @@ def _all_strips(
 
 
 @triton.jit
-def _above_mean(c, k0, k1):
-    """Scores without what all codes are too high by."""
-    out = ()
+def _weights(
+    c, FIRST: tl.constexpr, shift, now, next, SOFTCAP: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr
+):  # fmt: skip
+    """Weights of one head in two pages, whose sums are numbers FIRST and FIRST + 1 of every row, and what they are
+    relative to: the largest score of all eight pages. shift: the mean's score less what all codes are too high by; now,
+    next: whether there are the two pages. (Where there is none the last one's bytes were read, which are no larger.)"""
+    x = ()
+    y = ()
     for r in tl.static_range(16):
-        out = out + (
-            c[4 * r] * FIELD_UNIT - k0,
-            c[4 * r + 1] * FIELD_UNIT - k0,
-            c[4 * r + 2] * FIELD_UNIT - k1,
-            c[4 * r + 3] * FIELD_UNIT - k1,
-        )
-    return out
+        if SOFTCAP > 0:
+            x = x + (c[4 * r + FIRST] * FIELD_UNIT + shift,)
+            y = y + (c[4 * r + FIRST + 1] * FIELD_UNIT + shift,)
+        else:
+            x = x + (c[4 * r + FIRST],)
+            y = y + (c[4 * r + FIRST + 1],)
+    if SOFTCAP > 0:
+        x, y = softcapped(x, 16, SOFTCAP), softcapped(y, 16, SOFTCAP)
+    UNIT: tl.constexpr = 1.0 if SOFTCAP > 0 else FIELD_UNIT
+    top = over_quad(tl.maximum(largest(x, 16), largest(y, 16)), WARPS, FAST) * UNIT
+    here, there = tl.where(now, -top, float("-inf")), tl.where(next, -top, float("-inf"))
+    u = ()
+    v = ()
+    for r in tl.static_range(16):
+        u = u + (tl.exp2(x[r] * UNIT + here),)
+        v = v + (tl.exp2(y[r] * UNIT + there),)
+    if SOFTCAP > 0:
+        return u, v, top
+    else:
+        return u, v, top + shift
 
 
 @triton.jit
@@ -204,15 +222,9 @@ def flat_score_kernel(
                     for chunk in tl.static_range(STAGES - 1):
                         _ask_chunk(_copies(held, pages, start, lane), chunk, chunks, lane)
                     _query_nearer(q_ptr, head, own, part, row + GROUP, q_head_stride, runs, i, GROUP, WARPS)
-            s = _above_mean(c, k0, k1)
             now, next = number < here, number + 1 < here
-            x0, x1 = tokens(s, 0, mean0, now, P, True, SOFTCAP, FAST), tokens(s, 1, mean0, next, P, True, SOFTCAP, FAST)
-            y0, y1 = tokens(s, 2, mean1, now, P, True, SOFTCAP, FAST), tokens(s, 3, mean1, next, P, True, SOFTCAP, FAST)
-            top0 = over_quad(tl.maximum(largest(x0, P), largest(x1, P)), WARPS, FAST)
-            top1 = over_quad(tl.maximum(largest(y0, P), largest(y1, P)), WARPS, FAST)
-            safe0, safe1 = tl.where(mine < here, top0, 0.0), tl.where(mine < here, top1, 0.0)  # eight that are none
-            u0, u1 = block_weights(x0, safe0, P, True, FAST), block_weights(x1, safe0, P, True, FAST)
-            v0, v1 = block_weights(y0, safe1, P, True, FAST), block_weights(y1, safe1, P, True, FAST)
+            u0, u1, top0 = _weights(c, 0, mean0 - k0, now, next, SOFTCAP, WARPS, FAST)
+            v0, v1, top1 = _weights(c, 2, mean1 - k1, now, next, SOFTCAP, WARPS, FAST)
             store_weights(place, pages_max, blk * PB + number, g, t, u0, u1, v0, v1, P, True, FAST)
             total = (tl.zeros([32 * WARPS], tl.float32),) * 4
             total = _sum_page(_sum_page(total, u0, v0, WARPS, FAST), u1, v1, WARPS, FAST)

@@ -26,7 +26,7 @@ def mma_text(accumulator: list[str], a: list[str], b: list[str]) -> str:
 
 @triton.constexpr_function
 def _score_rows(bits: int, rows: int, pairs: bool) -> str:
-    """Operands: out C [4 rows]; in C [4 rows], words, a [4 per run]. pairs: of four bits (see `score_rows`)."""
+    """Operands: C [4 rows], twice; words, a [4 per run]. pairs: of four bits (see `score_rows`)."""
     words, runs = max(1, rows * max(1, bits // 2) // 4), 2 if bits == 1 else 1
     # What leaves latents 0 and 2, or 1 and 3, of a byte that was copied to all four, or of two that were twice.
     masks = {
@@ -39,7 +39,6 @@ def _score_rows(bits: int, rows: int, pairs: bool) -> str:
     x = [f"${base + i}" for i in range(words)]
     a = [f"${base + words + i}" for i in range(4 * runs)]
     lines = ["{", ".reg .b32 y, b<4>;"]
-    lines += [f"mov.b32 ${i}, ${4 * rows + i};" for i in range(4 * rows)]
     for row in range(rows):
         if bits == 8:
             lines += [f"and.b32 b0, {x[row]}, 0x00FF00FF;", f"prmt.b32 b1, {x[row]}, 0, 0x4341;"]
@@ -71,7 +70,7 @@ def row_place(bits: int, rows: int, quarter: int, row: int) -> int:
 
 @triton.constexpr_function
 def _mix_rows(bits: int, rows: int) -> str:
-    """Operands: out C [4 per tile]; in C, words, a [4]. A tile is a field of the lane's quarters, one after another."""
+    """Operands: C [4 per tile], twice; words, a [4]. A tile is a field of the lane's quarters, one after another."""
     tiles, quarters = item_tiles(bits), item_quarters(bits)
     words = max(2, 2 * bits) if bits < 8 else 8
     if bits == 1 and rows < 2:
@@ -81,7 +80,6 @@ def _mix_rows(bits: int, rows: int) -> str:
     x = [f"${base + i}" for i in range(words)]
     a = [f"${base + words + i}" for i in range(4)]
     lines = ["{", ".reg .b32 u<2>, b<2>;"]
-    lines += [f"mov.b32 ${i}, ${4 * tiles + i};" for i in range(4 * tiles)]
     n = 0
     for quarter in range(quarters):
         at = [row_place(bits, rows, quarter, row) for row in range(4)]
@@ -122,8 +120,8 @@ def mix_text(bits, rows):
 
 @triton.constexpr_function
 def sum_text():
-    """Operands: out C [4]; in C, a [4]: the other operand is the smallest fp16 number everywhere."""
-    lines = ["{", ".reg .b32 b;", "mov.b32 b, 0x00010001;"] + [f"mov.b32 ${i}, ${4 + i};" for i in range(4)]
+    """Operands: C [4], twice; a [4]: the other operand is the smallest fp16 number everywhere."""
+    lines = ["{", ".reg .b32 b;", "mov.b32 b, 0x00010001;"]
     lines.append(mma_text([f"${i}" for i in range(4)], [f"${8 + i}" for i in range(4)], ["b", "b"]))
     return "\n".join([*lines, "}"])
 
@@ -132,6 +130,13 @@ def sum_text():
 def constraints(out, tied, integers):
     """out fp32 results, as many fp32 arguments, then 32-bit integers. Results are written before arguments are read."""
     return ",".join(["=&f"] * int(out) + ["f"] * int(tied) + ["r"] * int(integers))
+
+
+@triton.constexpr_function
+def added(sums, integers):
+    """fp32 sums, the same registers as results and as the first arguments, then 32-bit integers. (As registers of their
+    own they would be copied wherever loops meet.)"""
+    return ",".join(["=&f"] * int(sums) + [str(n) for n in range(int(sums))] + ["r"] * int(integers))
 
 
 @triton.constexpr_function
@@ -273,7 +278,7 @@ def score_rows(
         WORDS: tl.constexpr = max(1, ROWS * max(1, BITS // 2) // 4)
         c = tl.inline_asm_elementwise(
             score_text(BITS, ROWS, PAIRS),
-            constraints(4 * ROWS, 4 * ROWS, WORDS + 4 * RUNS),
+            added(4 * ROWS, WORDS + 4 * RUNS),
             c + x + a,
             dtype=floats(4 * ROWS),
             is_pure=True,
@@ -345,7 +350,7 @@ def mix_rows(c, x, a, BITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexp
         TILES: tl.constexpr = item_tiles(BITS)
         return tl.inline_asm_elementwise(
             mix_text(BITS, ROWS),
-            constraints(4 * TILES, 4 * TILES, len(x) + 4),
+            added(4 * TILES, len(x) + 4),
             c + x + a,
             dtype=floats(4 * TILES),
             is_pure=True,
@@ -360,7 +365,7 @@ def sum_rows(c, a, WARPS: tl.constexpr, FAST: tl.constexpr):
     """Add four rows' weights to their sums for heads g (c[0]) and g + 8 (c[2]), over 2^24."""
     if FAST:
         return tl.inline_asm_elementwise(
-            sum_text(), constraints(4, 4, 4), c + a, dtype=floats(4), is_pure=True, pack=1
+            sum_text(), added(4, 4), c + a, dtype=floats(4), is_pure=True, pack=1
         )
     else:
         one = tl.full([32 * WARPS], 0x00010001, tl.int32)

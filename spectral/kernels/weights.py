@@ -56,7 +56,7 @@ def over_quad(x, WARPS: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
-def _softcapped(x, P: tl.constexpr, SOFTCAP: tl.constexpr):
+def softcapped(x, P: tl.constexpr, SOFTCAP: tl.constexpr):
     """Gemma's c tanh(s / c), all in units of log2."""
     out = ()
     for i in tl.static_range(P):
@@ -92,11 +92,11 @@ def token_scores(
         for k in tl.static_range(P):
             x = x + (s[k] + mean,)
         if SOFTCAP > 0:
-            x = _softcapped(x, P, SOFTCAP)
+            x = softcapped(x, P, SOFTCAP)
         return _valid(x, valid, P)
     first = s[0] + mean * (P**0.5)  # what the first frequency adds to every token is this over the root of P
     if SOFTCAP > 0:
-        return _valid(_softcapped(dct((first,) + s[1:], P, True, FAST), P, SOFTCAP), valid, P)
+        return _valid(softcapped(dct((first,) + s[1:], P, True, FAST), P, SOFTCAP), valid, P)
     else:
         return dct((tl.where(valid, first, float("-inf")),) + s[1:], P, True, FAST)
 
