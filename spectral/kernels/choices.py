@@ -61,7 +61,7 @@ class DecodeChoices:
     hold: bool = _knob(True, True, False, seconds=15)
     hold_share: bool = _knob(False, True, False, seconds=10)
     window_warps: int = _knob(4, 2, 4, 8, seconds=2)
-    window_tile: int = _knob(32, 16, 32, seconds=2)
+    window_tile: int = _knob(64, 16, 32, 64, seconds=2)
     many_splits: int = _knob(8, 4, 8, 16)
     piece_programs: int = _knob(512, 256, 512, 1024, 2048)
     score_programs: int = _knob(1024, 512, 1024, 2048, 4096)

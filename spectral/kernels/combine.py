@@ -69,7 +69,7 @@ def _scaled_side(high_ptr, low_ptr, scale_ptr, place, held, first, N: tl.constex
 
 @triton.jit
 def _attend(q, k, v, held, top, total, mixed, SOFTCAP: tl.constexpr):
-    """Online softmax over one tile: k [T, D], v [T, E] fp32."""
+    """Online softmax over one tile: k [T, D], v [T, E] fp32, or fp16 like q."""
     s = tl.dot(q, tl.trans(k), input_precision="tf32x3")
     if SOFTCAP > 0:
         z = tl.exp2(tl.abs(s) * (-2.8853900817779268 / SOFTCAP))
@@ -79,7 +79,7 @@ def _attend(q, k, v, held, top, total, mixed, SOFTCAP: tl.constexpr):
     safe = tl.where(higher == float("-inf"), 0.0, higher)
     w = tl.exp2(s - safe[:, None])
     fac = tl.exp2(top - safe)
-    return higher, total * fac + tl.sum(w, 1), mixed * fac[:, None] + tl.dot(w, v, input_precision="tf32x3")
+    return higher, total * fac + tl.sum(w, 1), mixed * fac[:, None] + tl.dot(w.to(v.dtype), v, input_precision="tf32x3")
 
 
 @triton.jit(do_not_specialize=["heads", "kv_heads", "sinks", "ring"])
@@ -138,12 +138,14 @@ def window_kernel(
         v += tl.load(v_ptr + new * VDIM + e[None, :], mask=fresh[:, None] & ve, other=0.0).to(tl.float32)
         top, total, mixed = _attend(q, k, v, held, top, total, mixed, SOFTCAP)
     if BITS < 16:
+        # Integers of 8 and 10 bits times a scale: fp16 leaves an eighth of what the ring itself has lost.
+        q = q.to(tl.float16)
         for tile in range((ring + T - 1) // T):
             at = tile * T + tl.arange(0, T)
             held = (at < ring) & ((at + sinks + behind) % ring < length - first)
             place = own * ring + tl.minimum(at, ring - 1)
-            k = _scaled_side(high_ptr, low_ptr, scale_ptr, place, held, 0, D, DIM, W, BITS, SCALE)
-            v = _scaled_side(high_ptr, low_ptr, scale_ptr, place, held, DIM, E, VDIM, W, BITS, SCALE)
+            k = _scaled_side(high_ptr, low_ptr, scale_ptr, place, held, 0, D, DIM, W, BITS, SCALE).to(tl.float16)
+            v = _scaled_side(high_ptr, low_ptr, scale_ptr, place, held, DIM, E, VDIM, W, BITS, SCALE).to(tl.float16)
             top, total, mixed = _attend(q, k, v, held, top, total, mixed, SOFTCAP)
     tl.store(top_ptr + head, top, mask=real)
     tl.store(sum_ptr + head, total, mask=real)

@@ -27,8 +27,8 @@ from spectral.kernels.tables import QUAD_ORDER, LayerTables, layer_tables
 from spectral.windows import ExactWindow, QuantizedWindow
 
 LOG2E = math.log2(math.e)
-MOST_SPLITS = 64
-"""Parts of a row from which they are put together 32 at a time."""
+TOGETHER = ((64, 32), (0, 8))
+"""Parts of a row from which as many are put together at a time."""
 FEW_ROWS = 32
 """Rows, by unit, up to which parts are put together many at a time: more fill a GPU with one part after another."""
 
@@ -163,13 +163,18 @@ def decode_attention(
     total, mixed = torch.empty_like(top), torch.empty((rows, heads, codec.value_dim), device=query.device)
     paged = bool(step.pages.shape[1])
     choices = layer.choices(group)
-    with _beside(query.device, paged) as meet:
+    blocks = triton.cdiv(step.pages.shape[1], block_pages(codec))
+    projected = _project(layer, choices, query, blocks, scale) if paged else None
+    with _beside(query.device, paged) as meet:  # of what comes before, each is over sooner alone
         _window(choices, window, step, query, key, value, scale, cap, top, total, mixed)
-    if not paged:
+    if projected is None:
         torch.div(mixed, total[..., None], out=out) if out.dtype == mixed.dtype else out.copy_(mixed / total[..., None])
         return out
     try:
-        latent, share = _pages(layer, choices, pool, step, query, scale, cap, top, total, meet)
+        asked = Asked(
+            layer, choices, pool, step, *projected, layer.units(group), group, cap, layer.head_groups(group), blocks
+        )
+        latent, share = _pages(asked, top, total, meet)
     except Exception:
         meet()  # no capture can end, not even one that has failed, before its streams have met
         raise
@@ -284,27 +289,13 @@ def _project(
 
 
 def _pages(
-    layer: LayerKernels,
-    choices: DecodeChoices,
-    pool: torch.Tensor,
-    step: StepTables,
-    query: torch.Tensor,
-    scale: float,
-    cap: float,
-    top: torch.Tensor,
-    total: torch.Tensor,
-    meet: Callable[[], None],
+    asked: Asked, top: torch.Tensor, total: torch.Tensor, meet: Callable[[], None]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents of the pages' answers fp16 [H, B, G, R], over all weights, and the shares [B, Hq, 2] of pages and
     window."""
-    codec, device = layer.codec, query.device
-    rows, heads, dim = query.shape
-    group, page_blocks, tokens = heads // codec.kv_heads, block_pages(codec), codec.page_tokens
-    blocks = triton.cdiv(step.pages.shape[1], page_blocks)
-    parts, units = layer.head_groups(group), len(layer.unit_heads)
-    unit, tables = layer.units(group), layer.tables
-    projected, const = _project(layer, choices, query, blocks, scale)
-    asked = Asked(layer, choices, pool, step, projected, const, unit, group, cap, parts, blocks)
+    layer, codec, choices, group = asked.layer, asked.layer.codec, asked.choices, asked.group
+    rows, units, parts, blocks = asked.shape
+    device, heads, tables = asked.pool.device, codec.kv_heads * group, layer.tables
     if layer.flat and units * parts * blocks * rows > choices.shared_blocks:
         found = flat_sums(asked)
     else:
@@ -312,14 +303,15 @@ def _pages(
     latent = torch.empty((codec.kv_heads, rows, group, layer.rank), dtype=torch.float16, device=device)
     share = torch.empty((rows, heads, 2), device=device)
     meet()
-    together = 8 if found.splits < MOST_SPLITS else 32
+    together = next(size for least, size in TOGETHER if found.splits >= least)
     if found.splits < choices.many_splits or rows * units * parts > FEW_ROWS:
         together = 1
     tile, warps = (choices.combine_tile, choices.combine_warps) if together == 1 else (16, 8 if together == 8 else 16)
     combine_kernel[(units * parts, triton.cdiv(layer.rank, tile), rows)](
-        found.outs, found.sums, found.tops, step.count, unit, tables["source"], tables["source_factor"], tables["offset"], top, total,
-        latent, share, units, found.splits, layer.outputs, found.each, layer.rank, heads, rows,
-        GROUPS=parts, GROUP=group, CLASSES=layer.classes, P=tokens, PB=page_blocks, RT=tile,
+        found.outs, found.sums, found.tops, asked.step.count, asked.unit,
+        tables["source"], tables["source_factor"], tables["offset"], top, total, latent, share,
+        units, found.splits, layer.outputs, found.each, layer.rank, heads, rows,
+        GROUPS=parts, GROUP=group, CLASSES=layer.classes, P=codec.page_tokens, PB=block_pages(codec), RT=tile,
         SPLITS=together, num_warps=warps,
     )  # fmt: skip
     return latent, share

@@ -170,7 +170,8 @@ def flat_sums(asked: Asked) -> Sums:
         GROUPS=parts, GROUP=asked.group, SOFTCAP=asked.cap, WARPS=pages // 8, FAST=fast,
         num_warps=pages // 8, num_stages=1, **({"maxnreg": 128} if fast else {}),
     )  # fmt: skip
-    each = max(2, triton.cdiv(blocks, max(1, triton.cdiv(asked.choices.piece_programs, rows * units * parts))))
+    each = triton.cdiv(blocks, max(1, triton.cdiv(asked.choices.piece_programs, rows * units * parts)))
+    each = max(2, each)  # sums of single blocks take longer to put together than they save
     splits = triton.cdiv(blocks, each)
     found, factor = _sums(asked, splits, each), asked.empty(rows, units, parts, octets, 16, dtype=torch.int32)
     factor_kernel[(units * parts, splits, rows)](
