@@ -12,8 +12,9 @@ def query_kernel(
     q_ptr, cos_ptr, sin_ptr, vector_ptr, framed_ptr, const_ptr,
     q_row, blocks, heads, sequences, scale,
     GROUP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, CLASSES: tl.constexpr,
+    EACH: tl.constexpr,
 ):  # fmt: skip
-    """The queries of one KV head of one sequence, turned back to the centre of one block.
+    """The queries of one KV head of one sequence, turned back to the centres of EACH blocks.
 
     q_ptr: [sequence, query heads, DIM], the model's dtype; cos_ptr, sin_ptr: fp32 [blocks, HALF]; vector_ptr: fp32 [KV
     heads, 8, DIM]. framed_ptr: fp16 [KV heads, sequence, block, GROUP, DIM]; const_ptr: fp32 [sequence, block, query
@@ -21,28 +22,33 @@ def query_kernel(
     two.
     """
     kv = tl.program_id(0)
-    blk = tl.program_id(1)
     seq = tl.program_id(2)
     g = tl.arange(0, G)
     d = tl.arange(0, D)
     mask = (g < GROUP)[:, None] & (d < DIM)[None, :]
     row = q_ptr + (seq * heads + kv * GROUP + g).to(tl.int64)[:, None] * q_row
     x = tl.load(row + d[None, :], mask=mask, other=0.0).to(tl.float32) * scale
+    turning = d < 2 * HALF
+    i = tl.where(d < HALF, d, d - HALF)
     if HALF > 0:
-        turning = d < 2 * HALF
-        i = tl.where(d < HALF, d, d - HALF)
         other = tl.where(d < HALF, d + HALF, d - HALF)
         y = tl.load(row + other[None, :], mask=mask & turning[None, :], other=0.0).to(tl.float32) * scale
-        cos = tl.load(cos_ptr + blk * HALF + i, mask=turning, other=1.0)
-        sin = tl.load(sin_ptr + blk * HALF + i, mask=turning, other=0.0)
-        x = x * cos[None, :] + y * tl.where(d < HALF, sin, -sin)[None, :]
-    place = ((kv * sequences + seq) * blocks + blk).to(tl.int64) * GROUP + g
-    tl.store(framed_ptr + place[:, None] * DIM + d[None, :], x.to(tl.float16), mask=mask)
-    const = const_ptr + ((seq * blocks + blk) * heads + kv * GROUP + g).to(tl.int64) * 8
-    for c in tl.static_range(8):
-        if c < CLASSES or c == 7:
-            vector = tl.load(vector_ptr + (kv * 8 + c) * DIM + d, mask=d < DIM, other=0.0)
-            tl.store(const + c, tl.sum(x * vector[None, :], 1), mask=g < GROUP)
+        y = tl.where((d < HALF)[None, :], y, -y)
+    for k in range(EACH):
+        blk = tl.program_id(1) * EACH + k
+        if blk < blocks:
+            z = x
+            if HALF > 0:
+                cos = tl.load(cos_ptr + blk * HALF + i, mask=turning, other=1.0)
+                sin = tl.load(sin_ptr + blk * HALF + i, mask=turning, other=0.0)
+                z = x * cos[None, :] + y * sin[None, :]
+            place = ((kv * sequences + seq) * blocks + blk).to(tl.int64) * GROUP + g
+            tl.store(framed_ptr + place[:, None] * DIM + d[None, :], z.to(tl.float16), mask=mask)
+            const = const_ptr + ((seq * blocks + blk) * heads + kv * GROUP + g).to(tl.int64) * 8
+            for c in tl.static_range(8):
+                if c < CLASSES or c == 7:
+                    vector = tl.load(vector_ptr + (kv * 8 + c) * DIM + d, mask=d < DIM, other=0.0)
+                    tl.store(const + c, tl.sum(z * vector[None, :], 1), mask=g < GROUP)
 
 
 @triton.jit

@@ -29,6 +29,8 @@ from spectral.windows import ExactWindow, QuantizedWindow
 LOG2E = math.log2(math.e)
 TOGETHER = ((64, 32), (0, 8))
 """Parts of a row from which as many are put together at a time."""
+MANY_QUERIES = 4096
+"""Blocks, by row and KV head, from which a program turns a query to several."""
 FEW_ROWS = 32
 """Rows, by unit, up to which parts are put together many at a time: more fill a GPU with one part after another."""
 
@@ -280,10 +282,12 @@ def _project(
     cos, sin = codec.frame._table(blocks) if codec.frame.turns else (layer.vectors, layer.vectors)
     framed = torch.empty((codec.kv_heads, rows * blocks * group, dim), dtype=torch.float16, device=query.device)
     const = torch.empty((rows, blocks, heads, 8), device=query.device)
-    query_kernel[(codec.kv_heads, blocks, rows)](
+    each = 4 if codec.kv_heads * blocks * rows > MANY_QUERIES else 1
+    query_kernel[(codec.kv_heads, triton.cdiv(blocks, each), rows)](
         query, cos, sin, layer.vectors, framed, const, dim, blocks, heads, rows, scale,
         GROUP=group, G=triton.next_power_of_2(group), D=triton.next_power_of_2(dim), DIM=dim,
-        HALF=cos.shape[1] if codec.frame.turns else 0, CLASSES=layer.classes, num_warps=choices.query_warps,
+        HALF=cos.shape[1] if codec.frame.turns else 0, CLASSES=layer.classes, EACH=each,
+        num_warps=choices.query_warps,
     )  # fmt: skip
     return torch.bmm(framed, layer.key_basis), const
 

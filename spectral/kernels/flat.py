@@ -99,14 +99,14 @@ def _strip(
 
 @triton.jit
 def _all_strips(
-    cells_ptr, held, page, copies, chunks, made, ops, q0, q1, lane, WARPS: tl.constexpr, FAST: tl.constexpr
+    cells, held, page, copies, chunks, made, ops, q0, q1, lane, WARPS: tl.constexpr, FAST: tl.constexpr
 ):  # fmt: skip
     """Sums of fields and operands, 4 numbers a token (heads g and g + 8, pages 2 t and 2 t + 1)."""
     c = (tl.zeros([32 * WARPS], tl.float32),) * 64
     off = tl.full([], 0, tl.int32)
     for s in tl.static_range(4):
         c, off, made, ops = _strip(
-            c, off, tl.load(cells_ptr + s), held, page, copies, chunks, made, ops, q0, q1, lane, 8 >> s, WARPS, FAST
+            c, off, cells[s], held, page, copies, chunks, made, ops, q0, q1, lane, 8 >> s, WARPS, FAST
         )
     return c
 
@@ -187,6 +187,10 @@ def flat_score_kernel(
         head = tl.load(unit_ptr + unit * 4)
         own = tl.load(unit_ptr + unit * 4 + 1)
         pages = pages_ptr + tl.load(unit_ptr + unit * 4 + 2)
+        cells = ()
+        for s in tl.static_range(4):
+            cells = cells + (tl.load(cells_ptr + unit * 4 + s),)
+        entries = tl.load(entries_ptr + unit)
         head0, head1 = head + tl.minimum(part * 16 + g, own - 1), head + tl.minimum(part * 16 + g + 8, own - 1)
         mine = i // 32 * 8
         number = mine + 2 * t
@@ -199,6 +203,7 @@ def flat_score_kernel(
                 _ask_chunk(_copies(held, pages, start, lane), chunk, chunks, lane)
         for blk in range(b0, b1):
             here = count - blk * PB
+            after = tl.load(ids + tl.minimum((blk + 1) * PB + mine + g, count - 1)).to(tl.int64) * page_nbytes
             row = (seq * blocks + blk) * GROUP
             q0 = query_row(q_ptr, head0, row, q_head_stride, runs, GROUP) + 4 * t
             q1 = query_row(q_ptr, head1, row, q_head_stride, runs, GROUP) + 4 * t
@@ -207,17 +212,17 @@ def flat_score_kernel(
             if FAST:
                 if blk > b0:
                     tl.debug_barrier()  # all warps have multiplied with the last block's operands
-                _make_operands(made, q0, q1, ops, tl.load(entries_ptr + unit), i, WARPS)
+                _make_operands(made, q0, q1, ops, entries, i, WARPS)
                 tl.debug_barrier()
             k0, k1 = tl.load(const + head0 * 8), tl.load(const + head1 * 8)
             mean0, mean1 = tl.load(const + head0 * 8 + 7), tl.load(const + head1 * 8 + 7)
             page = pages + start
             c = _all_strips(
-                cells_ptr + unit * 4, held + g * PITCH + behind(page), page, _copies(held, pages, start, lane), chunks,
+                cells, held + g * PITCH + behind(page), page, _copies(held, pages, start, lane), chunks,
                 made, ops, q0, q1, lane, WARPS, FAST,
             )  # fmt: skip
             if blk + 1 < b1:
-                start = page_start(ids + (blk + 1) * PB, mine + g, here - PB, page_nbytes)
+                start = after
                 if FAST:
                     for chunk in tl.static_range(STAGES - 1):
                         _ask_chunk(_copies(held, pages, start, lane), chunk, chunks, lane)
