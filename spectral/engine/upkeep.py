@@ -82,8 +82,8 @@ def warm_up(engine: Engine, *, tune: bool = True) -> None:
 
     On a GPU what its kernels should choose is measured first, where nobody knows it and `tune` allows it
     (spectral.kernels.first_use). There the prompt is long enough for a page, so that the kernels that read pages are
-    compiled before any request, for few pages and for many; a short chunk and as many decode steps follow as it takes
-    to capture one, and a short prompt.
+    compiled before any request, for few pages, for many and for most; a short chunk and as many decode steps follow as
+    it takes to capture one, and a short prompt.
     """
     store = engine.store
     if store.device.type != "cuda":
@@ -99,9 +99,10 @@ def warm_up(engine: Engine, *, tune: bool = True) -> None:
         loaded = engine.loaded
         tune_at_first_use(store.codebook, loaded.shape.query_heads, next(loaded.model.parameters()).dtype)
     length = 8 + store.codebook.sinks + store.codebook.window + 2 * store.codebook.page_tokens
-    with forced(shared_blocks=0, many_splits=1):
-        _warm(engine, length, 2)
-    engine.runner.trim(everything=True)  # a step that was launched so must not be captured so
+    for most in (1 << 30, 1):
+        with forced(shared_blocks=0, many_splits=1, most_splits=most, many_queries=0 if most == 1 else most):
+            _warm(engine, length, 2)
+        engine.runner.trim(everything=True)  # a step that was launched so must not be captured so
     _warm(engine, length, 5, chunk=3)
     _warm(engine, store.codebook.sinks + 4, 1)
     warm_codes(store.codebook)  # chunks over codes, and squeezing

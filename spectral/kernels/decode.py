@@ -27,10 +27,6 @@ from spectral.kernels.tables import QUAD_ORDER, LayerTables, layer_tables
 from spectral.windows import ExactWindow, QuantizedWindow
 
 LOG2E = math.log2(math.e)
-TOGETHER = ((64, 32), (0, 8))
-"""Parts of a row from which as many are put together at a time."""
-MANY_QUERIES = 4096
-"""Blocks, by row and KV head, from which a program turns a query to several."""
 FEW_ROWS = 32
 """Rows, by unit, up to which parts are put together many at a time: more fill a GPU with one part after another."""
 
@@ -282,7 +278,7 @@ def _project(
     cos, sin = codec.frame._table(blocks) if codec.frame.turns else (layer.vectors, layer.vectors)
     framed = torch.empty((codec.kv_heads, rows * blocks * group, dim), dtype=torch.float16, device=query.device)
     const = torch.empty((rows, blocks, heads, 8), device=query.device)
-    each = 4 if codec.kv_heads * blocks * rows > MANY_QUERIES else 1
+    each = 4 if codec.kv_heads * blocks * rows > choices.many_queries else 1
     query_kernel[(codec.kv_heads, triton.cdiv(blocks, each), rows)](
         query, cos, sin, layer.vectors, framed, const, dim, blocks, heads, rows, scale,
         GROUP=group, G=triton.next_power_of_2(group), D=triton.next_power_of_2(dim), DIM=dim,
@@ -307,7 +303,7 @@ def _pages(
     latent = torch.empty((codec.kv_heads, rows, group, layer.rank), dtype=torch.float16, device=device)
     share = torch.empty((rows, heads, 2), device=device)
     meet()
-    together = next(size for least, size in TOGETHER if found.splits >= least)
+    together = 8 if found.splits < choices.most_splits else 32
     if found.splits < choices.many_splits or rows * units * parts > FEW_ROWS:
         together = 1
     tile, warps = (choices.combine_tile, choices.combine_warps) if together == 1 else (16, 8 if together == 8 else 16)

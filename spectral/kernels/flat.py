@@ -33,6 +33,19 @@ def _ask_chunk(copies, chunk, chunks, lane):
 
 
 @triton.jit
+def _ask_first(copies, chunks, lane):
+    """Ask for what a warp has before it begins."""
+    for chunk in tl.static_range(STAGES - 1):
+        _ask_chunk(copies, chunk, chunks, lane)
+
+
+@triton.jit
+def _cell_counts(p):
+    """Of the four planes."""
+    return tl.load(p), tl.load(p + 1), tl.load(p + 2), tl.load(p + 3)
+
+
+@triton.jit
 def _copies(held, pages, start, lane):
     """As spectral.kernels.score has them. start: where the lane's page begins in the pool."""
     quarter = lane % 4 * 16
@@ -152,9 +165,32 @@ def _sum_page(total, u, v, WARPS: tl.constexpr, FAST: tl.constexpr):
     return total
 
 
+@triton.jit
+def _leave(
+    c, shift0, shift1, number, count, blk, place, max_ptr, total_ptr, block, pages_max, i,
+    SOFTCAP: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Weights of a block, their sums and what they are relative to. number: of the lane's first page in the block;
+    place: where the row's weights are left; block: the block's number among all."""
+    g, t = i % 32 // 4, i % 4
+    here, next = number < count, number + 1 < count
+    u0, u1, top0 = _weights(c, 0, shift0, here, next, SOFTCAP, WARPS, FAST)
+    v0, v1, top1 = _weights(c, 2, shift1, here, next, SOFTCAP, WARPS, FAST)
+    store_weights(place, pages_max, blk * (8 * WARPS) + number, g, t, u0, u1, v0, v1, 16, True, FAST)
+    total = (tl.zeros([32 * WARPS], tl.float32),) * 4
+    total = _sum_page(_sum_page(total, u0, v0, WARPS, FAST), u1, v1, WARPS, FAST)
+    at = (block * WARPS + i // 32) * 16 + g
+    tl.store(max_ptr + at, top0, mask=t == 0)
+    tl.store(max_ptr + at + 8, top1, mask=t == 0)
+    tl.store(total_ptr + at, total[0] * 16777216.0, mask=t == 0)
+    tl.store(total_ptr + at + 8, total[2] * 16777216.0, mask=t == 0)
+
+
 @triton.jit(
-    do_not_specialize=["table_stride", "page_nbytes", "runs", "blocks", "pages_max", "units", "heads", "entry_stride", "each"]
-)
+    do_not_specialize=[
+        "table_stride", "page_nbytes", "runs", "blocks", "pages_max", "units", "heads", "entry_stride", "each",
+    ]
+)  # fmt: skip
 def flat_score_kernel(
     q_ptr, const_ptr, pages_ptr, table_ptr, count_ptr, unit_ptr, cells_ptr, entry_ptr, entries_ptr,
     weight_ptr, max_ptr, total_ptr,
@@ -164,8 +200,8 @@ def flat_score_kernel(
     """Some blocks (8 pages a warp) of one sequence, unit and 16 of its query heads, one after another.
 
     Arguments as spectral.kernels.score has them, but entry_ptr, entries_ptr: LayerTables.whole and .wholes. Weights are
-    relative to the largest score of a warp's eight pages: max_ptr, and total_ptr, sums of their weights: fp32 [sequence,
-    unit, head groups, blocks * WARPS, 16]. each: blocks of a program.
+    relative to the largest score of a warp's eight pages: max_ptr, and total_ptr, sums of their weights: fp32
+    [sequence, unit, head groups, blocks * WARPS, 16]. each: blocks of a program.
     """
     P: tl.constexpr = 16
     PB: tl.constexpr = 8 * WARPS
@@ -187,20 +223,15 @@ def flat_score_kernel(
         head = tl.load(unit_ptr + unit * 4)
         own = tl.load(unit_ptr + unit * 4 + 1)
         pages = pages_ptr + tl.load(unit_ptr + unit * 4 + 2)
-        cells = ()
-        for s in tl.static_range(4):
-            cells = cells + (tl.load(cells_ptr + unit * 4 + s),)
-        entries = tl.load(entries_ptr + unit)
+        cells, entries = _cell_counts(cells_ptr + unit * 4), tl.load(entries_ptr + unit)
         head0, head1 = head + tl.minimum(part * 16 + g, own - 1), head + tl.minimum(part * 16 + g + 8, own - 1)
         mine = i // 32 * 8
-        number = mine + 2 * t
         where = (seq * units + unit) * GROUPS + part
         place = (weight_ptr + where.to(tl.int64) * pages_max * (16 * P)).to(tl.pointer_type(tl.int32))
         ids = table_ptr + seq * table_stride
         start = page_start(ids + b0 * PB, mine + g, count - b0 * PB, page_nbytes)
         if FAST:
-            for chunk in tl.static_range(STAGES - 1):
-                _ask_chunk(_copies(held, pages, start, lane), chunk, chunks, lane)
+            _ask_first(_copies(held, pages, start, lane), chunks, lane)
         for blk in range(b0, b1):
             here = count - blk * PB
             after = tl.load(ids + tl.minimum((blk + 1) * PB + mine + g, count - 1)).to(tl.int64) * page_nbytes
@@ -224,17 +255,9 @@ def flat_score_kernel(
             if blk + 1 < b1:
                 start = after
                 if FAST:
-                    for chunk in tl.static_range(STAGES - 1):
-                        _ask_chunk(_copies(held, pages, start, lane), chunk, chunks, lane)
+                    _ask_first(_copies(held, pages, start, lane), chunks, lane)
                     _query_nearer(q_ptr, head, own, part, row + GROUP, q_head_stride, runs, i, GROUP, WARPS)
-            now, next = number < here, number + 1 < here
-            u0, u1, top0 = _weights(c, 0, mean0 - k0, now, next, SOFTCAP, WARPS, FAST)
-            v0, v1, top1 = _weights(c, 2, mean1 - k1, now, next, SOFTCAP, WARPS, FAST)
-            store_weights(place, pages_max, blk * PB + number, g, t, u0, u1, v0, v1, P, True, FAST)
-            total = (tl.zeros([32 * WARPS], tl.float32),) * 4
-            total = _sum_page(_sum_page(total, u0, v0, WARPS, FAST), u1, v1, WARPS, FAST)
-            at = ((where * blocks + blk) * WARPS + i // 32) * 16 + g
-            tl.store(max_ptr + at, top0, mask=t == 0)
-            tl.store(max_ptr + at + 8, top1, mask=t == 0)
-            tl.store(total_ptr + at, total[0] * 16777216.0, mask=t == 0)
-            tl.store(total_ptr + at + 8, total[2] * 16777216.0, mask=t == 0)
+            _leave(
+                c, mean0 - k0, mean1 - k1, mine + 2 * t, here, blk, place, max_ptr, total_ptr, where * blocks + blk,
+                pages_max, i, SOFTCAP, WARPS, FAST,
+            )  # fmt: skip

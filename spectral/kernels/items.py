@@ -67,8 +67,8 @@ def _part(p, NBYTES: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def lane_rows(base, id, page_nbytes, BITS: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr):
-    """Words of a lane's rows: part after part, each of a page or (rows of eight and more) a quarter; parts of one or two bytes
-    have a word each. base: pointer to the lane's bytes in page 0."""
+    """Words of a lane's rows: part after part, each of a page or (rows of eight and more) a quarter; parts of one or
+    two bytes have a word each. base: pointer to the lane's bytes in page 0."""
     NBYTES: tl.constexpr = part_nbytes(BITS, KIND)
     x = ()
     for i in tl.static_range(len(id)):

@@ -178,7 +178,8 @@ def factor_kernel(
     split's largest. SB blocks at a time.
 
     factor_ptr: int32 [sequence, unit, head groups, blocks, 16]; top_ptr: fp32 [sequence, split, unit, head groups,
-    16]. ROUND: blocks that are there if one of them is. TOTALS: from sums of blocks' weights, total_ptr, laid out as max_ptr is, a split's: sum_ptr, as top_ptr.
+    16]. ROUND: blocks that are there if one of them is. TOTALS: from the sums of blocks' weights, total_ptr, laid out
+    as max_ptr is, a split's, sum_ptr, as top_ptr.
     """
     unit = tl.program_id(0)  # and head group
     split = tl.program_id(1)

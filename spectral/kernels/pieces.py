@@ -1,10 +1,10 @@
-"""Sums of packed values with weights, over tokens, for pages whose rows are tokens: a program takes a split of a sequence
-and a unit, each of its warps some of the unit's latents.
+"""Sums of packed values with weights, over tokens, for pages whose rows are tokens: a program takes a split of a
+sequence and a unit, each of its warps some of the unit's latents.
 
 A piece is eight or sixteen quarters of cells that lie together in a page, one or two columns of the matrix instruction
 each. A warp sums one piece after another over all pages of the split; the weights, which all warps of a program read,
-come from the first-level cache. Pieces differ in the size of their fields and warps in their pieces, so the loop over them is
-one text of PTX (`_pieces_text`); the interpreter does the same sums in plain Triton.
+come from the first-level cache. Pieces differ in the size of their fields and warps in their pieces, so the loop over
+them is one text of PTX (`_pieces_text`); the interpreter does the same sums in plain Triton.
 
 Codes are asked for eight pages before they are multiplied, into registers, and weights twelve to sixteen, into shared
 memory. Pages' ids go through a few words of shared memory a warp, sixteen at a time.
@@ -64,7 +64,8 @@ def _words(bits: int) -> int:
 
 @triton.constexpr_function
 def _ask_codes(bits: int, eights: int, slot: int) -> list[str]:
-    """Ask for a lane's rows of the page whose id is in i0 to i3, into a slot of the eight that a warp has in registers."""
+    """Ask for a lane's rows of the page whose id is in one of i0 to i3, into a slot of the eight that a warp has in
+    registers."""
     words = _words(bits)
     lines = [f"mad.wide.u32 at, i{slot % 4}, $4, base;"]
     for eight in range(eights):
@@ -171,11 +172,11 @@ def _piece(kind: int) -> list[str]:
 
 @triton.constexpr_function
 def _pieces_text() -> str:
-    """A warp's pieces. Operands: 0 out, unused; 1: the lane's weights of the first page; 2: the pages' ids; 3: the pool;
-    4: bytes of a page; 5: the warp's first piece; 6: how many; 7: sixteens of pages; 8: the last page that there is; 9:
-    where heads g and columns 2 t begin; 10: bytes from there to heads g + 8; 11: the first eight pages' factors of heads
-    g; 12: 128 bytes of shared memory of the warp; 13: the lane; 14: where the lane's weights of sixteen pages come to
-    lie in shared memory."""
+    """A warp's pieces. Operands: 0 out, unused; 1: the lane's weights of the first page; 2: the pages' ids; 3: the
+    pool; 4: bytes of a page; 5: the warp's first piece; 6: how many; 7: sixteens of pages; 8: the last page that there
+    is; 9: where heads g and columns 2 t begin; 10: bytes from there to heads g + 8; 11: the first eight pages' factors
+    of heads g; 12: 128 bytes of shared memory of the warp; 13: the lane; 14: where the lane's weights of sixteen pages
+    come to lie in shared memory."""
     lines = [
         "{",
         ".reg .pred p;",

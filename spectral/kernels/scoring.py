@@ -1,5 +1,5 @@
-"""How packed pages are read (spectral.kernels.decode): weights by blocks, or by shares of them where blocks are few, and
-sums with those; or both in one launch, where rows are tokens."""
+"""How packed pages are read (spectral.kernels.decode): weights by blocks, or by shares of them where blocks are few,
+and sums with those; by kernels of their own where rows are tokens."""
 
 from __future__ import annotations
 

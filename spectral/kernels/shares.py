@@ -130,7 +130,8 @@ def _cells(
 @triton.jit
 def _strip(
     c, off, cells, held, page, copies, chunks, held_q, q0, q1, ops, e, lane,
-    BITS: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, WARPS: tl.constexpr, HOLD: tl.constexpr, FAST: tl.constexpr,
+    BITS: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, WARPS: tl.constexpr, HOLD: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
     """Add a class's plane to the scores of its rows, chunk after chunk.
 
@@ -238,8 +239,8 @@ def share_kernel(
             if off & (2 ** chunk_log2(CLASSES) - 1) != 0:  # a chunk that another share begins
                 _next_chunk(copies, off >> chunk_log2(CLASSES), chunks, lane, CLASSES)
         c = _all_strips(
-            own + 4, off, held + g * page_pitch(CLASSES) + behind(page), page, copies, chunks, held_q + g * 32 + t * 8, q0, q1,
-            entry + t * 4, lane, CLASSES, P, 1, HOLD, FAST,
+            own + 4, off, held + g * page_pitch(CLASSES) + behind(page), page, copies, chunks, held_q + g * 32 + t * 8,
+            q0, q1, entry + t * 4, lane, CLASSES, P, 1, HOLD, FAST,
         )  # fmt: skip
         where = (((seq * units + unit) * GROUPS + part) * octets + octet) * SHARES + share
         out = sum_ptr + where.to(tl.int64) * (128 * P) + lane

@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 from spectral.basis import Unit, side_numbers
-from spectral.bits import CHANNEL_GROUP, WIDTHS, allocate, frequency_classes, gaussian_step, gaussian_tables, row_classes
+from spectral.bits import (
+    CHANNEL_GROUP,
+    WIDTHS,
+    allocate,
+    frequency_classes,
+    gaussian_step,
+    gaussian_tables,
+    row_classes,
+)
 from spectral.codec import LayerCodec
 from spectral.fit import preferred
 from spectral.frames import BlockFrame

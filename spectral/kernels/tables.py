@@ -29,8 +29,8 @@ SCORE_CHUNK = 256
 
 
 def step_entries(classes: int) -> int:
-    """Entries that score_kernel multiplies with at once, of pages with so many classes: a chunk has two cells of sixteen
-    rows and four bits, and a few of fewer rows."""
+    """Entries that score_kernel multiplies with at once, of pages with so many classes: a chunk has two cells of
+    sixteen rows and four bits, and a few of fewer rows."""
     return 2 if classes == 1 else 4
 
 
@@ -59,8 +59,8 @@ class LayerTables:
             (four fp16; 0 for padding), 32 times the run's first latent, 0.
         stepped: int32 [units, entries, 4, 4]: `entry` for score_kernel: by unit, with empty ones where what a chunk of
             a page has of a strip does not fill its last step, and behind a unit's last.
-        whole: int32 [units, entries, 4, 4]: `entry` for flat_score_kernel, of pages whose rows are tokens: by unit, the last
-            word 1 where fields have four bits; wholes: int32 [units]: how many a unit has.
+        whole: int32 [units, entries, 4, 4]: `entry` for flat_score_kernel, of pages whose rows are tokens: by unit, the
+            last word 1 where fields have four bits; wholes: int32 [units]: how many a unit has.
         share: int32 [units, SHARES, 4 + 4 C]: a unit's cells in SHARES parts of about equal work: offset of the part's
             first cell in the unit's page, of its end, its first entry, how many entries it has, and how many cells of
             every strip, by class and plane.
@@ -235,7 +235,7 @@ def _pieces(planes: list[list[tuple[int, int, int, int]]]) -> tuple[np.ndarray, 
 def _shared_out(planes: list[tuple[int, int, int, int]]) -> list[list[tuple[int, ...]]]:
     """A unit's pieces by warp. Of those of sixteen quarters, which read their weights once for twice the work, as many
     are halved as make the longest warp's share shorter."""
-    best: list[list[tuple[int, ...]]] = []
+    shares: list[tuple[float, list[list[tuple[int, ...]]]]] = []  # the longest warp's work, and who has what
     for halved in range(1 + sum(quarters // 9 + 1 for _, _, _, quarters in planes)):
         warps: list[list[tuple[int, ...]]] = [[] for _ in range(PIECE_WARPS)]
         load = [0.0] * PIECE_WARPS
@@ -243,9 +243,8 @@ def _shared_out(planes: list[tuple[int, int, int, int]]) -> list[list[tuple[int,
             least = load.index(min(load))
             warps[least].append(piece)
             load[least] += cost
-        if not halved or max(load) < shortest:
-            best, shortest = warps, max(load)
-    return best
+        shares.append((max(load), warps))
+    return min(shares, key=lambda one: one[0])[1]
 
 
 def _cut(planes: list[tuple[int, int, int, int]], halved: int) -> list[tuple[float, tuple[int, ...]]]:

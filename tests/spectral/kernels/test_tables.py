@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 from spectral.basis import holding
-from spectral.bits import CHANNEL_GROUP, FIELDS, WIDTHS, frequency_classes
+from spectral.bits import CHANNEL_GROUP, FIELDS, WIDTHS, frequency_classes, row_classes
 from spectral.kernels.cells import SHARED, held_runs
 from spectral.kernels.classes import class_rows, first_row, strip_bits, strip_class, strip_order
+from spectral.kernels.flat import ENTRIES, STAGES
+from spectral.kernels.pieces import PIECE_KINDS
 from spectral.kernels.score import CHUNK, OPERAND, STAGE, block_runs
-from spectral.kernels.tables import RUN_SLACK, layer_tables
+from spectral.kernels.tables import PIECE_WARPS, RUN_SLACK, layer_tables, step_entries
 from spectral.layout import PLANE_ORDER, PLANES, PageLayout, page_layout
 
 
@@ -39,16 +41,18 @@ def codec_of(layouts: list[PageLayout], sides: list[str] | None = None) -> Any:
     )
 
 
+@pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("page", [8, 16])
 @pytest.mark.parametrize("seed", range(6))
-def test_strips_lie_in_the_order_in_which_the_kernel_reads_them(page: int, seed: int) -> None:
-    classes = len(frequency_classes(page))
+def test_strips_lie_in_the_order_in_which_the_kernel_reads_them(page: int, seed: int, flat: bool) -> None:
+    classes = 1 if flat else len(frequency_classes(page))
     layout = page_layout(random_widths(classes, 9, seed), page)
     found = [(strip.bits, strip.number) for strip in layout.strips]
     order = [(strip_bits(classes, s), strip_class(classes, s)) for s in range(4 * classes)]
     assert order == strip_order(classes)
     assert found == [kind for kind in order if kind in found]
-    assert all(len(rows) == class_rows(c) and rows[0] == first_row(c) for c, rows in enumerate(frequency_classes(page)))
+    for number, rows in enumerate(row_classes(page, classes)):
+        assert len(rows) == class_rows(number, classes, page) and rows[0] == first_row(number, classes)
     ends = [0, *(strip.stop for strip in layout.strips)]
     assert [strip.start for strip in layout.strips] == ends[:-1], "a strip begins where the one before it ends"
 
@@ -75,9 +79,11 @@ def test_entries_of_a_unit_follow_each_other_in_the_order_of_its_cells() -> None
     assert len(entry) == at + RUN_SLACK and not tables.entry[at:].any()
 
 
+@pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("page", [8, 16])
-def test_steps_of_entries_never_cross_the_end_of_a_chunk_or_strip(page: int) -> None:
-    classes = len(frequency_classes(page))
+def test_steps_of_entries_never_cross_the_end_of_a_chunk_or_strip(page: int, flat: bool) -> None:
+    classes = 1 if flat else len(frequency_classes(page))
+    step = step_entries(classes)
     layouts = [page_layout(random_widths(classes, runs, runs), page) for runs in (3, 23)]
     tables = layer_tables(codec_of(layouts))
     own = tables.entry
@@ -86,15 +92,15 @@ def test_steps_of_entries_never_cross_the_end_of_a_chunk_or_strip(page: int) -> 
         for strip in layout.strips:
             width = 2 if strip.bits == 1 else 1
             cell = 0
-            while cell < strip.cells:  # what the kernel does: steps of STEP entries to the end of the chunk or strip
+            while cell < strip.cells:  # what the kernel does: steps of some entries to the end of the chunk or strip
                 end = (strip.start + cell * strip.cell_nbytes) // int(CHUNK) * int(CHUNK) + int(CHUNK)
                 here = min(strip.cells - cell, (end - strip.start) // strip.cell_nbytes - cell)
                 assert (tables.stepped[unit, at : at + here * width] == own[: here * width]).all()
-                steps = -(-here * width // int(STEP))
-                assert not tables.stepped[unit, at + here * width : at + steps * int(STEP)].any()
-                at, own, cell = at + steps * int(STEP), own[here * width :], cell + here
+                steps = -(-here * width // step)
+                assert not tables.stepped[unit, at + here * width : at + steps * step].any()
+                at, own, cell = at + steps * step, own[here * width :], cell + here
         rest = tables.stepped[unit, at:]
-        assert len(rest) >= 2 * int(STEP) and not rest.any()
+        assert len(rest) >= 2 * step and not rest.any()
 
 
 @pytest.mark.parametrize(
@@ -103,10 +109,65 @@ def test_steps_of_entries_never_cross_the_end_of_a_chunk_or_strip(page: int) -> 
 )
 def test_a_block_holds_its_query_only_where_it_fits(runs: int, warps: int) -> None:
     room = block_runs(runs, warps, 5)
-    rings = warps * 2 * int(STAGE) + 2 * int(STEP) * int(OPERAND)
+    rings = warps * 2 * int(STAGE) + 2 * step_entries(5) * int(OPERAND)
     assert rings <= SHARED, "without the query it must fit"
     assert room == 0 or (room >= runs and room * 512 + rings <= SHARED)
     assert room or runs * 512 + rings > SHARED
+
+
+def test_cells_of_sixteen_rows_never_cross_the_end_of_a_chunk() -> None:
+    for seed in range(6):
+        for strip in page_layout(random_widths(1, 11, seed), 16).strips:
+            for start in range(strip.start, strip.stop, strip.cell_nbytes):
+                assert start // int(CHUNK) == (start + strip.cell_nbytes - 1) // int(CHUNK)
+
+
+def test_what_a_flat_block_has_in_shared_memory_fits() -> None:
+    assert 4 * int(STAGES) * int(STAGE) + int(ENTRIES) * int(OPERAND) <= SHARED
+
+
+def test_entries_of_flat_pages_say_which_have_two_fields_together() -> None:
+    layouts = [page_layout(random_widths(1, runs, seed), 16) for runs, seed in ((7, 1), (12, 2))]
+    tables = layer_tables(codec_of(layouts))
+    for unit, layout in enumerate(layouts):
+        own = tables.whole[unit]
+        at = 0
+        for strip in layout.strips:
+            size = strip.cells * (2 if strip.bits == 1 else 1)
+            assert list(own[at : at + len(strip.runs), 0, 2] // 32) == list(strip.runs)
+            assert (own[at : at + size, :, 3] == (strip.bits == 4)).all()
+            at += size
+        assert tables.wholes[unit] == at and not own[at:].any()
+    plain = tables.entry[: tables.wholes.sum()].copy()
+    plain[..., 3] = np.concatenate([own[:count, :, 3] for own, count in zip(tables.whole, tables.wholes, strict=True)])
+    together = np.concatenate([own[:count] for own, count in zip(tables.whole, tables.wholes, strict=True)])
+    assert (plain == together).all(), "the same factors as for the other kernels"
+
+
+@pytest.mark.parametrize("runs", [1, 2, 3, 11, 32])
+def test_pieces_cover_every_quarter_of_every_cell_once(runs: int) -> None:
+    """Two units; whatever is summed lies where combine_kernel looks for it, and warps have about equal work."""
+    layouts = [page_layout(random_widths(1, runs, seed), 16) for seed in (runs, runs + 1)]
+    tables = layer_tables(codec_of(layouts))
+    assert tables.piece.shape[:2] == tables.pieces.shape == (2, PIECE_WARPS)
+    for unit, (layout, start) in enumerate(zip(layouts, (0, layouts[0].nbytes), strict=True)):
+        planes = {strip.bits: (start + strip.start, strip) for strip in layout.strips}
+        seen: dict[int, list[int]] = {bits: [] for bits in planes}
+        loads = [0] * PIECE_WARPS
+        for warp in range(PIECE_WARPS):
+            for kind, offset, column, quarters in tables.piece[unit, warp, : tables.pieces[unit, warp]]:
+                bits, eights = PIECE_KINDS[kind]
+                first, _ = planes[bits]
+                quarter = (offset - first) // (16 * max(1, bits // 2))
+                assert (offset - first) % (16 * max(1, bits // 2)) == 0
+                assert 0 < quarters <= 8 * eights
+                seen[bits] += range(quarter, quarter + quarters)
+                base = int(tables.piece[unit, ..., 2][tables.piece[unit, ..., 1] == first].min())
+                assert column == base + quarter * (8 if bits == 1 else 4), "columns follow quarters"
+                loads[warp] += eights * (2 if bits == 1 else 1)
+        for bits, (_, strip) in planes.items():
+            assert sorted(seen[bits]) == list(range(4 * strip.cells))
+        assert max(loads) <= sum(loads) / PIECE_WARPS + 3
 
 
 @pytest.mark.parametrize("nbytes", [0, 3840, 47 * 1024])
