@@ -1,6 +1,7 @@
 """Decode attention on codes beside bf16 attention on a GPU: time, bytes read, and error against float64.
 
-    python bench/kernels.py [--settings 8x,16x] [--prefer quality,speed] [--cases 8x32768,32x32768,1x131072,32x4096]
+    python bench/kernels.py [--settings 8x,16x] [--prefer quality,balanced,speed]
+        [--cases 8x32768,32x32768,1x131072,32x4096]
         [--json FILE] [--plot FILE]
 
 One layer of 32 query and 8 KV heads of 128 (--shape changes it), with a synthetic spectrum and the bits that a setting
@@ -112,7 +113,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", default="8x,16x")
-    parser.add_argument("--prefer", default="quality,speed", help="what profiles of these settings are made for")
+    kinds = "quality,balanced,speed"
+    parser.add_argument("--prefer", default=kinds, help="what profiles of these settings are made for")
     parser.add_argument("--cases", default="8x32768,32x32768,1x131072,32x4096", help="rows x context")
     parser.add_argument("--shape", default="32x8x128", help="query heads x KV heads x head dimension")
     parser.add_argument("--check", action="store_true", help="only the error of a small layer; runs without a GPU")
