@@ -79,7 +79,8 @@ class LayerKernels:
         self.tables = tables.to(device)
         self.outputs, self.classes = tables.outputs, len(units[0].class_deviation)
         self.items = len(tables.item)
-        self.flat = self.classes == 1 and codec.page_tokens == 16 and int(tables.wholes.max()) <= int(ENTRIES)
+        most = max(unit.channels for unit in units)  # of any setting: a squeeze must not wait for a compiler
+        self.flat = self.classes == 1 and codec.page_tokens == 16 and most <= 16 * int(ENTRIES)
         """Whether the kernels for pages whose rows are tokens serve."""
         self.key_rank, self.rank = tables.key_offset.shape[2], tables.offset.shape[2]
 

@@ -18,7 +18,8 @@ from spectral.kernels.weights import largest, over_quad, quad, softcapped, store
 from spectral.kernels.words import four_words
 
 ENTRIES = tl.constexpr(40)
-"""Entries of the table for whose operands shared memory has room; what has more is left to spectral.kernels.score."""
+"""Entries of the table for whose operands shared memory has room. Of a block that has more they are made plane by
+plane: a plane has at most one for every run of latents. (Units of more runs are left to spectral.kernels.score.)"""
 
 STAGES = tl.constexpr(3)
 """Chunks of its eight pages that a warp has in shared memory."""
@@ -74,6 +75,14 @@ def _make_operands(made, q0, q1, ops, count, i, WARPS: tl.constexpr):
 
 
 @triton.jit
+def _remake_operands(made, q0, q1, ops, count, i, WARPS: tl.constexpr):
+    """The same in place of what all warps have multiplied with."""
+    tl.debug_barrier()
+    _make_operands(made, q0, q1, ops, count, i, WARPS)
+    tl.debug_barrier()
+
+
+@triton.jit
 def _query_nearer(
     q_ptr, head, own, part, row, head_stride, runs, i, GROUP: tl.constexpr, WARPS: tl.constexpr
 ):  # fmt: skip
@@ -85,10 +94,11 @@ def _query_nearer(
 
 @triton.jit
 def _strip(
-    c, off, cells, held, page, copies, chunks, made, ops, q0, q1, lane,
+    c, off, cells, held, page, copies, chunks, made, ops, entry, q0, q1, lane,
     BITS: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Add a plane's cells to the scores. off: of the first in the page; made, ops: of its first entry."""
+    """Add a plane's cells to the scores. off: of the first in the page; made: where its first operands lie; entry: the
+    number of its first entry."""
     U: tl.constexpr = max(1, BITS // 2)
     RUNS: tl.constexpr = 2 if BITS == 1 else 1
     quarter = lane % 4 * (16 * U)
@@ -104,22 +114,29 @@ def _strip(
             c = score_rows(c, quarter_rows(at, page, BITS, 16, True), a, BITS, 16, WARPS, True, BITS == 4)
             made += RUNS * OPERAND
         else:
-            c = plain_cell(c, page + (off + quarter), ops, q0, q1, BITS, 16, WARPS)
-            ops += 16 * RUNS
+            c = plain_cell(c, page + (off + quarter), ops + 16 * entry, q0, q1, BITS, 16, WARPS)
+            entry += RUNS
         off += 64 * U
-    return c, off, made, ops
+    if FAST:
+        entry += RUNS * cells
+    return c, off, made, entry
 
 
 @triton.jit
 def _all_strips(
-    cells, held, page, copies, chunks, made, ops, q0, q1, lane, WARPS: tl.constexpr, FAST: tl.constexpr
+    cells, entries, held, page, copies, chunks, made, ops, q0, q1, i, WARPS: tl.constexpr, FAST: tl.constexpr
 ):  # fmt: skip
     """Sums of fields and operands, 4 numbers a token (heads g and g + 8, pages 2 t and 2 t + 1)."""
     c = (tl.zeros([32 * WARPS], tl.float32),) * 64
     off = tl.full([], 0, tl.int32)
+    at, entry = made, tl.full([], 0, tl.int32)
     for s in tl.static_range(4):
-        c, off, made, ops = _strip(
-            c, off, cells[s], held, page, copies, chunks, made, ops, q0, q1, lane, 8 >> s, WARPS, FAST
+        if FAST:  # noqa: SIM102 (a constant and a tensor)
+            if entries > ENTRIES:
+                _remake_operands(made, q0, q1, ops + 16 * entry, cells[s] * (2 if s == 3 else 1), i, WARPS)
+                at = made
+        c, off, at, entry = _strip(
+            c, off, cells[s], held, page, copies, chunks, at, ops, entry, q0, q1, i % 32, 8 >> s, WARPS, FAST
         )
     return c
 
@@ -240,17 +257,15 @@ def flat_score_kernel(
             q1 = query_row(q_ptr, head1, row, q_head_stride, runs, GROUP) + 4 * t
             const = const_ptr + (seq * blocks + blk).to(tl.int64) * (heads * 8)
             ops = entry_ptr + unit * entry_stride + t * 4
-            if FAST:
-                if blk > b0:
-                    tl.debug_barrier()  # all warps have multiplied with the last block's operands
-                _make_operands(made, q0, q1, ops, entries, i, WARPS)
-                tl.debug_barrier()
+            if FAST:  # noqa: SIM102 (a constant and a tensor)
+                if entries <= ENTRIES:
+                    _remake_operands(made, q0, q1, ops, entries, i, WARPS)
             k0, k1 = tl.load(const + head0 * 8), tl.load(const + head1 * 8)
             mean0, mean1 = tl.load(const + head0 * 8 + 7), tl.load(const + head1 * 8 + 7)
             page = pages + start
             c = _all_strips(
-                cells, held + g * PITCH + behind(page), page, _copies(held, pages, start, lane), chunks,
-                made, ops, q0, q1, lane, WARPS, FAST,
+                cells, entries, held + g * PITCH + behind(page), page, _copies(held, pages, start, lane), chunks,
+                made, ops, q0, q1, i, WARPS, FAST,
             )  # fmt: skip
             if blk + 1 < b1:
                 start = after
