@@ -30,6 +30,9 @@ VARIABLE = "SPECTRAL_ATTENTION"
 READ = "read"
 """The task of decoding; spectral.code_dispatch has others."""
 
+READ_TOKENS = {False: "read untransformed", True: "read large untransformed"}
+"""The same of kernels for pages whose rows are tokens, and those with many entries (spectral.kernels.flat)."""
+
 _trusted: dict[tuple[torch.device, str], bool] = {}
 """Devices and tasks in which the kernels were compared, and whether they were right."""
 
@@ -60,7 +63,12 @@ def kernels_for(codec: PageCodec | None, window: int, group: int, dtype: torch.d
     found: LayerKernels | None = codec.__dict__.get("_kernels")
     if found is None:
         found = codec.__dict__["_kernels"] = LayerKernels(codec.twin())
-    return found if trusted(codec.units[0].mean.device, READ, partial(_fault, found, group, dtype)) else None
+    device, fault = codec.units[0].mean.device, partial(_fault, found, group, dtype)
+    if found.flat:
+        if trusted(device, READ_TOKENS[found.many], fault, "those for transformed ones serve"):
+            return found
+        found.flat = False
+    return found if trusted(device, READ, fault) else None
 
 
 def _fault(kernels: LayerKernels, group: int, dtype: torch.dtype) -> str:
@@ -86,19 +94,21 @@ def wanted(device: torch.device, task: str) -> bool:
     return True
 
 
-def trusted(device: torch.device, task: str, compare: Callable[[], str]) -> bool:
+def trusted(
+    device: torch.device, task: str, compare: Callable[[], str], instead: str = "the reference serves"
+) -> bool:
     """Whether the kernels may do a task on a device: forced, or once compared there. `compare` says what is wrong with
-    their answer, "" if nothing."""
+    their answer, "" if nothing; `instead`, for the log, what serves then."""
     if attention_choice() == "triton":
         return True
     if (device, task) not in _trusted:
         try:
             with launching(device):
                 fault = compare()
-        except Exception as failure:  # whatever a compiler or a driver raises: the reference serves
+        except Exception as failure:  # whatever a compiler or a driver raises
             fault = f"they do not run: {failure}"
         if fault:
-            log.warning("the kernels that %s pages are not used on this device; the reference serves: %s", task, fault)
+            log.warning("the kernels that %s pages are not used on this device; %s: %s", task, instead, fault)
         _trusted[device, task] = not fault
     return _trusted[device, task]
 

@@ -116,6 +116,7 @@ def test_decoding_on_codes_equals_the_reference(
         (4, 16, 3, MIXED, 8, None, [2, 100], True, 2, True, 16),
         (4, 16, 3, MIXED, 8, None, [2, 100], False, 2, True, 16),
         (2, 32, 2, MIXED, 8, None, [2, 100], True, 2, True, 8),
+        (2, 160, 2, [6, 3, 6], 16, None, [100], False, 1, True, 16),
         (2, 32, 2, MIXED, 8, None, [2, 100], False, 2, True, 8),
     ],
 )
@@ -318,6 +319,34 @@ def test_a_device_is_trusted_after_a_comparison_only(
             found = dispatch.kernels_for(codec, 32, 2, torch.float32)
             assert (found is None) == (word is not None)
         assert word is None or word in caplog.text
+
+
+def test_kernels_for_tokens_are_compared_by_themselves(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where they are wrong, those for transformed pages serve; settings of many entries are compared on their own."""
+    flat, transformed, large = (
+        store_of(2, dim, 2, widths, 8, apart=True, flat=flat).codebook.layers[0]
+        for dim, widths, flat in ((16, [4], True), (16, [4], False), (160, [6, 3, 6], True))
+    )
+    monkeypatch.delenv("SPECTRAL_ATTENTION", raising=False)
+    monkeypatch.setattr(dispatch, "able", lambda device: True)
+    monkeypatch.setattr(dispatch, "_trusted", {})
+    asked = []
+
+    def answer(kernels: LayerKernels, *_: object) -> float:
+        asked.append((kernels.flat, kernels.many))
+        return 0.3 if kernels.flat and not kernels.many else 0.001
+
+    monkeypatch.setattr("spectral.kernels.check.relative_error", answer)
+    for _ in range(2):  # the second time the answers are known
+        found = dispatch.kernels_for(flat, 32, 2, torch.float32)
+        assert found is not None and not found.flat
+        assert dispatch.kernels_for(transformed, 32, 2, torch.float32) is not None
+        other = dispatch.kernels_for(large, 32, 2, torch.float32)
+        assert other is not None and other.flat and other.many
+    assert asked == [(True, False), (False, False), (True, True)]
+    assert "read untransformed pages are not used" in caplog.text and "transformed ones serve" in caplog.text
 
 
 def test_the_comparison_is_with_the_same_codes() -> None:
