@@ -144,7 +144,7 @@ def window_kernel(
         v += tl.load(v_ptr + new * VDIM + e[None, :], mask=fresh[:, None] & ve, other=0.0).to(tl.float32)
         top, total, mixed = _attend(q, k, v, held, top, total, mixed, SOFTCAP)
     if BITS < 16:
-        # Integers of 8 and 10 bits times a scale: fp16 leaves an eighth of what the ring itself has lost.
+        # Integers of 8 and 10 bits times a scale: fp16 loses a tenth of what the ring itself has lost, or less.
         q = q.to(tl.float16)
         for tile in range((ring + T - 1) // T):
             at = tile * T + tl.arange(0, T)

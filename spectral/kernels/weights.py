@@ -188,15 +188,16 @@ def store_column(place, pages_max, number, g, side, u, P: tl.constexpr, FLAT: tl
             at = slot + number * 128
         else:
             at = slot + number // 2 * 128 + number % 2 * 8
-        for quad in tl.static_range(P // 4):
-            store_word(at + 4 * quad, packed(u[4 * quad], u[4 * quad + 1], FAST), FAST)
-            store_word(at + 4 * quad + 1, packed(u[4 * quad + 2], u[4 * quad + 3], FAST), FAST)
+        for k in tl.static_range(P // 4):
+            store_word(at + 4 * k, packed(u[4 * k], u[4 * k + 1], FAST), FAST)
+            store_word(at + 4 * k + 1, packed(u[4 * k + 2], u[4 * k + 3], FAST), FAST)
     else:
         _store_column_classes(slot, pages_max, number, u, P, FAST)
 
 
 @triton.jit
 def _store_column_classes(slot, pages_max, number, u, P: tl.constexpr, FAST: tl.constexpr):
+    """One page's weights, class after class."""
     for row in tl.static_range(2):
         at = slot + (pages_max // 16 * row + number // 16) * 128 + (number % 16) // 4 * 4 + (number // 2) % 2
         store_half(at.to(tl.pointer_type(tl.float16)) + number % 2, u[row], FAST)
