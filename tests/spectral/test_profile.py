@@ -327,14 +327,18 @@ def test_an_interrupted_profile_goes_on(model: LoadedModel, profile: SpectralPro
     assert again.save(tmp_path / "a").read_bytes() == profile.save(tmp_path / "b").read_bytes()
 
 
-def test_one_forward_scores_what_the_store_shows_token_by_token(model: LoadedModel, profile: SpectralProfile) -> None:
+@pytest.mark.parametrize("of", ["profile", "flat"])
+def test_one_forward_scores_what_the_store_shows_token_by_token(
+    model: LoadedModel, of: str, request: pytest.FixtureRequest
+) -> None:
     from spectral.oneshot import score_oneshot
     from spectral.scoring import ExactPass, score_store
 
+    found: SpectralProfile = request.getfixturevalue(of)
     ids = ByteTokenizer()(TEXT)["input_ids"][:200]
     exact = ExactPass.run(model, ids)
-    for row in profile.ladder:
-        book = profile.codebook(row.name)
+    for row in found.ladder:
+        book = found.codebook(row.name)
         stepped, nbytes = score_store(exact, book, chunk=1)
         once = score_oneshot(exact, book)
         assert nbytes == pytest.approx(row.bytes_per_token(200))
