@@ -153,6 +153,8 @@ def test_a_profile_for_speed_comes_back(made: dict[str, SpectralProfile], tmp_pa
     loaded = SpectralProfile.load(path)
     assert loaded.content_hash == profile.content_hash and loaded.to_dict() == profile.to_dict()
     assert loaded.classes == as_stored(loaded).classes == 1 and loaded.to_dict()["transform"] == "none"
+    said = [("pages not transformed" in found.summary()) for found in made.values()]
+    assert said == [prefer == "speed" for prefer in made]
     for row in loaded.ladder:
         for layer, widths, bits in zip(
             loaded.layers, loaded.bits[row.name], loaded.bits_map(row.name), strict=True
