@@ -403,13 +403,14 @@ def test_what_is_not_for_quality_reads_fewer_fields_and_is_measured(
         assert store.bytes_per_token(400) == pytest.approx(row.bytes_per_token(400))
 
 
+@pytest.mark.parametrize("of", ["apart", "flat"])
 @pytest.mark.parametrize("side", ["key", "value"])
 def test_what_is_known_of_a_head_does_not_depend_on_the_bases(
-    apart: SpectralProfile, profile: SpectralProfile, side: str
+    of: str, profile: SpectralProfile, side: str, request: pytest.FixtureRequest
 ) -> None:
     """Mean and covariance are the text's; the metric is too, but for what regularises it."""
     for head in (0, 1):
-        ours, others = (made.get_projection(1, head, side) for made in (apart, profile))
+        ours, others = (made.get_projection(1, head, side) for made in (request.getfixturevalue(of), profile))
         np.testing.assert_allclose(ours.mean, others.mean, rtol=1e-5, atol=1e-6)
         assert np.linalg.norm(ours.covariance - others.covariance) < 2e-3 * np.linalg.norm(others.covariance)
         assert np.linalg.norm(ours.metric - others.metric) < 0.05 * np.linalg.norm(others.metric)

@@ -264,7 +264,7 @@ def test_saving_asks_for_an_open_row_and_all_of_its_tokens(tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("family, kind", [("gemma3", "8"), ("qwen3", "8 apart")])
+@pytest.mark.parametrize(("family", "kind"), [("gemma3", "8"), ("qwen3", "8 apart"), ("qwen3", "8 flat")])
 def test_with_links_a_row_continues_bit_for_bit_and_only_with_them(family: str, kind: str, tmp_path: Path) -> None:
     loaded = random_model(family)
     store = make_store(loaded, kind)
