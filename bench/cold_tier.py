@@ -26,7 +26,7 @@ import torch
 import zstandard
 
 from spectral.archive import archive_pages, restore_pages
-from spectral.bits import frequency_classes
+from spectral.bits import row_classes
 from spectral.codec import Codebook, LayerCodec
 from spectral.hf import LoadedModel, attending, load_model
 from spectral.link_fit import fit_links
@@ -61,7 +61,7 @@ def contexts(codec: LayerCodec, pages: torch.Tensor, bins: torch.Tensor | None) 
     size = level.abs()
     edges = torch.tensor([0.2, 0.4, 0.6, 0.8, 1.0, 1.3, 1.8])
     previous = torch.cat([torch.zeros_like(size[:1]), size[:-1]])
-    counts = torch.tensor([len(rows) for rows in frequency_classes(codec.page_tokens)])
+    counts = torch.tensor([len(rows) for rows in row_classes(codec.page_tokens, codec.classes)])
     classes = torch.arange(len(counts)).repeat_interleave(counts)
     out = {
         "order 0": torch.zeros_like(level, dtype=torch.long),

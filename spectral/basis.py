@@ -45,7 +45,8 @@ class Unit:
     Attributes:
         heads: first KV head and one past the last; mean: [D]; decode, encode: [D, R], encode^T decode = I;
         variance: [R] importance of the latents: expected loss in nats per token when one is dropped, descending.
-        deviation: [classes, R] standard deviation of the latents' page DCT in each frequency class.
+        deviation: [classes, R] standard deviation of the latents' page DCT in each frequency class; one class where
+            pages are not transformed (spectral.bits.row_classes).
         side: "both", "key" or "value": what x holds.
     """
 

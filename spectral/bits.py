@@ -5,8 +5,9 @@ A page holds P consecutive tokens of one unit (a group of KV heads, keys and val
 coefficients: R latents, each transformed over the page's tokens by an orthonormal DCT, so that row f of a page is
 frequency f. Rows are grouped into classes of neighbouring frequencies (`frequency_classes`); a class has one standard
 deviation and one width per latent. Where all rows are one class there is no transform, and row f is token f: that is
-how a profile for speed has it, and the number of classes says which (`row_classes`, `page_transform`). A coefficient of width w is a code in [0, 2^w): the index of a level of the width's
-uniform table, times the class's standard deviation. Tables are shared by everything in a profile.
+how a profile for speed has it, and the number of classes says which (`row_classes`, `page_transform`). A coefficient of
+width w is a code in [0, 2^w): the index of a level of the width's uniform table, times the class's standard deviation.
+Tables are shared by everything in a profile.
 """
 
 from __future__ import annotations

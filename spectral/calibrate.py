@@ -58,7 +58,8 @@ class SpectralProfiler:
         recent: latest tokens that stay exact.
         page_tokens: tokens that are packed together.
         ratios: the ladder's all-in ratios, finest first.
-        prefer: "quality" or "speed" (spectral.fit.PREFERENCES): what decodes fastest loses more at the same bytes.
+        prefer: "quality", "balanced" or "speed" (spectral.fit.PREFERENCES): what decodes faster loses more at the same
+            bytes.
         measure_tokens: tokens of held-back text on which the ladder is measured (a quarter of `tokens` at most), in
             windows of `measure_window` or the model's context; recall is measured on `recall_windows` of them
             (left out where the exact cache recalls nothing).

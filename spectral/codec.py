@@ -63,6 +63,11 @@ class LayerCodec(torch.nn.Module):
         if page_tokens < 8 or page_tokens & (page_tokens - 1):
             raise SettingError(f"page_tokens must be a power of two and at least 8, got {page_tokens}")
         self.frame, self.page_tokens, self.key_dim, self.value_dim = frame, page_tokens, key_dim, value_dim
+        counts = {len(table) for unit, widths in units for table in (unit.deviation, widths)}
+        if len(counts) != 1:
+            raise SettingError(f"the units of a layer have {sorted(counts)} classes; all must have the same")
+        self.classes: int = counts.pop()
+        """Classes of a page's rows (spectral.bits.row_classes)."""
         known: list[Any] = [None] * len(units) if finer is None else list(finer.units)
         self.units: torch.nn.ModuleList = torch.nn.ModuleList(
             UnitCodec(
@@ -77,11 +82,6 @@ class LayerCodec(torch.nn.Module):
             )
             for (unit, widths), like in zip(units, known, strict=True)
         )
-        counts = {len(np.asarray(widths)) for _, widths in units}
-        if len(counts) != 1:
-            raise SettingError(f"the units of a layer have {sorted(counts)} classes; they must have the same")
-        self.classes = counts.pop()
-        """Classes of a page's rows (spectral.bits.row_classes)."""
         held = [(unit.heads, unit.side) for unit, _ in units]
         try:
             self.kv_heads = covered_heads(held)

@@ -34,7 +34,7 @@ TABLE_SAMPLE = 2_000_000
 """Coefficients on which quantizer tables are fitted, at most."""
 
 SPEED_FIELD_BITS = 0.5
-"""What a field counts for beside its bits where quality is not preferred (spectral.bits.allocate; docs/codec-research.md)."""
+"""What a field counts for beside its bits where quality is not preferred (spectral.bits.allocate)."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ PREFERENCES = {
 }
 """Quality: keys and values of a unit share a basis, which takes fewest bytes for the same loss. Balanced: each has its
 own, so that scores and sums read half of the codes, and codes are fewer and larger. Speed: tokens as they are besides,
-so that a page has one class of rows, codes come in long runs of one width, and nothing has to be transformed back."""
+so that a page has one class of rows, codes come in long runs of one width, and nothing has to be transformed back
+(docs/codec-research.md has what each loses)."""
 
 FINE_WINDOW_BELOW = 8.0
 """All-in ratios below this keep 10 bits of recent tokens, the rest 8: there the window's own error would rule."""

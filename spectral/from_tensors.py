@@ -47,7 +47,7 @@ def profile_from_tensors(
             sees all; needed where `kv_tensors` has None and the profile is to be used in a cache.
         target_energy: the default setting is the coarsest that keeps this share of the weighted variance.
         ratios: all-in ratios of the settings, finest first; sinks, recent, page_tokens: the exact window.
-        prefer: "quality" or "speed" (spectral.fit.PREFERENCES).
+        prefer: "quality", "balanced" or "speed" (spectral.fit.PREFERENCES): see `SpectralProfiler`.
         model: the name of the model that the tensors come from, if known.
         fingerprint: that model's (`spectral.hf.fingerprint`), if known.
 

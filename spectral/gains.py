@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spectral.bits import WIDTHS, row_classes, gaussian_step
+from spectral.bits import WIDTHS, gaussian_step, row_classes
 
 if TYPE_CHECKING:
     from spectral.basis import Unit

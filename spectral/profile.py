@@ -220,7 +220,7 @@ class SpectralProfile:
 
     @property
     def apart(self) -> bool:
-        """Whether keys and values have bases of their own (made for speed) in any layer."""
+        """Whether keys and values have bases of their own in any layer, as with all that is not made for quality."""
         return any(unit.side != "both" for layer in self.layers if layer is not None for unit in layer.units)
 
     @property
@@ -332,7 +332,7 @@ class SpectralProfile:
             f"Architecture: {len(self.layers)} layers ({full} compressed), {self.kv_heads} KV heads, "
             f"{self.token_nbytes} bytes/token in bf16",
             f"Frame: {self.frame}; bases of keys and values {'apart' if self.apart else 'together'}, "
-            f"{self.basis_nbytes / 2**20:.2f} MiB; "
+            f"{self.basis_nbytes / 2**20:.2f} MiB; {'pages not transformed; ' if self.classes == 1 else ''}"
             f"calibrated on {self.provenance.get('tokens', '?')} tokens ({self.provenance.get('corpus', '?')})",
             f"{'setting':>8} {'bits/el':>8} {'x @2K':>6} {'x @8K':>6} {'x @32K':>6} "
             f"{'KL':>8} {'KL p99':>8} {'top-1':>7} {'top-5':>7} {'ppl':>8} {'recall':>7}",

@@ -4,8 +4,8 @@ The header's metadata holds one JSON document and its checksum ("spectral"). Ten
 `l.u.mean` float32 [D], `l.u.decode` float16 [D, D] (columns of unit length), `l.u.scale` float32 [D] (their lengths),
 `l.u.variance` float32 [D], `l.u.deviation` float32 [classes, D]; `l.frequencies` float32 [r / 2] if keys are turned;
 `table.w.step` float32 [1], the distance of the uniform levels of width w; and for setting i `setting.i.l.u` uint8
-[classes, D]. The dual basis is not stored: it is the inverse of the decoder as stored, so that rounding the decoder
-costs no bias.
+[classes, D]. Classes are those of a page's frequencies; where the document says `"transform": "none"` there is one. The
+dual basis is not stored: it is the inverse of the decoder as stored, so that rounding the decoder costs no bias.
 """
 
 from __future__ import annotations

@@ -3,9 +3,10 @@
     python bench/research/exp12.py MODEL --calibration FILE ... --text FILE ... [--unit-numbers 1024]
         [--field-bits 0,0.5,1,2,4] [--ratios 4,8,16] [--json FILE]
 
-Statistics are taken once; bases are fitted for each preference, and widths for each weight of a field. Of every text
-one window is read: `--context` tokens from token `--skip` on. `--unit-numbers`: most numbers of keys and values of a
-unit (the library: 1,024); 256 gives this lab model two units where it has one. On a CPU, one thread, float32.
+Statistics are taken once; bases are fitted for each preference, and widths for each weight of a field (`--field-bits`;
+left out, each preference has its own, as the library makes its profiles). Of every text one window is read:
+`--context` tokens from token `--skip` on. `--unit-numbers`: most numbers of keys and values of a unit (the library:
+1,024); 256 gives this lab model two units where it has one. On a CPU, one thread, float32.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 
 from spectral import SpectralProfile, statistics
-from spectral.bits import FIELDS, WIDTHS, frequency_classes
+from spectral.bits import FIELDS, WIDTHS, row_classes
 from spectral.calibrate import SpectralProfiler
 from spectral.fit import PREFERENCES, fit, ladder
 from spectral.hf import load_model
@@ -38,7 +39,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", type=Path, nargs="+", required=True)
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="what KL is measured on")
     parser.add_argument("--unit-numbers", type=int, default=statistics.UNIT_NUMBERS)
-    parser.add_argument("--field-bits", default="0,0.5,1,2,4")
+    parser.add_argument("--field-bits", default="", help="weights of a field, of every preference")
     parser.add_argument("--ratios", default="4,8,16")
     parser.add_argument("--tokens", type=int, default=49_152)
     parser.add_argument("--fisher", type=int, default=24_576)
@@ -58,7 +59,7 @@ def window(loaded: Any, path: Path, skip: int, context: int) -> list[int]:
 
 def read_fields(profile: SpectralProfile, setting: str) -> dict[str, Any]:
     """Fields of a token that scores and that sums read, a layer; and how codes are shared out among the widths."""
-    share = np.array([len(members) for members in frequency_classes(PAGE)]) / PAGE
+    share = np.array([len(members) for members in row_classes(PAGE, profile.classes)]) / PAGE
     read = {"key": 0.0, "value": 0.0}
     codes = np.zeros(len(WIDTHS))
     for layer, units in zip(profile.layers, profile.bits[setting], strict=True):
@@ -87,9 +88,10 @@ def main() -> None:
     exact = [ExactPass.run(loaded, window(loaded, path, options.skip, options.context)) for path in options.text]
     ratios = [float(ratio) for ratio in options.ratios.split(",")]
     rows: list[dict[str, Any]] = []
-    for prefer in PREFERENCES:
+    asked = [float(weight) for weight in options.field_bits.split(",") if weight]
+    for prefer, preference in PREFERENCES.items():
         fitted = fit(found, PAGE, prefer)
-        for field_bits in map(float, options.field_bits.split(",")):
+        for field_bits in asked or [preference.field_bits]:
             settings, bits = ladder(
                 fitted, loaded.shape, ratios, sinks=SINKS, recent=RECENT, page_tokens=PAGE, field_bits=field_bits
             )

@@ -52,7 +52,8 @@ class Activate(_Strict):
 
 
 class Build(_Strict):
-    """A profiling job; `device` null: as configured."""
+    """A profiling job; `device` null: as configured; `prefer`: what the profile is made for: least loss for its bytes
+    (quality), or to be read faster by GPUs for more loss (balanced, speed)."""
 
     tokens: Annotated[int, Field(ge=4096, le=10_000_000)] = 65_536
     seed: Annotated[int, Field(ge=0, le=2**31)] = 0

@@ -136,7 +136,7 @@ def valid() -> Iterator[Structured]:
 
 def changed(valid: Structured, path: tuple[Any, ...], value: Any) -> Path:
     """A profile with one value of its document changed, and the right checksum."""
-    document, tensors = valid.parts
+    document, tensors = valid.parts[0]
     document = json.loads(json.dumps(document))
     holder = document
     for step in path[:-1]:
@@ -170,6 +170,9 @@ def changed(valid: Structured, path: tuple[Any, ...], value: Any) -> Path:
         (("layers", 0, "sides"), ["key"] * 5000),
         (("layers", 0, "sides"), ["key", {"value": 1}]),
         (("layers", 0, "sides"), 2),
+        (("transform",), "dct"),
+        (("transform",), None),
+        (("transform",), ["none"]),
         (("layers",), [None] * 5000),
         (("model",), "x" * 5000),
         (("model",), "\x1b[31m"),
@@ -194,7 +197,7 @@ def test_a_sealed_profile_is_checked_field_by_field(valid: Structured, path: tup
 
 
 def test_the_valid_one_is_read(valid: Structured) -> None:
-    document, _ = valid.parts
+    document, _ = valid.parts[0]
     assert SpectralProfile.load(changed(valid, ("model",), "other")).model == "other" and document["model"] == "tensors"
 
 

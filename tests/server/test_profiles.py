@@ -151,12 +151,15 @@ def test_what_was_activated_is_used_after_a_restart_and_damage_is_noticed(
     assert "incoming-x.safetensors" not in files(tmp_path)
 
 
-def test_a_profile_with_sides_apart_is_taken_and_shown(store: Running, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("prefer", "transform"), [("balanced", None), ("speed", "none")])
+def test_a_profile_with_sides_apart_is_taken_and_shown(
+    store: Running, tmp_path: Path, prefer: str, transform: str | None
+) -> None:
     shipped = SpectralProfile.load(SHIPPED)
     rng = torch.Generator().manual_seed(0)
     sides = [torch.randn(2, 512, 64, generator=rng) * 0.95 ** torch.arange(64) for _ in range(12)]
     made = profile_from_tensors(
-        list(zip(sides[::2], sides[1::2], strict=True)), ratios=(4, 8), recent=32, prefer="speed",
+        list(zip(sides[::2], sides[1::2], strict=True)), ratios=(4, 8), recent=32, prefer=prefer,
         model=shipped.model, fingerprint=shipped.fingerprint,
     )  # fmt: skip
     answer = put(store, made.save(tmp_path / "apart").read_bytes(), query="?activate=true")
@@ -164,7 +167,7 @@ def test_a_profile_with_sides_apart_is_taken_and_shown(store: Running, tmp_path:
     facts = store.client.get(f"{PATH}/versions/{answer.json()['sha256']}").json()
     assert list(facts["spectrum"][0]) == ["keys of heads 0-1", "values of heads 0-1"]
     assert facts["spectrum"][0]["values of heads 0-1"]["latents"] == 128
-    assert facts["layers"][5]["sides"] == ["key", "value"]
+    assert facts["layers"][5]["sides"] == ["key", "value"] and facts.get("transform") == transform
     query = {"a": "shipped", "b": answer.json()["sha256"]}
     difference = store.client.get(f"{PATH}/diff", params=query).json()["differences"]
     assert any(row["field"] == "layers" for row in difference)

@@ -15,11 +15,13 @@ def layer_codec(
     widths: np.ndarray, *, units: int = 1, dim: int = 16, page: int = 16, seed: int = 0, apart: bool = False
 ) -> LayerCodec:
     """A layer of `units` units of one head each, or that many for keys and for values (`apart`). widths: [classes,
-    2 * dim / 16] of every run of 16 latents, keys' first where they are apart."""
+    2 * dim / 16] of every run of 16 latents, keys' first where they are apart; one class: pages are not transformed."""
     full = np.repeat(np.asarray(widths), CHANNEL_GROUP, axis=1)
     sides = {"key": full[:, :dim], "value": full[:, dim:]} if apart else {"both": full}
     parts = [
-        (random_unit((u, u + 1), dim, seed + u, page, side), own) for side, own in sides.items() for u in range(units)
+        (random_unit((u, u + 1), dim, seed + u, page, side, flat=len(own) == 1), own)
+        for side, own in sides.items()
+        for u in range(units)
     ]
     frame = BlockFrame(None, block_tokens=0, page_tokens=page, sinks=4)
     return LayerCodec(parts, gaussian_tables(), frame, key_dim=dim, value_dim=dim, page_tokens=page)

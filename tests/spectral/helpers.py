@@ -71,7 +71,9 @@ def random_model(family: str, seed: int = 0) -> LoadedModel:
     return wrap_model(family, made(FAMILIES[family], seed), NoTokenizer())
 
 
-def random_unit(heads: tuple[int, int], dim: int, seed: int, page: int = 16, side: str = "both", flat: bool = False) -> Unit:
+def random_unit(
+    heads: tuple[int, int], dim: int, seed: int, page: int = 16, side: str = "both", flat: bool = False
+) -> Unit:
     """A unit of random, decaying statistics, latents of unit variance; `flat`: of pages that are not transformed."""
     rng = np.random.default_rng(seed)
     size = sum(side_numbers(heads, side, dim, dim))

@@ -30,10 +30,11 @@ CLASSES = {8: 4, 16: 5}
 
 @st.composite
 def codecs(draw: st.DrawFn) -> LayerCodec:
-    """Layers of one or two units with any widths."""
+    """Layers of one or two units with any widths; of pages that are transformed, and of others."""
     page = draw(st.sampled_from(sorted(CLASSES)))
     runs = 2
-    widths = draw(st.lists(st.sampled_from(WIDTHS), min_size=CLASSES[page] * runs, max_size=CLASSES[page] * runs))
+    count = runs * draw(st.sampled_from([1, CLASSES[page]]))
+    widths = draw(st.lists(st.sampled_from(WIDTHS), min_size=count, max_size=count))
     return layer_codec(np.array(widths).reshape(-1, runs), units=draw(st.integers(1, 2)), page=page)
 
 

@@ -25,11 +25,11 @@ def test_packing_fields_loses_nothing(bits: int, count: int, seed: int) -> None:
     assert (byte_fields(bits)[packed.numpy()].reshape(3, -1) == values.numpy()).all()
 
 
-@given(st.permutations(list(WIDTHS)), st.sampled_from([8, 16]), st.integers(0, 50))
+@given(st.permutations(list(WIDTHS)), st.sampled_from([8, 16]), st.booleans(), st.integers(0, 50))
 @settings(max_examples=25, deadline=None)
-def test_levels_come_back_from_their_codes(widths: list[int], page: int, seed: int) -> None:
+def test_levels_come_back_from_their_codes(widths: list[int], page: int, flat: bool, seed: int) -> None:
     """Coefficients that are levels already survive packing exactly, whatever the mix of widths."""
-    unit = random_codec(2, 16, widths, page=page).units[0]
+    unit = random_codec(2, 16, widths, page=page, flat=flat).units[0]
     tables, rng = gaussian_tables(), np.random.default_rng(seed)
     y = torch.zeros(3, page * unit.rank)
     for width in widths:
@@ -42,14 +42,17 @@ def test_levels_come_back_from_their_codes(widths: list[int], page: int, seed: i
     torch.testing.assert_close(unit.levels(packed).flatten(1), y, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(("units", "apart"), [(1, False), (2, False), (1, True), (2, True)])
+@pytest.mark.parametrize(
+    ("units", "apart", "flat"),
+    [(1, False, False), (2, False, False), (1, True, False), (2, True, False), (1, False, True), (2, True, True)],
+)
 @pytest.mark.parametrize("block", [0, 32])
 @pytest.mark.parametrize("widths", [ALL, [2, 1, 0, 0], [4], [0]])
 def test_attention_on_codes_equals_attention_on_what_they_decode_to(
-    widths: list[int], block: int, units: int, apart: bool
+    widths: list[int], block: int, units: int, apart: bool, flat: bool
 ) -> None:
     heads, dim, page, groups, count = 2, 16, 16, 3, 5
-    codec = random_codec(heads, dim, widths, page=page, block=block, units=units, apart=apart)
+    codec = random_codec(heads, dim, widths, page=page, block=block, units=units, apart=apart, flat=flat)
     keys, values = torch.randn(2 * count, heads, page, dim), torch.randn(2 * count, heads, page, dim)
     index = torch.arange(count).repeat(2)
     pages = codec.encode(keys, values, index)
@@ -134,10 +137,11 @@ def test_units_of_one_side_are_units_of_both_with_two_blocks(mixed: bool) -> Non
         assert (got - original).norm() < 0.2 * original.norm()  # and they are those that went in
 
 
-def test_error_falls_by_the_quantizers_law() -> None:
-    """A latent of b bits has the error of `gaussian_step(b)` for Gaussian latents, in every frequency class."""
+@pytest.mark.parametrize("flat", [False, True])
+def test_error_falls_by_the_quantizers_law(flat: bool) -> None:
+    """A latent of b bits has the error of `gaussian_step(b)` for Gaussian latents, in every class of rows."""
     heads, dim, page = 2, 8, 16
-    unit = random_unit((0, heads), dim, 3)
+    unit = random_unit((0, heads), dim, 3, flat=flat)
     unit = type(unit)(unit.heads, unit.mean, unit.decode, unit.encode, unit.variance, np.ones_like(unit.deviation))
     rng = np.random.default_rng(0)
     latents = rng.normal(size=(512 * page, 2 * heads * dim))
@@ -154,15 +158,16 @@ def test_error_falls_by_the_quantizers_law() -> None:
         assert error.mean(0) == pytest.approx(np.full(latents.shape[1], gaussian_step(bits)[1]), rel=0.15)
 
 
-def test_squeezing_is_nearly_encoding_at_the_coarser_setting() -> None:
+@pytest.mark.parametrize("flat", [False, True])
+def test_squeezing_is_nearly_encoding_at_the_coarser_setting(flat: bool) -> None:
     """Codes map to codes: what a squeeze loses is little more than what encoding at the coarser setting loses."""
     heads, dim, page, count = 2, 16, 16, 64
-    unit = random_unit((0, heads), dim, 5)
+    unit = random_unit((0, heads), dim, 5, flat=flat)
     frame = BlockFrame(0.5 ** np.arange(dim // 2), block_tokens=64, page_tokens=page, sinks=4)
     tables = fit_tables(np.random.default_rng(0).normal(size=20_000))
 
     def codec(widths: list[int]) -> LayerCodec:
-        parts = [(unit, cycling_widths(widths, 2 * heads * dim, page))]
+        parts = [(unit, cycling_widths(widths, 2 * heads * dim, page, flat))]
         return LayerCodec(parts, tables, frame, key_dim=dim, value_dim=dim, page_tokens=page)
 
     y = torch.randn(count, page, 64, generator=torch.Generator().manual_seed(0))

@@ -38,8 +38,7 @@ def profile() -> SpectralProfile:
     return SpectralProfile.load(profile_path("demo-7m"))
 
 
-@pytest.fixture(scope="module")
-def apart() -> SpectralProfile:
+def two_layers(prefer: str) -> SpectralProfile:
     """Keys and values in two units each, two layers."""
     rng = torch.Generator().manual_seed(0)
     decay = 0.95 ** torch.arange(64)
@@ -47,7 +46,17 @@ def apart() -> SpectralProfile:
     with pytest.MonkeyPatch.context() as patch:  # units of one head
         patch.setattr("spectral.from_tensors.unit_heads", lambda shape: unit_heads(shape, 128))
         pairs = [(sides[0], sides[1]), (sides[2], sides[3])]
-        return profile_from_tensors(pairs, ratios=(4, 6, 8), recent=16, prefer="speed")
+        return profile_from_tensors(pairs, ratios=(4, 6, 8), recent=16, prefer=prefer)
+
+
+@pytest.fixture(scope="module")
+def apart() -> SpectralProfile:
+    return two_layers("balanced")
+
+
+@pytest.fixture(scope="module")
+def flat() -> SpectralProfile:
+    return two_layers("speed")
 
 
 def everything(profile: SpectralProfile, setting: str, finer: list[LayerCodec]) -> list[LayerCodec]:
@@ -61,13 +70,13 @@ def everything(profile: SpectralProfile, setting: str, finer: list[LayerCodec]) 
     return layers
 
 
-@pytest.mark.parametrize("made_for", ["profile", "apart"])
+@pytest.mark.parametrize("made_for", ["profile", "apart", "flat"])
 def test_a_change_of_setting_makes_nothing_that_was_foreseen(
     fresh: Memory, made_for: str, request: pytest.FixtureRequest
 ) -> None:
     profile = request.getfixturevalue(made_for)
     now = everything(profile, "4x", [])
-    assert len(now[0].units) == {"profile": 1, "apart": 4}[made_for]
+    assert len(now[0].units) == {"profile": 1, "apart": 4, "flat": 4}[made_for]
     rungs = list(dict.fromkeys(foresee(profile, "4x")))
     names = [row.name for row in profile.ladder]
     assert rungs == names[names.index("4x") + 1 :]
@@ -77,7 +86,7 @@ def test_a_change_of_setting_makes_nothing_that_was_foreseen(
     assert fresh.misses == made > 0
 
 
-@pytest.mark.parametrize("made_for", ["profile", "apart"])
+@pytest.mark.parametrize("made_for", ["profile", "apart", "flat"])
 def test_what_is_found_is_what_would_be_made(
     fresh: Memory, made_for: str, request: pytest.FixtureRequest
 ) -> None:

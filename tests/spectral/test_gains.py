@@ -8,7 +8,7 @@ import torch
 
 from spectral import gains
 from spectral.basis import Unit
-from spectral.bits import WIDTHS, frequency_classes, gaussian_tables
+from spectral.bits import WIDTHS, gaussian_tables, row_classes
 from spectral.codec import LayerCodec
 from spectral.frames import BlockFrame
 from spectral.gains import decode_gains, side_energy
@@ -18,21 +18,23 @@ HEADS, DIM, PAGE = 2, 16, 16
 
 
 def codec_of(widths: np.ndarray, seed: int = 3) -> LayerCodec:
+    """With one class of widths, of pages that are not transformed."""
     frame = BlockFrame(None, block_tokens=0, page_tokens=PAGE, sinks=0)
-    parts = [(random_unit((0, HEADS), DIM, seed), widths)]
+    parts = [(random_unit((0, HEADS), DIM, seed, flat=len(widths) == 1), widths)]
     return LayerCodec(parts, gaussian_tables(), frame, key_dim=DIM, value_dim=DIM, page_tokens=PAGE)
 
 
 def by_row(unit: Unit) -> np.ndarray:
     """Deviations [P, D] of a page's rows."""
     out = np.empty((PAGE, unit.variance.size))
-    for rows, deviation in zip(frequency_classes(PAGE), unit.deviation, strict=True):
+    for rows, deviation in zip(row_classes(PAGE, len(unit.deviation)), unit.deviation, strict=True):
         out[list(rows)] = deviation
     return out
 
 
-def test_fewer_bits_are_lengthened_more() -> None:
-    unit = random_unit((0, HEADS), DIM, 3)
+@pytest.mark.parametrize("flat", [False, True])
+def test_fewer_bits_are_lengthened_more(flat: bool) -> None:
+    unit = random_unit((0, HEADS), DIM, 3, flat=flat)
     energy = side_energy(unit, HEADS * DIM)
     found = [decode_gains(energy, unit, np.full(unit.deviation.shape, w), PAGE) for w in sorted(WIDTHS)[1:]]
     for side in range(2):
@@ -42,13 +44,16 @@ def test_fewer_bits_are_lengthened_more() -> None:
     assert decode_gains(energy, unit, np.zeros(unit.deviation.shape, int), PAGE) == (1.0, 1.0)
 
 
+@pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("widths", [[2, 1], [4, 0], [3, 1, 0]])
-def test_all_of_it_would_be_the_length_that_was_there(monkeypatch: pytest.MonkeyPatch, widths: list[int]) -> None:
+def test_all_of_it_would_be_the_length_that_was_there(
+    monkeypatch: pytest.MonkeyPatch, widths: list[int], flat: bool
+) -> None:
     """Whole parts give decoded coefficients the energy of Gaussian ones with the unit's statistics."""
     monkeypatch.setattr(gains, "KEY_PART", 1.0)
     monkeypatch.setattr(gains, "VALUE_PART", 1.0)
-    codec = codec_of(cycling_widths(widths, 2 * HEADS * DIM, PAGE))
-    unit = random_unit((0, HEADS), DIM, 3)
+    codec = codec_of(cycling_widths(widths, 2 * HEADS * DIM, PAGE, flat))
+    unit = random_unit((0, HEADS), DIM, 3, flat=flat)
     rng = np.random.default_rng(1)
     coefficients = rng.normal(size=(400, PAGE, unit.variance.size)) * by_row(unit)
     latents = np.einsum("pf,nfr->npr", codec.units[0].dct.T.double().numpy(), coefficients)
@@ -63,8 +68,9 @@ def test_all_of_it_would_be_the_length_that_was_there(monkeypatch: pytest.Monkey
         assert float(got / there) == pytest.approx(1.0, rel=0.03)
 
 
-def test_what_is_plain_gives_the_same_codes_again() -> None:
-    codec = codec_of(cycling_widths([4, 2, 1], 2 * HEADS * DIM, PAGE))
+@pytest.mark.parametrize("flat", [False, True])
+def test_what_is_plain_gives_the_same_codes_again(flat: bool) -> None:
+    codec = codec_of(cycling_widths([4, 2, 1], 2 * HEADS * DIM, PAGE, flat))
     pages = torch.randint(0, 256, (20, codec.page_nbytes), dtype=torch.uint8)
     index = torch.arange(20)
     unit, again = codec.units[0], codec.encode(*codec.decode(pages, index, plain=True), index)

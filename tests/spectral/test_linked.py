@@ -62,22 +62,24 @@ def through(book: Codebook, links: Links, pages: list[torch.Tensor | None]) -> i
     st.lists(st.lists(st.sampled_from(WIDTHS), min_size=10, max_size=10), min_size=2, max_size=4),
     st.integers(1, 2),
     st.booleans(),
+    st.sampled_from([1, 5]),
     st.sampled_from([0, 1, 3, 130]),
     st.integers(0, 99),
 )
 @settings(max_examples=30, deadline=None)
 def test_any_pages_of_any_widths_come_back(
-    widths: list[list[int]], units: int, apart: bool, count: int, seed: int
+    widths: list[list[int]], units: int, apart: bool, classes: int, count: int, seed: int
 ) -> None:
     """Also pages that no encoder would have written, and predictors that predict nothing of them."""
-    book = book_of([np.array(w).reshape(5, 2) for w in widths], units=units, apart=apart)
+    book = book_of([np.array(w).reshape(5, 2)[:classes] for w in widths], units=units, apart=apart)
     links = fit_links(book, coupled_pages(book, 20))
     pages = [any_pages(codec, count, seed + i) for i, codec in enumerate(book.layers)]
     assert through(book, links, pages) > 0
 
 
-def test_layers_that_say_the_same_are_stored_smaller() -> None:
-    book = book_of([WIDE, None, WIDE, WIDE], units=2)
+@pytest.mark.parametrize("widths", [WIDE, WIDE[1:2]])
+def test_layers_that_say_the_same_are_stored_smaller(widths: np.ndarray) -> None:
+    book = book_of([widths, None, widths, widths], units=2)
     links = fit_links(book, coupled_pages(book, 300))
     pages = coupled_pages(book, 200, seed=1)
     plain = sum(len(archive_pages(p, c)) for p, c in zip(pages, book.layers, strict=True) if p is not None)
@@ -166,8 +168,9 @@ def test_links_are_for_one_setting_and_enough_text() -> None:
     links = fit_links(book, coupled_pages(book, 50))
     with pytest.raises(CacheError, match="fitted for setting 'test'"):
         Chain(dataclasses.replace(book, setting="other"), links)
-    with pytest.raises(CacheError, match="do not fit"):
-        Chain(book_of([WIDE, WIDE], units=2), links)
+    for other in (book_of([WIDE, WIDE], units=2), book_of([WIDE[:1], WIDE[:1]])):
+        with pytest.raises(CacheError, match="do not fit"):
+            Chain(other, links)
     with pytest.raises(CacheError, match="too few"):
         fit_links(book, coupled_pages(book, 1))
     with pytest.raises(SessionError, match="no permutations"):

@@ -55,8 +55,10 @@ def generate(loaded: LoadedModel, store: PageStore, row: Row, first: int, steps:
 def make_store(loaded: LoadedModel, kind: str, **options: object) -> PageStore:
     if kind == "exact":
         return PageStore(loaded.shape, None, window_dtype=torch.float32, **options)
-    bits, _, apart = kind.partition(" ")
-    book = random_codebook(loaded.shape, WIDTHS, window_bits=int(bits), units=1 + bool(apart), apart=bool(apart))
+    bits, _, how = kind.partition(" ")
+    apart = how in ("apart", "flat")
+    sizes = {"window_bits": int(bits), "units": 1 + apart}
+    book = random_codebook(loaded.shape, WIDTHS, **sizes, apart=apart, flat=how == "flat")
     return PageStore(loaded.shape, book, **options)
 
 
@@ -74,7 +76,15 @@ def used_row(loaded: LoadedModel, store: PageStore, length: int) -> Row:
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize(
-    "family, kind", [("qwen3", "8"), ("llama", "exact"), ("gemma3", "10"), ("gemma3", "16"), ("gemma3", "8 apart")]
+    ("family", "kind"),
+    [
+        ("qwen3", "8"),
+        ("llama", "exact"),
+        ("gemma3", "10"),
+        ("gemma3", "16"),
+        ("gemma3", "8 apart"),
+        ("gemma3", "8 flat"),
+    ],
 )
 def test_a_restored_row_continues_bit_for_bit(family: str, kind: str, length: int, tmp_path: Path) -> None:
     loaded = random_model(family)
@@ -254,7 +264,7 @@ def test_saving_asks_for_an_open_row_and_all_of_its_tokens(tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("family, kind", [("gemma3", "8"), ("qwen3", "8 apart")])
+@pytest.mark.parametrize(("family", "kind"), [("gemma3", "8"), ("qwen3", "8 apart"), ("qwen3", "8 flat")])
 def test_with_links_a_row_continues_bit_for_bit_and_only_with_them(family: str, kind: str, tmp_path: Path) -> None:
     loaded = random_model(family)
     store = make_store(loaded, kind)

@@ -245,13 +245,13 @@ def test_a_profile_is_built_for_what_is_preferred(
 
     monkeypatch.setattr(SpectralProfiler, "profile_from_model", build)
     command = ["profile", "build", "demo", "--output", str(tmp_path / "mine.safetensors")]
-    for preferred in ([], ["--prefer", "speed"]):
+    for preferred in ([], ["--prefer", "balanced"], ["--prefer", "speed"]):
         result = runner.invoke(app, [*command, *preferred])
         assert result.exit_code == 0, result.output
         assert "bases of keys and values together" in result.stdout
-    assert asked == ["quality", "speed"]
+    assert asked == ["quality", "balanced", "speed"]
     monkeypatch.setattr("sys.argv", ["spectral", *command, "--prefer", "fast"])
     with pytest.raises(SystemExit) as ended:
         main()
-    assert ended.value.code == 2 and len(asked) == 2
-    assert "--prefer: 'fast' is neither quality nor speed" in capsys.readouterr().err
+    assert ended.value.code == 2 and len(asked) == 3
+    assert "--prefer: 'fast' is none of quality, balanced, speed" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from tests.fuzz.targets.base import Base
 
 WORDS = (
     "model", "ladder", "layers", "default", "sliding", "provenance", "page_tokens", "window", "sinks", "kl_mean",
-    "sides", "both", "key", "value",
+    "sides", "both", "key", "value", "transform", "none",
 )  # fmt: skip
 DTYPES = ("float32", "float16", "float64", "int64", "uint8", "bool")
 
@@ -29,8 +29,12 @@ class _Base(Base):
     seconds = 2.0
 
     @cached_property
-    def file(self) -> bytes:
-        """A valid profile: two layers with compression around one that slides; keys and values in own units."""
+    def files(self) -> list[bytes]:
+        """Valid profiles, of pages that are transformed and of others: two layers with compression around one that
+        slides; keys and values in own units."""
+        return [self._file(prefer) for prefer in ("balanced", "speed")]
+
+    def _file(self, prefer: str) -> bytes:
         import torch
 
         from spectral.from_tensors import profile_from_tensors
@@ -41,7 +45,7 @@ class _Base(Base):
             [pair, None, pair],
             sliding=[None, 24, None],
             ratios=(2.0, 4.0),
-            prefer="speed",
+            prefer=prefer,
             sinks=2,
             recent=16,
             page_tokens=8,
@@ -49,13 +53,16 @@ class _Base(Base):
         return profile.save(self.folder / "valid").read_bytes()
 
     @cached_property
-    def parts(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Its document and its tensors."""
+    def parts(self) -> list[tuple[dict[str, Any], dict[str, np.ndarray]]]:
+        """Their documents and tensors."""
         from safetensors.numpy import load
 
-        length = int.from_bytes(self.file[:8], "little")
-        sealed = json.loads(json.loads(self.file[8 : 8 + length])["__metadata__"]["spectral"])
-        return json.loads(sealed["document"]), load(self.file)
+        found = []
+        for file in self.files:
+            length = int.from_bytes(file[:8], "little")
+            sealed = json.loads(json.loads(file[8 : 8 + length])["__metadata__"]["spectral"])
+            found.append((json.loads(sealed["document"]), load(file)))
+        return found
 
     def check(self, item: bytes) -> str:
         """Read it, and do with it what the server does."""
@@ -98,7 +105,7 @@ class Structured(_Base):
 
     def make(self, random: Random) -> bytes:
         """A file."""
-        document, tensors = self.parts
+        document, tensors = random.choice(self.parts)
         tensors = dict(tensors)
         if random.random() < 0.7:
             document = mutate_document(document, random, WORDS)
@@ -119,14 +126,15 @@ class Bytes(_Base):
 
     def make(self, random: Random) -> bytes:
         """A file."""
+        file = random.choice(self.files)
         if random.random() < 0.5:
-            return mutate_bytes(self.file, random)
-        length = int.from_bytes(self.file[:8], "little")
-        header = json.loads(self.file[8 : 8 + length])
+            return mutate_bytes(file, random)
+        length = int.from_bytes(file[:8], "little")
+        header = json.loads(file[8 : 8 + length])
         text = json.dumps(mutate_document(header, random), default=str).encode("utf-8", "surrogatepass")
         if random.random() < 0.2:
             text = mutate_bytes(text, random)
-        return len(text).to_bytes(8, "little") + text + self.file[8 + length :]
+        return len(text).to_bytes(8, "little") + text + file[8 + length :]
 
 
 def _change_tensors(tensors: dict[str, np.ndarray], random: Random) -> None:

@@ -29,13 +29,13 @@ def tiny_engine(
     family: str = "qwen3", *, setting: str = "test", window_bits: int = 8, decode: str | None = None, **limits: Any
 ) -> Engine:
     """A random model of three layers, checked after every step. At the setting "test" its cache is compressed, at
-    "apart" as well, with keys and values in units of their own."""
+    "apart" as well, with keys and values in units of their own, and at "flat" its pages are not transformed besides."""
     loaded = random_model(family)
     loaded.eos_token_ids, loaded.tokenizer = set(), Letters()
     book = None
-    if setting in ("test", "apart"):
-        apart, sizes = setting == "apart", {"sinks": 4, "window": 16, "page": 8}
-        book = random_codebook(loaded.shape, [6, 4, 2, 0], **sizes, window_bits=window_bits, apart=apart)
+    if setting in ("test", "apart", "flat"):
+        how = {"window_bits": window_bits, "apart": setting != "test", "flat": setting == "flat"}
+        book = random_codebook(loaded.shape, [6, 4, 2, 0], sinks=4, window=16, page=8, **how)
         book.setting = setting
     values = {"prefill_chunk": 32, "token_budget": 64, "max_concurrency": 4, **limits}
     return Engine(loaded, codebook=book, setting=setting, limits=EngineLimits(**values), checked=True, decode=decode)

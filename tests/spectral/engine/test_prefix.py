@@ -15,6 +15,7 @@ KINDS = [
     ("mistral-sliding", "exact"),
     ("gemma2", "test"),
     ("gemma2", "apart"),
+    ("gemma2", "flat"),
     ("llama", "test"),
 ]
 

@@ -23,27 +23,34 @@ from tests.spectral.kernels.chunks import run_chunk
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MIXED = [8, 6, 4, 3, 2, 1, 0]
+MEANLESS = pytest.mark.xfail(strict=True, reason="restore_kernel adds the mean to the first row of a page only")
 SHAPES = [
-    # KV heads, dim, page, units, block, pages, first page, keys and values apart
-    (2, 16, 16, 2, 64, 5, 3, False),
-    (2, 40, 8, 1, 32, 7, 1, False),
-    (1, 32, 16, 1, 0, 1, 0, False),
-    (2, 16, 8, 1, 8, 4, 9, False),
-    (4, 24, 16, 2, 64, 5, 3, True),
-    (2, 16, 8, 1, 32, 7, 1, True),
+    # KV heads, dim, page, units, block, pages, first page, keys and values apart, pages not transformed
+    (2, 16, 16, 2, 64, 5, 3, False, False),
+    (2, 40, 8, 1, 32, 7, 1, False, False),
+    (1, 32, 16, 1, 0, 1, 0, False, False),
+    (2, 16, 8, 1, 8, 4, 9, False, False),
+    (4, 24, 16, 2, 64, 5, 3, True, False),
+    (2, 16, 8, 1, 32, 7, 1, True, False),
+    pytest.param(2, 40, 8, 1, 32, 7, 1, False, True, marks=MEANLESS),
+    pytest.param(4, 64, 16, 2, 64, 5, 3, True, True, marks=MEANLESS),
+    pytest.param(2, 48, 8, 1, 0, 7, 1, True, True, marks=MEANLESS),
 ]
 
 
-def layer_of(heads: int, dim: int, page: int, units: int, block: int, apart: bool = False) -> CodeLayer:
-    return CodeLayer(random_codec(heads, dim, MIXED, page=page, units=units, block=block, device=DEVICE, apart=apart))
+def layer_of(
+    heads: int, dim: int, page: int, units: int, block: int, apart: bool = False, flat: bool = False
+) -> CodeLayer:
+    sizes = {"page": page, "units": units, "block": block}
+    return CodeLayer(random_codec(heads, dim, MIXED, **sizes, device=DEVICE, apart=apart, flat=flat))
 
 
-@pytest.mark.parametrize(("heads", "dim", "page", "units", "block", "count", "first", "apart"), SHAPES)
+@pytest.mark.parametrize(("heads", "dim", "page", "units", "block", "count", "first", "apart", "flat"), SHAPES)
 def test_opened_pages_are_the_references(
-    heads: int, dim: int, page: int, units: int, block: int, count: int, first: int, apart: bool
+    heads: int, dim: int, page: int, units: int, block: int, count: int, first: int, apart: bool, flat: bool
 ) -> None:
     """Every width, pages anywhere in the pool, blocks that begin anywhere, several slices."""
-    layer = layer_of(heads, dim, page, units, block, apart)
+    layer = layer_of(heads, dim, page, units, block, apart, flat)
     pool = check_codes.random_pages(layer.codec, count + 4)
     ids = torch.randperm(count + 4, device=DEVICE)[:count].int()
     found = check_codes.opened(layer, pool, ids, first)
@@ -78,17 +85,25 @@ def rounding(layer: CodeLayer) -> torch.Tensor:
 
 @pytest.mark.parametrize("bits", [16, 10, 8])
 @pytest.mark.parametrize(
-    ("page", "units", "block", "count", "apart"),
-    [(16, 2, 64, 3, False), (8, 2, 8, 5, False), (16, 2, 0, 1, False), (16, 2, 64, 3, True), (8, 1, 8, 5, True)],
+    ("page", "units", "block", "count", "apart", "flat"),
+    [
+        (16, 2, 64, 3, False, False),
+        (8, 2, 8, 5, False, False),
+        (16, 2, 0, 1, False, False),
+        (16, 2, 64, 3, True, False),
+        (8, 1, 8, 5, True, False),
+        (16, 1, 64, 3, True, True),
+        (8, 1, 8, 5, False, True),
+    ],
 )
 def test_codes_are_the_references_but_for_values_on_an_edge(
-    page: int, units: int, block: int, count: int, apart: bool, bits: int
+    page: int, units: int, block: int, count: int, apart: bool, flat: bool, bits: int
 ) -> None:
     """Tokens partly from the window and partly new, rounded as it would: a code differs where a value lies within
     fp16's rounding of the edge of two codes. All bytes of the pages are written, and no others."""
     torch.manual_seed(0)
     heads, dim, first = 2, 16, 2
-    layer = layer_of(heads, dim, page, units, block, apart)
+    layer = layer_of(heads, dim, page, units, block, apart, flat)
     codec = layer.codec
     window = make_window(LayerShape(heads, dim, dim), 4, 32, torch.bfloat16, torch.device(DEVICE), bits)
     numbers = check_codes.expected(
@@ -116,22 +131,24 @@ def test_codes_are_the_references_but_for_values_on_an_edge(
 
 
 def store_of(
-    kv_heads: int, dim: int, group: int, widths: list[int], bits: int, page: int, apart: bool = False
-) -> PageStore:
+    kv_heads: int, dim: int, group: int, widths: list[int], bits: int, page: int, apart: bool = False,
+    flat: bool = False,
+) -> PageStore:  # fmt: skip
     shape = ModelShape((LayerShape(kv_heads, dim, dim),), kv_heads * group, kv_heads * group * dim)
-    book = random_codebook(
-        shape, widths, page=page, window=32, block=64, window_bits=bits, units=1 + apart, device=DEVICE, apart=apart
-    )
+    sizes = {"page": page, "window": 32, "block": 64, "window_bits": bits, "units": 1 + apart}
+    book = random_codebook(shape, widths, **sizes, device=DEVICE, apart=apart, flat=flat)
     return PageStore(shape, book, device=DEVICE, window_dtype=torch.float32)
 
 
 @pytest.mark.parametrize(
-    ("kv_heads", "dim", "group", "widths", "bits", "page", "softcap", "chunks", "apart"),
+    ("kv_heads", "dim", "group", "widths", "bits", "page", "softcap", "chunks", "apart", "flat"),
     [
-        (2, 16, 2, MIXED, 8, 16, None, [100, 21, 40], False),
-        (1, 24, 3, [4, 2, 1], 10, 8, None, [3, 2, 70, 5], False),
-        (1, 16, 4, [4, 3], 16, 16, 3.0, [90, 33], False),
-        (2, 32, 2, MIXED, 8, 16, None, [100, 21, 40], True),
+        (2, 16, 2, MIXED, 8, 16, None, [100, 21, 40], False, False),
+        (1, 24, 3, [4, 2, 1], 10, 8, None, [3, 2, 70, 5], False, False),
+        (1, 16, 4, [4, 3], 16, 16, 3.0, [90, 33], False, False),
+        (2, 32, 2, MIXED, 8, 16, None, [100, 21, 40], True, False),
+        pytest.param(2, 64, 2, MIXED, 8, 16, None, [100, 21, 40], True, True, marks=MEANLESS),
+        pytest.param(2, 48, 3, [4, 2, 1], 10, 8, 3.0, [3, 2, 70, 5], True, True, marks=MEANLESS),
     ],
 )
 def test_chunks_over_codes_equal_the_reference(
@@ -145,12 +162,13 @@ def test_chunks_over_codes_equal_the_reference(
     softcap: float | None,
     chunks: list[int],
     apart: bool,
+    flat: bool,
 ) -> None:
     """Chunks over a past without pages, with pages, and such as end within one. On the same codes the answers are
     close; where the kernels made the codes, a few differ by one."""
     outs, pages = {}, {}
     for before, last in (("reference", "reference"), ("reference", "triton"), ("triton", "triton")):
-        store = store_of(kv_heads, dim, group, widths, bits, page, apart)
+        store = store_of(kv_heads, dim, group, widths, bits, page, apart, flat)
         row = store.open()
         for i, count in enumerate(chunks):
             monkeypatch.setenv("SPECTRAL_ATTENTION", last if i == len(chunks) - 1 else before)
@@ -291,13 +309,16 @@ def test_fp16_survives_keys_of_very_different_size() -> None:
     assert off.mean() < 0.05 and np.isfinite(float(off.max()))
 
 
-@pytest.mark.parametrize(("bits", "apart"), [(8, False), (16, False), (8, True)])
+@pytest.mark.parametrize(
+    ("bits", "apart", "flat"), [(8, False, False), (16, False, False), (8, True, False), (8, True, True)]
+)
 def test_pages_sealed_between_steps_are_the_references(
-    monkeypatch: pytest.MonkeyPatch, bits: int, apart: bool
+    monkeypatch: pytest.MonkeyPatch, bits: int, apart: bool, flat: bool
 ) -> None:
     """Pages of two rows in one launch, a spare one with them; as SealStep of a decode step seals them."""
     shape = ModelShape((LayerShape(2, 16, 16),), 4, 64)
-    book = random_codebook(shape, [8, 4, 2, 0], page=16, window=32, block=64, window_bits=bits, apart=apart)
+    sizes = {"page": 16, "window": 32, "block": 64, "window_bits": bits}
+    book = random_codebook(shape, [8, 4, 2, 0], **sizes, apart=apart, flat=flat)
     store = PageStore(shape, book, device=DEVICE, window_dtype=torch.float32)
     monkeypatch.setenv("SPECTRAL_ATTENTION", "reference")
     rows = [store.open() for _ in range(2)]

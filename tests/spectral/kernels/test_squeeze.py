@@ -25,10 +25,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def codec_of(widths: list[np.ndarray], page: int, dim: int = 16, sides: tuple[str, ...] = ("both",)) -> LayerCodec:
-    """One KV head a unit, with these widths [classes, numbers]; those of all heads' first side come first."""
+    """One KV head a unit, with these widths [classes, numbers]; those of all heads' first side come first. With one
+    class pages are not transformed."""
     run = len(widths) // len(sides)
     units = [
-        (random_unit((i % run, i % run + 1), dim, i, page, sides[i // run]), table) for i, table in enumerate(widths)
+        (random_unit((i % run, i % run + 1), dim, i, page, sides[i // run], flat=len(table) == 1), table)
+        for i, table in enumerate(widths)
     ]
     frame = BlockFrame(None, block_tokens=0, page_tokens=page, sinks=4)
     return LayerCodec(
@@ -36,28 +38,35 @@ def codec_of(widths: list[np.ndarray], page: int, dim: int = 16, sides: tuple[st
     )
 
 
-def random_widths(rng: np.random.Generator, among: list[int], page: int, units: int, dim: int = 16) -> list[np.ndarray]:
-    shape = (page.bit_length(), 2 * dim // 16)
+def random_widths(
+    rng: np.random.Generator, among: list[int], page: int, units: int, dim: int = 16, flat: bool = False
+) -> list[np.ndarray]:
+    shape = (1 if flat else page.bit_length(), 2 * dim // 16)
     return [rng.choice(among, size=shape).repeat(16, axis=1).astype(np.uint8) for _ in range(units)]
 
 
 @pytest.mark.parametrize(
-    ("page", "count", "units", "sides"),
+    ("page", "count", "units", "sides", "flat"),
     [
-        (16, 9, 2, ("both",)),
-        (8, 1, 3, ("both",)),
-        (16, 0, 1, ("both",)),
-        (8, 17, 1, ("both",)),
-        (16, 9, 4, ("key", "value")),
-        (8, 5, 4, ("key", "value")),
+        (16, 9, 2, ("both",), False),
+        (8, 1, 3, ("both",), False),
+        (16, 0, 1, ("both",), False),
+        (8, 17, 1, ("both",), False),
+        (16, 9, 4, ("key", "value"), False),
+        (8, 5, 4, ("key", "value"), False),
+        (16, 9, 6, ("key", "value"), True),
+        (8, 5, 4, ("key", "value"), True),
+        (16, 3, 6, ("both",), True),
     ],
 )
-def test_squeezed_pages_are_the_references(page: int, count: int, units: int, sides: tuple[str, ...]) -> None:
+def test_squeezed_pages_are_the_references(
+    page: int, count: int, units: int, sides: tuple[str, ...], flat: bool
+) -> None:
     """Every pair of widths, among them latents that the finer setting had dropped; odd counts of pages, and none."""
     rng = np.random.default_rng(page + count)
     dim = 16 * len(sides)
-    old_widths = random_widths(rng, [8, 6, 4, 3, 2, 1, 0], page, units)
-    new_widths = random_widths(rng, [6, 4, 3, 2, 1, 0, 0], page, units)
+    old_widths = random_widths(rng, [8, 6, 4, 3, 2, 1, 0], page, units, flat=flat)
+    new_widths = random_widths(rng, [6, 4, 3, 2, 1, 0, 0], page, units, flat=flat)
     old, new = codec_of(old_widths, page, dim, sides), codec_of(new_widths, page, dim, sides)
     pool = check_codes.random_pages(old, count)
     out = torch.full((count, new.page_nbytes), 255, dtype=torch.uint8, device=DEVICE)
