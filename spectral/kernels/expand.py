@@ -58,17 +58,17 @@ def expand_kernel(
     tl.store(target, packed, mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "first", "out_head", "rounds"])
+@triton.jit(do_not_specialize=["rows", "first", "out_head", "rounds", "every"])
 def restore_kernel(
     z_ptr, transform_ptr, mean_ptr, column_ptr, cos_ptr, sin_ptr, out_ptr,
-    rows, first, z_row, out_head, rounds, root,
+    rows, first, z_row, out_head, rounds, root, every,
     P: tl.constexpr, DIM: tl.constexpr, C: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One head's numbers of TILE * rounds tokens: from a page's frequencies to its tokens, with the mean, turned back.
 
     z_ptr: fp16 [rows, z_row], a quarter of frequency f of page p in row p P + f; transform_ptr: fp32 [TILE, TILE];
-    `first`: index of the first page in its sequence, BLOCK pages a block; root: of P. out_ptr: fp16 [heads, rows,
-    DIM].
+    `first`: index of the first page in its sequence, BLOCK pages a block. The mean is in every `every`-th row, times
+    `root`, its root: in a page's first frequency, or in every token. out_ptr: fp16 [heads, rows, DIM].
     """
     head = tl.program_id(0)
     r = tl.arange(0, TILE)
@@ -85,7 +85,7 @@ def restore_kernel(
     for turn in range(rounds):
         at = (tl.program_id(1) * rounds + turn) * TILE + r
         held = (at < rows)[:, None] & real
-        still = (at % P == 0)[:, None]
+        still = (at % every == 0)[:, None]
         row = z_ptr + at.to(tl.int64)[:, None] * z_row + column[None, :]
         x = tl.load(row, mask=held, other=0.0).to(tl.float32) + tl.where(still, mean[None, :], 0.0)
         if HALF > 0:
@@ -161,10 +161,11 @@ def _restore(
     """Keys (turned) or values fp16 [H, rows, dim] from numbers fp16 [rows, all units'] by frequency; `last`: block."""
     cos, sin, half = layer.turns(last + 1) if turned else (side.mean, side.mean, 0)
     rows, codec, choices = numbers.shape[0], layer.codec, layer.choices()
+    every = codec.page_tokens if codec.classes > 1 else 1
     rounds = min(choices.restore_rounds, triton.cdiv(rows, TILE))
     restore_kernel[(codec.kv_heads, triton.cdiv(rows, TILE * rounds))](
         numbers, layer.transform, side.mean, side.column, cos, sin, out,
-        rows, first, numbers.stride(0), out.stride(0), rounds, codec.page_tokens**0.5,
+        rows, first, numbers.stride(0), out.stride(0), rounds, every**0.5, every,
         P=codec.page_tokens, DIM=side.dim, C=max(16, triton.next_power_of_2(side.dim)), HALF=half,
         BLOCK=max(1, codec.frame.pages), TILE=TILE, num_warps=choices.restore_warps, num_stages=1,
     )  # fmt: skip
