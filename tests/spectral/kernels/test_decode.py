@@ -151,6 +151,26 @@ def test_tokens_that_are_not_transformed(
     assert error < 4e-3, float(error)
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_answers_do_not_depend_on_what_launches_choose(monkeypatch: pytest.MonkeyPatch, flat: bool) -> None:
+    """Several blocks a program and one; parts of rows put together one by one, by eight and by 32; rows of one, two and
+    three blocks, the last one not full."""
+    store = store_of(2, 16, 2, [4, 2, 1, 0], 8, 256, apart=True, flat=flat)
+    rows = [store.open() for _ in range(3)]
+    monkeypatch.setenv("SPECTRAL_ATTENTION", "reference")
+    for i, (row, tokens) in enumerate(zip(rows, (90, 420, 600), strict=True)):
+        run_chunk(store, row, tokens, 2, i)
+    expected = step(store, rows, 2, 99, None, commit=False)
+    monkeypatch.setenv("SPECTRAL_ATTENTION", "triton")
+    few = {"mix_programs": 1, "piece_programs": 1, "score_programs": 1, "split_blocks": 1}
+    many = dict.fromkeys(few, 1 << 20) | {"split_blocks": 1}
+    together = {"many_splits": 1, "most_splits": 1, "many_queries": 0}
+    for choice in (few, many, many | together, many | together | {"most_splits": 1 << 20}):
+        with forced(shared_blocks=0, **choice):
+            got = step(store, rows, 2, 99, None, commit=False)
+        assert (got - expected).norm() / expected.norm() < 4e-3, choice
+
+
 def test_a_stream_is_the_same_through_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens that the kernels' path appended are there for the reference, pages included."""
     found = []

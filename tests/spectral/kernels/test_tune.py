@@ -18,7 +18,7 @@ from spectral.engine import upkeep
 from spectral.kernels import choices, first_use
 from spectral.kernels import tune as tuner
 from spectral.kernels.choice_files import entry_path, make_entry, write_entry
-from spectral.kernels.choices import CodeChoices, DecodeChoices, Shape, known
+from spectral.kernels.choices import CodeChoices, DecodeChoices, Shape, chosen, known
 from spectral.kernels.code_layer import CodeLayer
 from spectral.kernels.decode import LayerKernels
 from spectral.kernels.first_use import tune_at_first_use
@@ -416,8 +416,14 @@ def test_a_disk_that_fills_up_costs_the_next_start_another_measurement(
 
 def test_warming_up_tunes_first_and_requests_never_do(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[Any] = []
+    launched: list[DecodeChoices] = []
+
+    def warmed(engine: Any, length: int, steps: int, chunk: int = 1) -> None:
+        done.append("step")
+        launched.append(chosen(DecodeChoices, torch.device("cpu"), SHAPE))
+
     monkeypatch.setattr(first_use, "tune_at_first_use", lambda *found: done.append(("tune", *found)))
-    monkeypatch.setattr(upkeep, "_warm", lambda engine, length, steps, chunk=1: done.append("step"))
+    monkeypatch.setattr(upkeep, "_warm", warmed)
     monkeypatch.setattr("spectral.code_dispatch.warm_codes", lambda book: done.append("codes"))
     engine = tiny_engine()
     book, dtype = engine.store.codebook, next(engine.loaded.model.parameters()).dtype
@@ -425,11 +431,17 @@ def test_warming_up_tunes_first_and_requests_never_do(monkeypatch: pytest.Monkey
     stand_in = SimpleNamespace(
         store=gpu, loaded=engine.loaded, runner=SimpleNamespace(trim=lambda everything: done.append("trim"))
     )
+    steps = ["step", "trim", "step", "trim", "step", "step", "codes"]
     upkeep.warm_up(stand_in)  # type: ignore[arg-type]
-    assert done == [("tune", book, engine.loaded.shape.query_heads, dtype), "step", "trim", "step", "step", "codes"]
+    assert done == [("tune", book, engine.loaded.shape.query_heads, dtype), *steps]
+    # Parts of a row are put together by 8, by 32 and alone, and one block's query is turned alone and with others.
+    assert [one.many_splits > 1 or (one.most_splits > 1) for one in launched] == [True, False, True, True]
+    assert [one.many_queries > 0 for one in launched] == [True, False, True, True]
+    assert [one.shared_blocks > 0 for one in launched] == [False, False, True, True]
+    assert launched[0].many_splits == 1 and launched[2].many_splits > 1
     done.clear()
     upkeep.warm_up(stand_in, tune=False)  # type: ignore[arg-type]
-    assert done == ["step", "trim", "step", "step", "codes"]
+    assert done == steps
     monkeypatch.undo()
 
     def never(*found: Any) -> None:
