@@ -21,7 +21,7 @@ from spectral.codec import LayerCodec
 from spectral.errors import SettingError
 from spectral.kernels.choices import DecodeChoices, Shape, block_pages, chosen, layer_shape
 from spectral.kernels.combine import combine_kernel, finish_kernel, query_kernel, window_kernel
-from spectral.kernels.flat import ENTRIES
+from spectral.kernels.flat import ENTRIES, flat_fits
 from spectral.kernels.scoring import Asked, flat_sums, sums_of_weights, weights
 from spectral.kernels.tables import QUAD_ORDER, LayerTables, layer_tables
 from spectral.windows import ExactWindow, QuantizedWindow
@@ -80,7 +80,7 @@ class LayerKernels:
         self.outputs, self.classes = tables.outputs, len(units[0].class_deviation)
         self.items = len(tables.item)
         most = max(unit.channels for unit in units)  # of any setting: a squeeze must not wait for a compiler
-        self.flat = self.classes == 1 and codec.page_tokens == 16 and most <= 16 * int(ENTRIES)
+        self.flat = self.classes == 1 and codec.page_tokens == 16 and flat_fits(most, block_pages(codec))
         """Whether the kernels for pages whose rows are tokens serve."""
         self.many = int(tables.wholes.max()) > int(ENTRIES)
         """Whether those make operands plane by plane."""

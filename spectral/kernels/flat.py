@@ -1,4 +1,4 @@
-"""Scores of packed pages whose rows are tokens, and weights from them: one program for a block of pages of one sequence
+"""Scores of packed pages whose rows are tokens, and weights from them: one program for blocks of pages of one sequence
 and unit, as spectral.kernels.score has it for pages that are transformed.
 
 All cells have sixteen rows, so there are few of them: the operands of all are made at once, by all warps of a program,
@@ -10,7 +10,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from spectral.kernels.cells import FIELD_UNIT, behind, page_start, quarter_rows, query_row, query_words, scaled
+from spectral.kernels.cells import (
+    FIELD_UNIT,
+    SHARED,
+    behind,
+    page_start,
+    quarter_rows,
+    query_row,
+    query_words,
+    scaled,
+)
 from spectral.kernels.lanes import less, score_rows, sum_rows
 from spectral.kernels.score import CHUNK, OPERAND, PITCH, STAGE, plain_cell
 from spectral.kernels.staging import close_stage, copy_part, held_four, hold_four, prefetch, stage, wait_stages
@@ -23,6 +32,12 @@ plane: a plane has at most one for every run of latents. (Units of more runs are
 
 STAGES = tl.constexpr(3)
 """Chunks of its eight pages that a warp has in shared memory."""
+
+
+def flat_fits(latents: int, pages: int) -> bool:
+    """Whether flat_score_kernel serves units of so many latents, and blocks of so many pages."""
+    nbytes = pages // 8 * int(STAGES) * int(STAGE) + int(ENTRIES) * int(OPERAND)
+    return latents <= 16 * int(ENTRIES) and nbytes <= SHARED
 
 
 @triton.jit

@@ -117,6 +117,7 @@ def test_decoding_on_codes_equals_the_reference(
         (4, 16, 3, MIXED, 8, None, [2, 100], False, 2, True, 16),
         (2, 32, 2, MIXED, 8, None, [2, 100], True, 2, True, 8),
         (2, 160, 2, [6, 3, 6], 16, None, [100], False, 1, True, 16),
+        (1, 32, 2, MIXED, 8, None, [2, 100], False, 1, True, 64),
         (2, 32, 2, MIXED, 8, None, [2, 100], False, 2, True, 8),
     ],
 )
@@ -134,11 +135,9 @@ def test_tokens_that_are_not_transformed(
     apart: bool,
     page: int,
 ) -> None:
-    """The same of pages whose rows are tokens: one class, and cells of all rows."""
-    blocks = {8: 128, 16: 256}
-    store = store_of(
-        kv_heads, dim, group, widths, window_bits, blocks[page], units=units, apart=apart, flat=True, page=page
-    )
+    """The same of pages whose rows are tokens: one class, and cells of all rows. page 64: blocks of as many of 16."""
+    block, page = {8: 128, 16: 256, 64: 1024}[page], min(page, 16)
+    store = store_of(kv_heads, dim, group, widths, window_bits, block, units=units, apart=apart, flat=True, page=page)
     rows = [store.open() for _ in lengths]
     monkeypatch.setenv("SPECTRAL_ATTENTION", "reference")
     for i, (row, tokens) in enumerate(zip(rows, lengths, strict=True)):

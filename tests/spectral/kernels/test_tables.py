@@ -14,7 +14,7 @@ from spectral.basis import holding
 from spectral.bits import CHANNEL_GROUP, FIELDS, WIDTHS, frequency_classes, row_classes
 from spectral.kernels.cells import SHARED, held_runs
 from spectral.kernels.classes import class_rows, first_row, strip_bits, strip_class, strip_order
-from spectral.kernels.flat import ENTRIES, STAGES
+from spectral.kernels.flat import ENTRIES, STAGES, flat_fits
 from spectral.kernels.pieces import PIECE_KINDS
 from spectral.kernels.score import CHUNK, OPERAND, STAGE, block_runs
 from spectral.kernels.tables import PIECE_WARPS, RUN_SLACK, layer_tables, step_entries
@@ -124,6 +124,9 @@ def test_cells_of_sixteen_rows_never_cross_the_end_of_a_chunk() -> None:
 
 def test_what_a_flat_block_has_in_shared_memory_fits() -> None:
     assert 4 * int(STAGES) * int(STAGE) + int(ENTRIES) * int(OPERAND) <= SHARED
+    assert flat_fits(512, 32) and flat_fits(640, 16)
+    assert not flat_fits(656, 32), "a plane may have more entries than there is room for"
+    assert not flat_fits(512, 64), "blocks of 64 pages have eight warps' stages"
 
 
 def test_entries_of_flat_pages_say_which_have_two_fields_together() -> None:
