@@ -25,6 +25,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from spectral.fit import PREFERENCES
 from spectral.kernels.check import Case
 from spectral.kernels.choices import DecodeChoices, block_pages, known
 from spectral.kernels.decode import LayerKernels
@@ -113,7 +114,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", default="8x,16x")
-    kinds = "quality,balanced,speed"
+    kinds = ",".join(PREFERENCES)
     parser.add_argument("--prefer", default=kinds, help="what profiles of these settings are made for")
     parser.add_argument("--cases", default="8x32768,32x32768,1x131072,32x4096", help="rows x context")
     parser.add_argument("--shape", default="32x8x128", help="query heads x KV heads x head dimension")

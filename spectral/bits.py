@@ -141,6 +141,11 @@ def row_classes(page_tokens: int, count: int) -> tuple[tuple[int, ...], ...]:
     return classes
 
 
+def class_count(page_tokens: int, transform: bool) -> int:
+    """Classes of a page that is transformed, or is not."""
+    return len(frequency_classes(page_tokens)) if transform else 1
+
+
 def page_transform(page_tokens: int, count: int) -> np.ndarray:
     """What a page's tokens become its rows by, with so many classes: the DCT, or nothing. float64 [P, P], orthonormal,
     y = M x."""

@@ -18,8 +18,8 @@ from spectral.bits import (
     WIDTHS,
     Table,
     allocate,
+    class_count,
     fit_tables,
-    frequency_classes,
     page_transform,
     row_classes,
 )
@@ -93,7 +93,7 @@ def preferred(prefer: str) -> Preference:
 def fit(statistics: Statistics, page_tokens: int, prefer: str = "quality") -> Fitted:
     """Bases, tables and error curves. Raises ValueError on statistics that are not finite."""
     wanted = preferred(prefer)
-    sides, classes = wanted.sides, len(frequency_classes(page_tokens)) if wanted.transform else 1
+    sides, classes = wanted.sides, class_count(page_tokens, wanted.transform)
     layers: dict[int, LayerProfile] = {}
     pool: list[np.ndarray] = []
     latents: dict[tuple[int, int], np.ndarray] = {}

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spectral.basis import Unit, covered_heads, side_numbers
-from spectral.bits import CHANNEL_GROUP, WIDTHS, Table, frequency_classes, uniform_table
+from spectral.bits import CHANNEL_GROUP, WIDTHS, Table, class_count, frequency_classes, uniform_table
 from spectral.errors import ProfileError
 from spectral.files import write_atomically
 from spectral.layout import page_layout
@@ -167,7 +167,7 @@ def _build(source: Path) -> SpectralProfile:
     meta, tensors = _open(source)
     ladder = [LadderRow.from_dict(row) for row in meta["ladder"]]
     _check_ladder(ladder, str(meta["default"]), int(meta["block_tokens"]))
-    classes = 1 if meta.get("transform") == "none" else len(frequency_classes(ladder[0].page_tokens))
+    classes = class_count(ladder[0].page_tokens, "transform" not in meta)
     profile = SpectralProfile(
         model=str(meta["model"]),
         fingerprint=str(meta["fingerprint"]),

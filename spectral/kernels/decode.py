@@ -82,7 +82,7 @@ class LayerKernels:
         most = max(unit.channels for unit in units)  # of any setting: a squeeze must not wait for a compiler
         self.flat = self.classes == 1 and codec.page_tokens == 16 and flat_fits(most, block_pages(codec))
         """Whether the kernels for pages whose rows are tokens serve."""
-        self.many = int(tables.wholes.max()) > int(ENTRIES)
+        self.many = int(tables.span[:, 1].max()) > int(ENTRIES)
         """Whether those make operands plane by plane."""
         self.key_rank, self.rank = tables.key_offset.shape[2], tables.offset.shape[2]
 

@@ -21,7 +21,7 @@ from spectral.kernels.cells import (
     scaled,
 )
 from spectral.kernels.lanes import less, score_rows, sum_rows
-from spectral.kernels.score import CHUNK, OPERAND, PITCH, STAGE, plain_cell
+from spectral.kernels.score import CHUNK, OPERAND, PITCH, STAGE, page_copies, plain_cell
 from spectral.kernels.staging import close_stage, copy_part, held_four, hold_four, prefetch, stage, wait_stages
 from spectral.kernels.weights import largest, over_quad, quad, softcapped, store_weights
 from spectral.kernels.words import four_words
@@ -62,14 +62,6 @@ def _cell_counts(p):
 
 
 @triton.jit
-def _copies(held, pages, start, lane):
-    """As spectral.kernels.score has them. start: where the lane's page begins in the pool."""
-    quarter = lane % 4 * 16
-    base = (pages + start).to(tl.int64) & -16
-    return held + (lane // 4 * PITCH + quarter), base + quarter, (quarter == 0).to(tl.int32)
-
-
-@triton.jit
 def _make_operands(made, q0, q1, ops, count, i, WARPS: tl.constexpr):
     """Leave the operands of all entries in shared memory. The warps of a program take turns, each with five at once:
     what they are made of is two accesses away."""
@@ -85,7 +77,7 @@ def _make_operands(made, q0, q1, ops, count, i, WARPS: tl.constexpr):
             pairs = e[k][3] != 0
             hold_four(
                 made + tl.minimum(n + k * WARPS + i // 32, count - 1) * OPERAND,
-                less(a[0], tl.where(pairs, a[2], 0), True), less(a[1], tl.where(pairs, a[3], 0), True), a[2], a[3],
+                less(a[0], tl.where(pairs, a[2], 0)), less(a[1], tl.where(pairs, a[3], 0)), a[2], a[3],
             )  # fmt: skip
 
 
@@ -220,18 +212,18 @@ def _leave(
 
 @triton.jit(
     do_not_specialize=[
-        "table_stride", "page_nbytes", "runs", "blocks", "pages_max", "units", "heads", "entry_stride", "each",
+        "table_stride", "page_nbytes", "runs", "blocks", "pages_max", "units", "heads", "each",
     ]
 )  # fmt: skip
 def flat_score_kernel(
-    q_ptr, const_ptr, pages_ptr, table_ptr, count_ptr, unit_ptr, cells_ptr, entry_ptr, entries_ptr,
-    weight_ptr, max_ptr, total_ptr,
-    table_stride, page_nbytes, q_head_stride, runs, blocks, pages_max, units, heads, entry_stride, each,
+    q_ptr, const_ptr, pages_ptr, table_ptr, count_ptr, unit_ptr, cells_ptr, entry_ptr, span_ptr, weight_ptr,
+    max_ptr, total_ptr,
+    table_stride, page_nbytes, q_head_stride, runs, blocks, pages_max, units, heads, each,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, SOFTCAP: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Some blocks (8 pages a warp) of one sequence, unit and 16 of its query heads, one after another.
 
-    Arguments as spectral.kernels.score has them, but entry_ptr, entries_ptr: LayerTables.whole and .wholes. Weights are
+    Arguments as spectral.kernels.score has them, but entry_ptr, span_ptr: LayerTables.entry and .span. Weights are
     relative to the largest score of a warp's eight pages: max_ptr, and total_ptr, sums of their weights: fp32
     [sequence, unit, head groups, blocks * WARPS, 16]. each: blocks of a program.
     """
@@ -255,7 +247,8 @@ def flat_score_kernel(
         head = tl.load(unit_ptr + unit * 4)
         own = tl.load(unit_ptr + unit * 4 + 1)
         pages = pages_ptr + tl.load(unit_ptr + unit * 4 + 2)
-        cells, entries = _cell_counts(cells_ptr + unit * 4), tl.load(entries_ptr + unit)
+        cells, entries = _cell_counts(cells_ptr + unit * 4), tl.load(span_ptr + unit * 2 + 1)
+        ops = entry_ptr + tl.load(span_ptr + unit * 2) * 16 + t * 4
         head0, head1 = head + tl.minimum(part * 16 + g, own - 1), head + tl.minimum(part * 16 + g + 8, own - 1)
         mine = i // 32 * 8
         where = (seq * units + unit) * GROUPS + part
@@ -263,7 +256,7 @@ def flat_score_kernel(
         ids = table_ptr + seq * table_stride
         start = page_start(ids + b0 * PB, mine + g, count - b0 * PB, page_nbytes)
         if FAST:
-            _ask_first(_copies(held, pages, start, lane), chunks, lane)
+            _ask_first(page_copies(held, pages, start, lane), chunks, lane)
         for blk in range(b0, b1):
             here = count - blk * PB
             after = tl.load(ids + tl.minimum((blk + 1) * PB + mine + g, count - 1)).to(tl.int64) * page_nbytes
@@ -271,7 +264,6 @@ def flat_score_kernel(
             q0 = query_row(q_ptr, head0, row, q_head_stride, runs, GROUP) + 4 * t
             q1 = query_row(q_ptr, head1, row, q_head_stride, runs, GROUP) + 4 * t
             const = const_ptr + (seq * blocks + blk).to(tl.int64) * (heads * 8)
-            ops = entry_ptr + unit * entry_stride + t * 4
             if FAST:  # noqa: SIM102 (a constant and a tensor)
                 if entries <= ENTRIES:
                     _remake_operands(made, q0, q1, ops, entries, i, WARPS)
@@ -279,13 +271,13 @@ def flat_score_kernel(
             mean0, mean1 = tl.load(const + head0 * 8 + 7), tl.load(const + head1 * 8 + 7)
             page = pages + start
             c = _all_strips(
-                cells, entries, held + g * PITCH + behind(page), page, _copies(held, pages, start, lane), chunks,
+                cells, entries, held + g * PITCH + behind(page), page, page_copies(held, pages, start, lane), chunks,
                 made, ops, q0, q1, i, WARPS, FAST,
             )  # fmt: skip
             if blk + 1 < b1:
                 start = after
                 if FAST:
-                    _ask_first(_copies(held, pages, start, lane), chunks, lane)
+                    _ask_first(page_copies(held, pages, start, lane), chunks, lane)
                     _query_nearer(q_ptr, head, own, part, row + GROUP, q_head_stride, runs, i, GROUP, WARPS)
             _leave(
                 c, mean0 - k0, mean1 - k1, mine + 2 * t, here, blk, place, max_ptr, total_ptr, where * blocks + blk,

@@ -17,15 +17,18 @@ import triton.language as tl
 
 from spectral.kernels.lanes import mma_text
 from spectral.kernels.staging import stage
-
-PIECE_KINDS = ((8, 1), (4, 2), (4, 1), (2, 2), (2, 1), (1, 1))
-"""Bits of a piece's fields, and eights of quarters: what spectral.kernels.tables calls its kind."""
+from spectral.kernels.tables import PIECE_KINDS, PIECE_WARPS
 
 RING = tl.constexpr(8192)
 """Bytes of shared memory in which a warp has the weights of sixteen pages. A lane reads there what it asked for."""
 
-WARPS = tl.constexpr(4)
-"""Of a program, between which a unit's pieces are shared out (LayerTables.piece)."""
+WARPS = tl.constexpr(PIECE_WARPS)
+
+
+@triton.constexpr_function
+def piece_bits(kind):
+    """Of a piece's fields."""
+    return PIECE_KINDS[int(kind)][0]
 
 
 @triton.constexpr_function
@@ -210,30 +213,29 @@ def pieces_text():
 
 
 @triton.jit
-def _plain_pieces(weights, ids, last, pool, page_nbytes, piece, count, b0, b1, out, outputs, factor, PB: tl.constexpr):
-    """The same in plain Triton. weights, ids: of the split's first page."""
+def _plain_piece(
+    weights, ids, last, pool, page_nbytes, valid, pages, out, outputs, factor, BITS: tl.constexpr
+):  # fmt: skip
+    """The same in plain Triton. weights, ids, factor: of the split's first page; pool: where the piece's bytes begin in
+    page 0; out: its first output column."""
+    U: tl.constexpr = max(1, BITS // 2)
+    RUNS: tl.constexpr = 2 if BITS == 1 else 1
     head = tl.arange(0, 16)[:, None, None]
     j = tl.arange(0, 16)[None, :, None]
     field = tl.arange(0, 4)[None, None, :]
-    for n in range(count):
-        kind, off = tl.load(piece + 4 * n), tl.load(piece + 4 * n + 1)
-        col, valid = tl.load(piece + 4 * n + 2), tl.load(piece + 4 * n + 3)
-        bits = 8 >> (kind + 1) // 2
-        unit = tl.maximum(bits // 2, 1)
-        for half in range(1 + kind // 5):
-            x = tl.zeros([16, 16, 4], tl.float32)
-            bit = bits * field + 4 * half
-            for page in range((b1 - b0) * PB):
-                base = pool + tl.load(ids + tl.minimum(page, last)).to(tl.int64) * page_nbytes + off
-                f = tl.load(factor + (b0 * PB + page) // 8 * 16 + head).to(tl.int16).to(tl.float16, bitcast=True)
-                for r in range(16):
-                    code = tl.load(base + j * (16 * unit) + r * unit + bit // 8, mask=j < valid, other=0).to(tl.int32)
-                    value = (code >> (bit % 8)) & ((1 << bits) - 1)
-                    w = tl.load(weights + (page * 256 + head % 8 * 32 + r // 4 * 8 + head // 8 * 4 + r % 4))
-                    x += (w * f).to(tl.float32) * (value << (bit % 8)).to(tl.float32)
-            at = out + head * outputs + col
-            at += j // 4 * (16 + 16 * (kind // 5)) + j % 4 * 4 + 16 * half + field
-            tl.store(at, x * 5.9604644775390625e-08, mask=(j < valid) & (head >= 0) & (field >= 0))  # 2^-24
+    for run in tl.static_range(RUNS):
+        x = tl.zeros([16, 16, 4], tl.float32)
+        bit = BITS * field + 4 * run
+        for page in range(pages):
+            base = pool + tl.load(ids + tl.minimum(page, last)).to(tl.int64) * page_nbytes
+            f = tl.load(factor + page // 8 * 16 + head).to(tl.int16).to(tl.float16, bitcast=True)
+            for r in range(16):
+                code = tl.load(base + j * (16 * U) + r * U + bit // 8, mask=j < valid, other=0).to(tl.int32)
+                value = (code >> (bit % 8)) & ((1 << BITS) - 1)
+                w = tl.load(weights + (page * 256 + head % 8 * 32 + r // 4 * 8 + head // 8 * 4 + r % 4))
+                x += (w * f).to(tl.float32) * (value << (bit % 8)).to(tl.float32)
+        at = out + head * outputs + j // 4 * (16 * RUNS) + j % 4 * 4 + 16 * run + field
+        tl.store(at, x * 5.9604644775390625e-08, mask=(j < valid) & (head >= 0) & (field >= 0))  # 2^-24
 
 
 @triton.jit(
@@ -289,7 +291,12 @@ def pieces_kernel(
         else:
             for warp in range(WARPS):
                 own = unit * WARPS + warp
-                _plain_pieces(
-                    weights, ids, last, pages_ptr, page_nbytes, piece_ptr + own * piece_stride,
-                    tl.load(pieces_ptr + own), b0, b1, out, outputs, factor, PB,
-                )  # fmt: skip
+                for n in range(tl.load(pieces_ptr + own)):
+                    piece = piece_ptr + own * piece_stride + 4 * n
+                    for kind in tl.static_range(6):
+                        if tl.load(piece) == kind:
+                            _plain_piece(
+                                weights, ids, last, pages_ptr + tl.load(piece + 1), page_nbytes, tl.load(piece + 3),
+                                (b1 - b0) * PB, out + tl.load(piece + 2), outputs, factor + b0 * (PB * 2),
+                                piece_bits(kind),
+                            )  # fmt: skip

@@ -69,9 +69,15 @@ def block_runs(runs: int, warps: int, classes: int) -> int:
 def _copied(held, ids, pages, first, count, page_nbytes, lane):
     """Where a lane's pieces of a chunk go, where the first chunk's lie, and whether a last piece is the lane's: pages
     begin at multiples of eight, so one more of sixteen bytes goes with every chunk. Four lanes have a page."""
-    own, quarter = lane // 4, lane % 4 * 16
-    base = (pages + page_start(ids, first + own, count, page_nbytes)).to(tl.int64) & -16
-    return held + (own * PITCH + quarter), base + quarter, (quarter == 0).to(tl.int32)
+    return page_copies(held, pages, page_start(ids, first + lane // 4, count, page_nbytes), lane)
+
+
+@triton.jit
+def page_copies(held, pages, start, lane):
+    """The same, of pages of which the lane's begins at `start` in the pool."""
+    quarter = lane % 4 * 16
+    base = (pages + start).to(tl.int64) & -16
+    return held + (lane // 4 * PITCH + quarter), base + quarter, (quarter == 0).to(tl.int32)
 
 
 @triton.jit

@@ -156,17 +156,17 @@ def flat_sums(asked: Asked) -> Sums:
     layer, step, codec = asked.layer, asked.step, asked.layer.codec
     rows, units, parts, blocks = asked.shape
     pages, fast = block_pages(codec), not interpreted()
-    entries, piece = layer.tables["whole"], layer.tables["piece"]
+    piece = layer.tables["piece"]
     size = blocks * pages * codec.page_tokens * 16
     weight = asked.empty(rows * units * parts * size + WEIGHT_SLACK, dtype=torch.float16)
     octets = blocks * pages // 8
     top, total = asked.empty(2, rows, units, parts, octets, 16)
     score_each = max(1, min(blocks, rows * units * parts * blocks // asked.choices.score_programs))
     flat_score_kernel[(units * parts, triton.cdiv(blocks, score_each), rows)](
-        asked.projected, asked.const, asked.pool, step.pages, step.count, asked.unit, layer.tables["cells"], entries,
-        layer.tables["wholes"], weight, top, total,
+        asked.projected, asked.const, asked.pool, step.pages, step.count, asked.unit, layer.tables["cells"],
+        layer.tables["entry"], layer.tables["span"], weight, top, total,
         step.pages.stride(0), codec.page_nbytes, asked.projected.stride(0), layer.key_rank // 16, blocks,
-        blocks * pages, units, asked.const.shape[2], entries.stride(0), score_each,
+        blocks * pages, units, asked.const.shape[2], score_each,
         GROUPS=parts, GROUP=asked.group, SOFTCAP=asked.cap, WARPS=pages // 8, FAST=fast,
         num_warps=pages // 8, num_stages=1, **({"maxnreg": 128} if fast else {}),
     )  # fmt: skip

@@ -138,14 +138,6 @@ def held_four(at):
 
 
 @triton.jit
-def hold_word(at, x):
-    """A word to four aligned bytes of shared memory."""
-    tl.inline_asm_elementwise(
-        "st.shared.b32 [$1], $2;\nmov.b32 $0, 0;", "=r,r,r", [at, x], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
 def hold_float(at, x):
     """An fp32 number to four aligned bytes of shared memory."""
     tl.inline_asm_elementwise(

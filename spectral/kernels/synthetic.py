@@ -9,7 +9,7 @@ from spectral.bits import (
     CHANNEL_GROUP,
     WIDTHS,
     allocate,
-    frequency_classes,
+    class_count,
     gaussian_step,
     gaussian_tables,
     row_classes,
@@ -39,8 +39,7 @@ def synthetic_unit(
     size = sum(side_numbers(heads, side, dim, dim))
     basis, _ = np.linalg.qr(rng.normal(size=(size, size)))
     variance = np.exp(-8.0 * np.arange(size) / size)
-    classes = frequency_classes(PAGE) if transform else row_classes(PAGE, 1)
-    counts = np.array([len(rows) for rows in classes])
+    counts = np.array([len(rows) for rows in row_classes(PAGE, class_count(PAGE, transform))])
     tilt = np.exp(-0.35 * np.arange(len(counts))[:, None] * (1 - 0.5 * np.arange(size) / size))
     deviation = tilt / np.sqrt((tilt**2 * counts[:, None]).sum(0) / PAGE)
     scale = np.sqrt(variance / variance.sum() * dim)

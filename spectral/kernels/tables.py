@@ -26,16 +26,14 @@ RUN_SLACK = 8
 SCORE_CHUNK = 256
 """Bytes of a page that score_kernel has in shared memory at once."""
 
-
-
-def step_entries(classes: int) -> int:
-    """Entries that score_kernel multiplies with at once, of pages with so many classes: a chunk has two cells of
-    sixteen rows and four bits, and a few of fewer rows."""
-    return 2 if classes == 1 else 4
-
-
 PIECE_WARPS = 4
 """Warps between which the values of pages whose rows are tokens are shared out."""
+
+PIECE_KINDS = ((8, 1), (4, 2), (4, 1), (2, 2), (2, 1), (1, 1))
+"""Of pieces (spectral.kernels.pieces): bits of the fields, and eights of quarters."""
+
+PIECE_COSTS = (28, 39, 25, 39, 25, 38)
+"""Instructions a page of each."""
 
 SHARES = 8
 """Programs that share the scores of eight pages where a launch would leave most of a GPU idle."""
@@ -56,18 +54,18 @@ class LayerTables:
         cells: int32 [units, C, 4]: of every strip.
         entry: int32 [runs + RUN_SLACK, 4, 4]: for every run of every cell in the order of storage, and every quarter t
             of it: what the lowest bit of fields 4 t .. (in QUAD_ORDER) stands for, over 2^position, times SCORE_UNIT
-            (four fp16; 0 for padding), 32 times the run's first latent, 0.
+            (four fp16; 0 for padding), 32 times the run's first latent, 1 where fields have four bits, of which
+            flat_score_kernel leaves two together.
         stepped: int32 [units, entries, 4, 4]: `entry` for score_kernel: by unit, with empty ones where what a chunk of
             a page has of a strip does not fill its last step, and behind a unit's last.
-        whole: int32 [units, entries, 4, 4]: `entry` for flat_score_kernel, of pages whose rows are tokens: by unit, the
-            last word 1 where fields have four bits; wholes: int32 [units]: how many a unit has.
+        span: int32 [units, 2]: a unit's first entry, and how many it has.
         share: int32 [units, SHARES, 4 + 4 C]: a unit's cells in SHARES parts of about equal work: offset of the part's
             first cell in the unit's page, of its end, its first entry, how many entries it has, and how many cells of
             every strip, by class and plane.
         item: int32 [items, 8]: unit, class, plane, offset of its first cell, cells, first output column, 1 if its
             program stores the sums of weights of its class, 0.
         piece: int32 [units, PIECE_WARPS, pieces, 4]: of pages whose rows are tokens what a warp of pieces_kernel sums
-            one after another: kind (of spectral.kernels.pieces.PIECE_KINDS), offset, first output column, quarters that
+            one after another: kind (of PIECE_KINDS), offset, first output column, quarters that
             are latents; pieces: int32 [units, PIECE_WARPS]: how many a warp has.
         source: int32 [units, C, 2, R / 16]: output column of a run's (at most two) planes, -1: none.
         source_factor: float32 [units, C, 2, R]: what a unit of that column stands for.
@@ -79,8 +77,7 @@ class LayerTables:
     cells: np.ndarray
     entry: np.ndarray
     stepped: np.ndarray
-    whole: np.ndarray
-    wholes: np.ndarray
+    span: np.ndarray
     share: np.ndarray
     item: np.ndarray
     piece: np.ndarray
@@ -95,6 +92,12 @@ class LayerTables:
         """The arrays as tensors on a device."""
         arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "outputs"}
         return {name: to_device(array, device) for name, array in arrays.items()}
+
+
+def step_entries(classes: int) -> int:
+    """Entries that score_kernel multiplies with at once, of pages with so many classes: a chunk has two cells of
+    sixteen rows and four bits, and a few of fewer rows."""
+    return 2 if classes == 1 else 4
 
 
 def step_size(layout: PageLayout, deviation: np.ndarray, steps: dict[int, float]) -> np.ndarray:
@@ -124,10 +127,9 @@ def _layer_tables(codec: LayerCodec) -> LayerTables:
     mixed = _Mixed([(codec.units[number], codec.starts[number]) for number in codec.value_units])
     return LayerTables(
         scored.cells,
-        _entries(np.concatenate(scored.run), np.concatenate(scored.factor), RUN_SLACK),
-        _together(scored.stepped, 2 * step_entries(scored.cells.shape[1])),
-        _together(scored.whole, 0),
-        np.array([len(own) for own in scored.whole], dtype=np.int32),
+        np.pad(np.concatenate(scored.entry), ((0, RUN_SLACK), (0, 0), (0, 0))),
+        _together(scored.stepped, step_entries(scored.cells.shape[1])),
+        scored.span,
         np.stack(scored.share),
         np.array(mixed.item, dtype=np.int32),
         *_pieces(mixed.piece),
@@ -155,10 +157,9 @@ class _Scored:
         classes = units[0].layout.widths.shape[0]
         self.cells = np.zeros((len(units), classes, len(PLANE_ORDER)), dtype=np.int32)
         self.offset = np.zeros((len(units), classes, _rank(units)), dtype=np.float32)
-        self.run: list[np.ndarray] = [np.zeros(0, np.int32)]
-        self.factor: list[np.ndarray] = [np.zeros((0, CHANNEL_GROUP))]
+        self.span: np.ndarray = np.zeros((len(units), 2), dtype=np.int32)
+        self.entry: list[np.ndarray] = [np.zeros((0, 4, 4), np.int32)]
         self.stepped: list[np.ndarray] = []
-        self.whole: list[np.ndarray] = []
         self.share: list[np.ndarray] = []
         runs = 0
         for u, unit in enumerate(units):
@@ -166,20 +167,15 @@ class _Scored:
             _offset(unit, size, self.offset[u])
             self.share.append(_shares(unit.layout, runs))
             own: list[np.ndarray] = [np.zeros((0, 4, 4), np.int32)]
-            whole = own[:]
+            self.span[u, 0] = runs
             for s in unit.layout.strips:
                 self.cells[u, s.number, PLANE_ORDER.index(s.bits)] = s.cells
                 first, value = _strip_runs(s, unit.layout, size)
-                self.run.append(first)
-                self.factor.append(value * SCORE_UNIT)
-                entry = _entries(first, value * SCORE_UNIT, 0)
-                own += _in_steps(s, entry, step_entries(classes))
+                self.entry.append(_entries(first, value * SCORE_UNIT, s.bits))
+                own += _in_steps(s, self.entry[-1], step_entries(classes))
                 runs += first.size
-                if classes == 1:
-                    whole.append(entry.copy())
-                    whole[-1][..., 3] = s.bits == 4
             self.stepped.append(np.concatenate(own))
-            self.whole.append(np.concatenate(whole))
+            self.span[u, 1] = runs - self.span[u, 0]
 
 
 class _Mixed:
@@ -235,10 +231,10 @@ def _pieces(planes: list[list[tuple[int, int, int, int]]]) -> tuple[np.ndarray, 
 def _shared_out(planes: list[tuple[int, int, int, int]]) -> list[list[tuple[int, ...]]]:
     """A unit's pieces by warp. Of those of sixteen quarters, which read their weights once for twice the work, as many
     are halved as make the longest warp's share shorter."""
-    shares: list[tuple[float, list[list[tuple[int, ...]]]]] = []  # the longest warp's work, and who has what
+    shares: list[tuple[int, list[list[tuple[int, ...]]]]] = []  # the longest warp's work, and who has what
     for halved in range(1 + sum(quarters // 9 + 1 for _, _, _, quarters in planes)):
         warps: list[list[tuple[int, ...]]] = [[] for _ in range(PIECE_WARPS)]
-        load = [0.0] * PIECE_WARPS
+        load = [0] * PIECE_WARPS
         for cost, piece in sorted(_cut(planes, halved), key=lambda one: -one[0]):
             least = load.index(min(load))
             warps[least].append(piece)
@@ -247,9 +243,9 @@ def _shared_out(planes: list[tuple[int, int, int, int]]) -> list[list[tuple[int,
     return min(shares, key=lambda one: one[0])[1]
 
 
-def _cut(planes: list[tuple[int, int, int, int]], halved: int) -> list[tuple[float, tuple[int, ...]]]:
+def _cut(planes: list[tuple[int, int, int, int]], halved: int) -> list[tuple[int, tuple[int, ...]]]:
     """Pieces of planes with what they cost (instructions a page), the first `halved` of sixteen quarters in two."""
-    out: list[tuple[float, tuple[int, ...]]] = []
+    out: list[tuple[int, tuple[int, ...]]] = []
     for bits, offset, column, quarters in planes:
         at = 0
         while at < quarters:
@@ -257,10 +253,10 @@ def _cut(planes: list[tuple[int, int, int, int]], halved: int) -> list[tuple[flo
             if both and halved:
                 both, halved = False, halved - 1
             size = 16 if both else 8
-            kind = {8: 0, 4: 2, 2: 4, 1: 5}[bits] - both
+            kind = PIECE_KINDS.index((bits, size // 8))
             place = offset + at * 16 * max(1, bits // 2)
-            cost = {0: 28.0, 1: 39.0, 2: 25.0, 3: 39.0, 4: 25.0, 5: 38.0}[kind]
-            out.append((cost, (kind, place, column + at * (8 if bits == 1 else 4), min(size, quarters - at))))
+            first = column + at * (8 if bits == 1 else 4)
+            out.append((PIECE_COSTS[kind], (kind, place, first, min(size, quarters - at))))
             at += size
     return out
 
@@ -285,11 +281,11 @@ def _shares(layout: PageLayout, first_run: int) -> np.ndarray:
     return share
 
 
-def _entries(run: np.ndarray, factor: np.ndarray, slack: int) -> np.ndarray:
-    """`entry` from first latents [runs] and factors [runs, 16], and `slack` empty ones."""
-    entry: np.ndarray = np.zeros((len(run) + slack, 4, 4), dtype=np.int32)
-    entry[: len(run), :, :2] = factor.astype(np.float16).reshape(-1, 4, 4)[:, :, QUAD_ORDER].copy().view(np.int32)
-    entry[: len(run), :, 2] = 32 * run[:, None]
+def _entries(run: np.ndarray, factor: np.ndarray, bits: int) -> np.ndarray:
+    """`entry` from first latents [runs] and factors [runs, 16] of fields of so many bits."""
+    entry: np.ndarray = np.zeros((len(run), 4, 4), dtype=np.int32)
+    entry[..., :2] = factor.astype(np.float16).reshape(-1, 4, 4)[:, :, QUAD_ORDER].copy().view(np.int32)
+    entry[..., 2], entry[..., 3] = 32 * run[:, None], bits == 4
     return entry
 
 
@@ -304,10 +300,10 @@ def _in_steps(s: Strip, entry: np.ndarray, step: int) -> list[np.ndarray]:
     return out
 
 
-def _together(entries: list[np.ndarray], slack: int) -> np.ndarray:
-    """Every unit's entries, with `slack` empty ones behind the last, which are asked for ahead of time."""
-    most = max(map(len, entries)) + slack
-    return np.stack([np.pad(own, ((0, most - len(own)), (0, 0), (0, 0))) for own in entries])
+def _together(stepped: list[np.ndarray], step: int) -> np.ndarray:
+    """`stepped` from every unit's entries, with two steps behind the last, which are asked for ahead of time."""
+    most = max(map(len, stepped)) + 2 * step
+    return np.stack([np.pad(own, ((0, most - len(own)), (0, 0), (0, 0))) for own in stepped])
 
 
 def _strip_runs(s: Strip, layout: PageLayout, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

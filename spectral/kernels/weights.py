@@ -137,12 +137,18 @@ def _store_quads(slot, pages_max, number, u, v, P: tl.constexpr, FAST: tl.conste
 
 
 @triton.jit
+def _page_slot(slot, number, P: tl.constexpr):
+    """Where a page's weights lie whose rows are one class."""
+    if P == 16:
+        return slot + number * 128
+    else:  # sixteen rows are two pages
+        return slot + number // 2 * 128 + number % 2 * 8
+
+
+@triton.jit
 def _store_page(slot, number, u, v, P: tl.constexpr, FAST: tl.constexpr):
     """A page's weights where its rows are one class."""
-    if P == 16:
-        at = slot + number * 128
-    else:  # sixteen rows are two pages
-        at = slot + number // 2 * 128 + number % 2 * 8
+    at = _page_slot(slot, number, P)
     for k in tl.static_range(P // 4):
         x = quad(u, v, 4 * k, FAST)
         store_four(at + 4 * k, x[0], x[1], x[2], x[3], FAST)
@@ -184,10 +190,7 @@ def store_column(place, pages_max, number, g, side, u, P: tl.constexpr, FLAT: tl
     """One page's weights of one head, g or (side = 1) g + 8, where store_weights leaves them."""
     slot = place + g * 16 + 2 * side
     if FLAT:
-        if P == 16:
-            at = slot + number * 128
-        else:
-            at = slot + number // 2 * 128 + number % 2 * 8
+        at = _page_slot(slot, number, P)
         for k in tl.static_range(P // 4):
             store_word(at + 4 * k, packed(u[4 * k], u[4 * k + 1], FAST), FAST)
             store_word(at + 4 * k + 1, packed(u[4 * k + 2], u[4 * k + 3], FAST), FAST)

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import numpy as np
@@ -17,6 +17,8 @@ import torch
 from server import jobs, profiles
 from server.config import load_settings
 from server.profiles import differences
+from server.routes.admin_schemas import Build
+from spectral.fit import PREFERENCES
 from spectral.from_tensors import profile_from_tensors
 from spectral.profile import SpectralProfile
 from tests.server.conftest import HERE, ROOT, Running, alive, serving, settings
@@ -222,6 +224,11 @@ def test_a_build_is_followed_and_its_profile_published(builder: Running) -> None
     assert views[-1]["options"]["prefer"] == "quality"
     refused = builder.client.post(PATH + "/build", json={"prefer": "fast"})
     assert refused.status_code == 400 and refused.json()["error"]["param"] == "prefer"
+
+
+def test_a_job_may_prefer_what_the_library_knows() -> None:
+    """The gateway loads no torch, so it has the words by itself."""
+    assert get_args(Build.model_fields["prefer"].annotation) == tuple(PREFERENCES)
 
 
 @pytest.mark.parametrize(("seed", "why"), [(2, "cannot be calibrated"), (3, "not a safetensors file")])

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from spectral.basis import Unit, side_numbers, weighted_basis
-from spectral.bits import frequency_classes, gaussian_tables
+from spectral.bits import class_count, gaussian_tables
 from spectral.codec import Codebook, LayerCodec
 from spectral.frames import BlockFrame
 from spectral.hf import LoadedModel, wrap_model
@@ -81,7 +81,7 @@ def random_unit(
     skew = rng.normal(size=(size, size))
     basis = weighted_basis(rng.normal(size=size), mixing @ mixing.T, skew @ skew.T / size + 0.1 * np.eye(size))
     scale = np.sqrt(np.maximum(basis.variance, 1e-9))
-    deviation = rng.uniform(0.5, 1.5, size=(1 if flat else len(frequency_classes(page)), size))
+    deviation = rng.uniform(0.5, 1.5, size=(class_count(page, not flat), size))
     return Unit(heads, basis.mean, basis.decode * scale, basis.encode / scale, basis.variance, deviation, side)
 
 
@@ -91,7 +91,7 @@ def cycling_widths(widths: list[int], channels: int, page: int, flat: bool = Fal
     return np.stack(
         [
             np.repeat([widths[(run + c) % len(widths)] for run in range(runs)], 16).tolist() + [0] * (channels % 16)
-            for c in range(1 if flat else len(frequency_classes(page)))
+            for c in range(class_count(page, not flat))
         ]
     ).astype(np.uint8)
 

@@ -15,9 +15,8 @@ from spectral.bits import CHANNEL_GROUP, FIELDS, WIDTHS, frequency_classes, row_
 from spectral.kernels.cells import SHARED, held_runs
 from spectral.kernels.classes import class_rows, first_row, strip_bits, strip_class, strip_order
 from spectral.kernels.flat import ENTRIES, STAGES, flat_fits
-from spectral.kernels.pieces import PIECE_KINDS
 from spectral.kernels.score import CHUNK, OPERAND, STAGE, block_runs
-from spectral.kernels.tables import PIECE_WARPS, RUN_SLACK, layer_tables, step_entries
+from spectral.kernels.tables import PIECE_KINDS, PIECE_WARPS, RUN_SLACK, layer_tables, step_entries
 from spectral.layout import PLANE_ORDER, PLANES, PageLayout, page_layout
 
 
@@ -132,19 +131,18 @@ def test_what_a_flat_block_has_in_shared_memory_fits() -> None:
 def test_entries_of_flat_pages_say_which_have_two_fields_together() -> None:
     layouts = [page_layout(random_widths(1, runs, seed), 16) for runs, seed in ((7, 1), (12, 2))]
     tables = layer_tables(codec_of(layouts))
-    for unit, layout in enumerate(layouts):
-        own = tables.whole[unit]
-        at = 0
+    ends = 0
+    for (first, count), layout in zip(tables.span, layouts, strict=True):
+        assert first == ends, "a unit's entries follow those of the one before it"
+        at = int(first)
         for strip in layout.strips:
             size = strip.cells * (2 if strip.bits == 1 else 1)
-            assert list(own[at : at + len(strip.runs), 0, 2] // 32) == list(strip.runs)
-            assert (own[at : at + size, :, 3] == (strip.bits == 4)).all()
+            assert list(tables.entry[at : at + len(strip.runs), 0, 2] // 32) == list(strip.runs)
+            assert (tables.entry[at : at + size, :, 3] == (strip.bits == 4)).all()
             at += size
-        assert tables.wholes[unit] == at and not own[at:].any()
-    plain = tables.entry[: tables.wholes.sum()].copy()
-    plain[..., 3] = np.concatenate([own[:count, :, 3] for own, count in zip(tables.whole, tables.wholes, strict=True)])
-    together = np.concatenate([own[:count] for own, count in zip(tables.whole, tables.wholes, strict=True)])
-    assert (plain == together).all(), "the same factors as for the other kernels"
+        ends += count
+        assert at == ends
+    assert not tables.entry[ends:].any()
 
 
 @pytest.mark.parametrize("runs", [1, 2, 3, 11, 32])
