@@ -85,20 +85,44 @@ def errors(
     return found
 
 
+DECODED = [
+    (1, 32, 4, MIXED, 16, None, [2, 51], True, 1, False),
+    (1, 32, 4, MIXED, 16, None, [2, 51], False, 1, False),
+    (2, 16, 2, [4, 2, 1], 10, None, [300], True, 1, False),
+    (2, 16, 2, [4, 2, 1], 10, None, [300], False, 1, False),
+    (1, 40, 20, [3, 6, 0], 8, 5.0, [100], False, 1, False),
+    (4, 16, 3, MIXED, 8, None, [2, 100], True, 2, True),
+    (4, 16, 3, MIXED, 8, None, [2, 100], False, 2, True),
+]
+"""Shapes, windows, rows and launches of steps whose pages are transformed, or are not."""
+
+TRANSFORMED = [
+    (1, 16, 20, [8], 16, 5.0, [53], True, 1, False),
+    (2, 48, 2, [6, 3, 0, 0, 0], 16, 5.0, [100], False, 2, True),
+]
+TOKENS = [
+    (2, 64, 2, [8, 4, 4, 2, 1, 1, 0], 10, None, [300], False, 1, True),
+    (2, 64, 2, [8, 4, 4, 2, 1, 1, 0], 10, None, [200], True, 1, True),
+    (2, 160, 2, [6, 3, 6], 16, None, [100], False, 1, True),
+]
+TOKENS_OTHER_PAGES = [
+    (2, 32, 2, MIXED, 8, None, [2, 100], True, 2, True, 8),
+    (2, 32, 2, MIXED, 8, None, [2, 100], False, 2, True, 8),
+    (1, 32, 2, MIXED, 8, None, [2, 100], False, 1, True, 64),
+]
+
+
 @pytest.mark.parametrize(
-    ("kv_heads", "dim", "group", "widths", "window_bits", "softcap", "lengths", "shared", "units", "apart"),
+    (
+        "kv_heads", "dim", "group", "widths", "window_bits", "softcap", "lengths", "shared", "units", "apart", "page",
+        "flat",
+    ),
     [
-        (1, 32, 4, MIXED, 16, None, [2, 51], True, 1, False),
-        (1, 32, 4, MIXED, 16, None, [2, 51], False, 1, False),
-        (2, 16, 2, [4, 2, 1], 10, None, [300], True, 1, False),
-        (2, 16, 2, [4, 2, 1], 10, None, [300], False, 1, False),
-        (1, 40, 20, [3, 6, 0], 8, 5.0, [100], False, 1, False),
-        (1, 16, 20, [8], 16, 5.0, [53], True, 1, False),
-        (4, 16, 3, MIXED, 8, None, [2, 100], True, 2, True),
-        (4, 16, 3, MIXED, 8, None, [2, 100], False, 2, True),
-        (2, 48, 2, [6, 3, 0, 0, 0], 16, 5.0, [100], False, 2, True),
+        *((*case, 16, False) for case in DECODED + TRANSFORMED),
+        *((*case, 16, True) for case in DECODED + TOKENS),
+        *((*case, True) for case in TOKENS_OTHER_PAGES),
     ],
-)
+)  # fmt: skip
 def test_decoding_on_codes_equals_the_reference(
     monkeypatch: pytest.MonkeyPatch,
     kv_heads: int,
@@ -111,48 +135,15 @@ def test_decoding_on_codes_equals_the_reference(
     shared: bool,
     units: int,
     apart: bool,
+    page: int,
+    flat: bool,
 ) -> None:
     """Ragged rows, some without a page, one that seals a page in this very step; every width; groups over 16 heads;
-    scores in shares, and by one program a block; keys and values in one unit, or in several of their own."""
-    store = store_of(kv_heads, dim, group, widths, window_bits, units=units, apart=apart)
-    (error,) = errors(monkeypatch, store, lengths, group, softcap, {"shared_blocks": 1 << 20 if shared else 0})
-    assert error < 4e-3  # fp16 operands: 3e-4 to 2.4e-3 here, where random bases make large scores
-
-
-@pytest.mark.parametrize(
-    ("kv_heads", "dim", "group", "widths", "window_bits", "softcap", "lengths", "shared", "units", "apart", "page"),
-    [
-        (1, 32, 4, MIXED, 16, None, [2, 51], True, 1, False, 16),
-        (1, 32, 4, MIXED, 16, None, [2, 51], False, 1, False, 16),
-        (2, 16, 2, [4, 2, 1], 10, None, [300], True, 1, False, 16),
-        (2, 64, 2, [8, 4, 4, 2, 1, 1, 0], 10, None, [300], False, 1, True, 16),
-        (2, 64, 2, [8, 4, 4, 2, 1, 1, 0], 10, None, [200], True, 1, True, 16),
-        (1, 40, 20, [3, 6, 0], 8, 5.0, [100], False, 1, False, 16),
-        (4, 16, 3, MIXED, 8, None, [2, 100], True, 2, True, 16),
-        (4, 16, 3, MIXED, 8, None, [2, 100], False, 2, True, 16),
-        (2, 32, 2, MIXED, 8, None, [2, 100], True, 2, True, 8),
-        (2, 160, 2, [6, 3, 6], 16, None, [100], False, 1, True, 16),
-        (1, 32, 2, MIXED, 8, None, [2, 100], False, 1, True, 64),
-        (2, 32, 2, MIXED, 8, None, [2, 100], False, 2, True, 8),
-    ],
-)
-def test_tokens_that_are_not_transformed(
-    monkeypatch: pytest.MonkeyPatch,
-    kv_heads: int,
-    dim: int,
-    group: int,
-    widths: list[int],
-    window_bits: int,
-    softcap: float | None,
-    lengths: list[int],
-    shared: bool,
-    units: int,
-    apart: bool,
-    page: int,
-) -> None:
-    """The same of pages whose rows are tokens: one class, and cells of all rows. page 64: blocks of as many of 16."""
+    scores in shares, and by one program a block; keys and values in one unit, or in several of their own; pages that
+    are transformed, and pages whose rows are tokens (one class, and cells of all rows). page 64: blocks of as many of
+    16."""
     block, page = {8: 128, 16: 256, 64: 1024}[page], min(page, 16)
-    store = store_of(kv_heads, dim, group, widths, window_bits, block, units=units, apart=apart, flat=True, page=page)
+    store = store_of(kv_heads, dim, group, widths, window_bits, block, units=units, apart=apart, flat=flat, page=page)
     (error,) = errors(monkeypatch, store, lengths, group, softcap, {"shared_blocks": 1 << 20 if shared else 0})
     assert error < 4e-3  # fp16 operands: 3e-4 to 2.4e-3 here, where random bases make large scores
 
