@@ -4,7 +4,7 @@ sequence and a unit, each of its warps some of the unit's latents.
 A piece is eight or sixteen quarters of cells that lie together in a page, one or two columns of the matrix instruction
 each. A warp sums one piece after another over all pages of the split; the weights, which all warps of a program read,
 come from the first-level cache. Pieces differ in the size of their fields and warps in their pieces, so the loop over
-them is one text of PTX (`_pieces_text`); the interpreter does the same sums in plain Triton.
+them is one text of PTX (`pieces_text`); the interpreter does the same sums in plain Triton.
 
 Codes are asked for eight pages before they are multiplied, into registers, and weights twelve to sixteen, into shared
 memory. Pages' ids go through a few words of shared memory a warp, sixteen at a time.
@@ -174,7 +174,7 @@ def _piece(kind: int) -> list[str]:
 
 
 @triton.constexpr_function
-def _pieces_text() -> str:
+def pieces_text():
     """A warp's pieces. Operands: 0 out, unused; 1: the lane's weights of the first page; 2: the pages' ids; 3: the
     pool; 4: bytes of a page; 5: the warp's first piece; 6: how many; 7: sixteens of pages; 8: the last page that there
     is; 9: where heads g and columns 2 t begin; 10: bytes from there to heads g + 8; 11: the first eight pages' factors
@@ -205,11 +205,6 @@ def _pieces_text() -> str:
     for kind in range(6):
         lines += _piece(kind)
     return "\n".join([*lines, "DONE:", "mov.b32 $0, 0;", "}"])
-
-
-@triton.constexpr_function
-def pieces_text():
-    return _pieces_text()
 
 
 @triton.jit

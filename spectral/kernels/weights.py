@@ -35,14 +35,9 @@ def over_lanes(x, WARPS: tl.constexpr):
 
 
 @triton.constexpr_function
-def _quad_text() -> str:
+def quad_text():
     turns = [f"shfl.sync.bfly.b32 y, $0, {k}, 0x1f, 0xffffffff; max.f32 $0, $0, y;" for k in (1, 2)]
     return "{.reg .f32 y; mov.f32 $0, $1; " + " ".join(turns) + "}"
-
-
-@triton.constexpr_function
-def quad_text():
-    return _quad_text()
 
 
 @triton.jit
