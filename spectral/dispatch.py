@@ -67,7 +67,7 @@ def kernels_for(codec: PageCodec | None, window: int, group: int, dtype: torch.d
     if found.flat:
         if trusted(device, READ_TOKENS[found.many], fault, "those for transformed ones serve"):
             return found
-        found.flat = False
+        found.read_tokens(False)
     return found if trusted(device, READ, fault) else None
 
 

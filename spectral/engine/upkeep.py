@@ -100,7 +100,7 @@ def warm_up(engine: Engine, *, tune: bool = True) -> None:
         tune_at_first_use(store.codebook, loaded.shape.query_heads, next(loaded.model.parameters()).dtype)
     length = 8 + store.codebook.sinks + store.codebook.window + 2 * store.codebook.page_tokens
     for most in (1 << 30, 1):
-        with forced(shared_blocks=0, many_splits=1, most_splits=most, many_queries=most - 1):
+        with forced(shared_blocks=0, few_splits=0, most_splits=most, many_queries=most - 1, piece_programs=1):
             _warm(engine, length, 2)
         engine.runner.trim(everything=True)  # a step that was launched so must not be captured so
     _warm(engine, length, 5, chunk=3)

@@ -49,10 +49,12 @@ class DecodeChoices:
         split_blocks: parts of a sequence have a multiple of so many blocks. A program's warps take turns with blocks:
             where there are fewer than warps, some have nothing to do.
         mix_programs: programs of a mix launch that fill a GPU: with fewer, sequences are split.
-        many_splits, most_splits: parts of a sequence from which they are put together eight, and 32, at a time.
+        few_splits, most_splits: parts of a sequence up to which they are put together four at a time, and from which
+            32, instead of eight.
         many_queries: blocks, by row and KV head, from which one program turns a query to four of them.
         piece_programs, score_programs: of the launches for pages whose rows are tokens: with fewer, sequences are
             split, and one program does several blocks.
+        window_early: whether the window is read beside what turns queries, or after that, beside the scores.
         hold, hold_share: whether the programs of blocks, and of shares of them, keep the block's projected query in
             shared memory where it fits. There it is near; without, more programs are on a multiprocessor that has
             little.
@@ -65,15 +67,15 @@ class DecodeChoices:
     hold_share: bool = _knob(False, True, False, seconds=10)
     window_warps: int = _knob(4, 2, 4, 8, seconds=2)
     window_tile: int = _knob(64, 16, 32, 64, seconds=2)
-    many_splits: int = _knob(8, 4, 8, 16)
+    window_early: bool = _knob(True, True, False)
+    few_splits: int = _knob(4, 0, 4)
     most_splits: int = _knob(64, 32, 64, 128)
     many_queries: int = _knob(4096, 1024, 4096, 16384)
     piece_programs: int = _knob(512, 256, 512, 1024, 2048)
     score_programs: int = _knob(1024, 512, 1024, 2048, 4096)
-    combine_tile: int = _knob(32, 16, 32, 64, seconds=2)
-    combine_warps: int = _knob(4, 1, 2, 4, 8, seconds=2)
+    combine_warps: int = _knob(1, 1, 2, 4, 8, seconds=2)
     query_warps: int = _knob(1, 1, 2, 4, seconds=1)
-    finish_warps: int = _knob(1, 1, 2, 4, seconds=1)
+    value_warps: int = _knob(4, 1, 2, 4, seconds=2)
 
 
 @dataclass(frozen=True)

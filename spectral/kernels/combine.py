@@ -164,86 +164,100 @@ def combine_kernel(
     share_ptr,
     units, splits, outputs, split_blocks, rank, heads, sequences,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, CLASSES: tl.constexpr, P: tl.constexpr, PB: tl.constexpr,
-    RT: tl.constexpr, SPLITS: tl.constexpr,
+    SPLITS: tl.constexpr, TOPS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """RT latents of one sequence, unit and 16 heads: planes, classes and splits together, over the sum of all weights.
-    SPLITS splits at once: one after another, a long row's many splits would each wait for the memory.
+    """A run of latents of one sequence, unit and HEADS heads: planes, classes and splits together, over the sum of all
+    weights. SPLITS splits at once (their largest scores TOPS at once): one after another, a long row's many splits
+    would each wait for the memory.
 
     wtop_ptr, wsum_ptr: fp32 [sequence, query heads]: the exact window's largest score and sum of weights.
     latent_ptr: fp16 [KV heads, sequence, query head of the group, rank]; share_ptr: fp32 [sequence, query heads, 2]:
     the pages' share of the weights, and the factor of the window's sums.
     """
-    unit = tl.program_id(0) // GROUPS
-    part = tl.program_id(0) % GROUPS
-    r = tl.program_id(1) * RT + tl.arange(0, RT)
-    seq = tl.program_id(2)
-    lane = tl.arange(0, 16)
-    own = part * 16 + lane
+    unit, part = tl.program_id(0) // (GROUPS * (16 // HEADS)), tl.program_id(0) // (16 // HEADS) % GROUPS
+    run, seq = tl.program_id(1), tl.program_id(2)
+    n = tl.arange(0, 16)
+    begin = tl.program_id(0) % (16 // HEADS) * HEADS
+    own = part * 16 + begin + tl.arange(0, HEADS)
     real = own < tl.load(unit_ptr + unit * 4 + 1)
     head = tl.load(unit_ptr + unit * 4) + own
-    inside = r < rank
     row = seq * heads + head
     blocks = (tl.load(count_ptr + seq) + PB - 1) // PB
     used = (blocks + split_blocks - 1) // split_blocks
     wtop = tl.load(wtop_ptr + row, mask=real, other=0.0)
-    each = tl.arange(0, 16 * SPLITS)  # a split after another, 16 heads each
-    tops = tl.full([16 * SPLITS], float("-inf"), tl.float32)
-    for first in range(0, used, SPLITS):
-        s = first + each // 16
+    tops = tl.full([HEADS * TOPS], float("-inf"), tl.float32)
+    each = tl.arange(0, HEADS * TOPS)  # a split after another, and its heads
+    for first in range(0, used, TOPS):
+        s = first + each // HEADS
         at = ((seq * splits + s) * units + unit) * GROUPS + part
-        tops = tl.maximum(tops, tl.load(top_ptr + at * 16 + each % 16, mask=s < used, other=float("-inf")))
-    top = tl.maximum(wtop, tl.max(tl.reshape(tops, [SPLITS, 16]), 0))
-    largest = tl.reshape(tl.broadcast_to(top[None, :], [SPLITS, 16]), [16 * SPLITS])
-    totals = tl.zeros([16 * SPLITS], tl.float32)
-    sums = tl.zeros([16 * SPLITS, RT], tl.float32)
+        tops = tl.maximum(tops, tl.load(top_ptr + at * 16 + begin + each % HEADS, mask=s < used, other=float("-inf")))
+    top = tl.maximum(wtop, tl.max(tl.reshape(tops, [TOPS, HEADS]), 0))
+    each = tl.arange(0, HEADS * SPLITS)
+    largest = tl.reshape(tl.broadcast_to(top[None, :], [SPLITS, HEADS]), [HEADS * SPLITS])
+    totals = tl.zeros([HEADS * SPLITS], tl.float32)
+    sums = tl.zeros([HEADS * SPLITS, 16], tl.float32)
     for first in range(0, used, SPLITS):
-        s = first + each // 16
+        s = first + each // HEADS
         at = ((seq * splits + s) * units + unit) * GROUPS + part
-        fac = tl.exp2(tl.load(top_ptr + at * 16 + each % 16, mask=s < used, other=float("-inf")) - largest)
-        weights = sum_ptr + at * (CLASSES * 16) + each % 16
+        fac = tl.exp2(tl.load(top_ptr + at * 16 + begin + each % HEADS, mask=s < used, other=float("-inf")) - largest)
+        weights = sum_ptr + at * (CLASSES * 16) + begin + each % HEADS
         totals += fac * tl.load(weights, mask=s < used, other=0.0)
-        source = out_ptr + (((seq * splits + s) * GROUPS + part) * 16 + each % 16).to(tl.int64) * outputs
+        source = out_ptr + (((seq * splits + s) * GROUPS + part) * 16 + (begin + each % HEADS)).to(tl.int64) * outputs
         for c in tl.static_range(CLASSES):
             k = unit * CLASSES + c
-            below = tl.load(offset_ptr + k * rank + r, mask=inside, other=0.0)
-            weight = fac * tl.load(weights + c * 16, mask=s < used * (tl.max(below, 0) > 0), other=0.0)
-            sums -= weight[:, None] * below[None, :]
             for side in tl.static_range(2):
-                column = tl.load(source_ptr + (k * 2 + side) * (rank // 16) + r // 16, mask=inside, other=-1)
-                scale = tl.load(scale_ptr + (k * 2 + side) * rank + r, mask=inside, other=0.0)
-                held = (s < used)[:, None] & (column >= 0)[None, :]
-                x = tl.load(source[:, None] + (column + r % 16)[None, :], mask=held, other=0.0)
-                sums += fac[:, None] * (x * scale[None, :])
-    total = tl.sum(tl.reshape(totals, [SPLITS, 16]), 0)
-    mixed = tl.sum(tl.reshape(sums, [SPLITS, 16, RT]), 0)
+                column = tl.multiple_of(tl.load(source_ptr + (k * 2 + side) * (rank // 16) + run), 16)
+                if column >= 0:
+                    scale = tl.load(scale_ptr + (k * 2 + side) * rank + run * 16 + n)
+                    x = tl.load(source[:, None] + (column + n)[None, :], mask=(s < used)[:, None], other=0.0)
+                    if side == 0:  # all-zero codes lie below the mean; a run without a first plane has no codes
+                        below = tl.load(offset_ptr + k * rank + run * 16 + n)
+                        weight = tl.load(weights + c * 16, mask=s < used, other=0.0)
+                        sums += fac[:, None] * (x * scale[None, :] - weight[:, None] * below[None, :])
+                    else:
+                        sums += fac[:, None] * (x * scale[None, :])
+    total = tl.sum(tl.reshape(totals, [SPLITS, HEADS]), 0)
+    mixed = tl.sum(tl.reshape(sums, [SPLITS, HEADS, 16]), 0)
     if CLASSES > 1:
         total = total * tl.sqrt(P * 1.0)  # frequency 0 is the sum over a page's tokens, over the root of their number
     window = tl.exp2(wtop - top)
     weight = total + window * tl.load(wsum_ptr + row, mask=real, other=1.0)
     place = ((head // GROUP) * sequences + seq) * GROUP + head % GROUP
-    place = latent_ptr + place.to(tl.int64)[:, None] * rank + r[None, :]
-    tl.store(place, (mixed / weight[:, None]).to(tl.float16), mask=real[:, None] & inside[None, :])
-    if tl.program_id(1) == 0:
+    place = latent_ptr + place.to(tl.int64)[:, None] * rank + (run * 16 + n)[None, :]
+    tl.store(place, (mixed / weight[:, None]).to(tl.float16), mask=real[:, None] & (n >= 0)[None, :])
+    if run == 0:
         tl.store(share_ptr + row * 2, total / weight, mask=real)
         tl.store(share_ptr + row * 2 + 1, window / weight, mask=real)
 
 
-@triton.jit(do_not_specialize=["heads", "sequences"])
-def finish_kernel(
-    up_ptr, share_ptr, mean_ptr, window_ptr, out_ptr,
-    heads, sequences,
-    GROUP: tl.constexpr, E: tl.constexpr, VDIM: tl.constexpr,
+@triton.jit(do_not_specialize=["count", "runs"])
+def value_kernel(
+    latent_ptr, share_ptr, basis_ptr, mean_ptr, window_ptr, out_ptr, count, runs,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, VDIM: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """One head's answer: pages, their mean, and the window. up_ptr: [KV heads, sequence, GROUP, VDIM] fp16 or fp32."""
-    head = tl.program_id(0)
-    seq = tl.program_id(1)
-    e = tl.arange(0, E)
-    mask = e < VDIM
-    kv = head // GROUP
-    row = seq * heads + head
-    share = tl.load(share_ptr + row * 2)
-    fac = tl.load(share_ptr + row * 2 + 1)
-    up = tl.load(up_ptr + ((kv * sequences + seq) * GROUP + head % GROUP).to(tl.int64) * VDIM + e, mask=mask, other=0.0)
-    x = up.to(tl.float32) + share * tl.load(mean_ptr + kv * VDIM + e, mask=mask, other=0.0)
-    x += fac * tl.load(window_ptr + row.to(tl.int64) * VDIM + e, mask=mask, other=0.0)
-    tl.store(out_ptr + row.to(tl.int64) * VDIM + e, x.to(out_ptr.dtype.element_ty), mask=mask)
+    """N numbers of the answers of M query heads that share a KV head: latents times the basis, pages' mean, window.
+
+    latent_ptr: fp16 [KV heads, count, 16 * runs]; count: sequences times GROUP; basis_ptr: fp16 [KV heads, 16 * runs,
+    VDIM]; share_ptr, window_ptr, out_ptr: [sequence, query heads, ..], as combine_kernel, window_kernel and the caller
+    have them; mean_ptr: fp32 [KV heads, VDIM].
+    """
+    kv, rank = tl.program_id(1), runs * 16
+    m = tl.program_id(0) * M + tl.arange(0, M)
+    n = tl.program_id(2) * N + tl.arange(0, N)
+    k = tl.arange(0, K)
+    held = (m < count)[:, None] & (n < VDIM)[None, :]
+    row = m // GROUP * HEADS + kv * GROUP + m % GROUP
+    share = tl.load(share_ptr + row * 2, mask=m < count, other=0.0)
+    fac = tl.load(share_ptr + row * 2 + 1, mask=m < count, other=0.0)
+    place = row.to(tl.int64)[:, None] * VDIM + n[None, :]
+    x = fac[:, None] * tl.load(window_ptr + place, mask=held, other=0.0)
+    x += share[:, None] * tl.load(mean_ptr + kv * VDIM + n, mask=n < VDIM, other=0.0)[None, :]
+    latent = latent_ptr + (kv * count + m).to(tl.int64)[:, None] * rank
+    basis = basis_ptr + kv * rank * VDIM + n[None, :]
+    for first in range(0, rank, K):
+        r = first + k
+        a = tl.load(latent + r[None, :], mask=(m < count)[:, None] & (r < rank)[None, :], other=0.0)
+        b = tl.load(basis + r[:, None] * VDIM, mask=(r < rank)[:, None] & (n < VDIM)[None, :], other=0.0)
+        x = tl.dot(a, b, x)
+    tl.store(out_ptr + place, x.to(out_ptr.dtype.element_ty), mask=held)

@@ -8,11 +8,11 @@ Nothing here waits for the device; launch shapes depend on the sizes of the tens
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
+import numpy as np
 import torch
 import triton
 
@@ -20,15 +20,27 @@ from spectral.aside import to_device
 from spectral.codec import LayerCodec
 from spectral.errors import SettingError
 from spectral.kernels.choices import DecodeChoices, Shape, block_pages, chosen, layer_shape
-from spectral.kernels.combine import combine_kernel, finish_kernel, query_kernel, window_kernel
+from spectral.kernels.combine import combine_kernel, query_kernel, value_kernel, window_kernel
 from spectral.kernels.flat import ENTRIES, flat_fits
-from spectral.kernels.scoring import Asked, flat_sums, sums_of_weights, weights
+from spectral.kernels.operands import (
+    OPERAND_WARPS,
+    lane_chunks,
+    operand_basis,
+    operand_kernel,
+    operands_fit,
+    shares_of,
+    tiles_of,
+)
+from spectral.kernels.scoring import Asked, flat_sums, interpreted, sums_of_weights, weights
 from spectral.kernels.tables import QUAD_ORDER, LayerTables, layer_tables
 from spectral.windows import ExactWindow, QuantizedWindow
 
 LOG2E = math.log2(math.e)
+VALUE_COLUMNS = 32
+"""Numbers of a value that a program of value_kernel makes."""
+
 FEW_ROWS = 32
-"""Rows, by unit, up to which parts are put together many at a time: more fill a GPU with one part after another."""
+"""Rows, by unit, up to which many parts are put together 32 at a time: more fill a GPU with eight after eight."""
 
 
 def unsupported(codec: LayerCodec, window: int) -> str:
@@ -80,31 +92,42 @@ class LayerKernels:
         self.outputs, self.classes = tables.outputs, len(units[0].class_deviation)
         self.items = len(tables.item)
         most = max(unit.channels for unit in units)  # of any setting: a squeeze must not wait for a compiler
-        self.flat = self.classes == 1 and codec.page_tokens == 16 and flat_fits(most, block_pages(codec))
-        """Whether the kernels for pages whose rows are tokens serve."""
         self.many = int(tables.span[:, 1].max()) > int(ENTRIES)
-        """Whether those make operands plane by plane."""
+        """Whether the kernels for pages whose rows are tokens have a block's operands plane by plane."""
         self.key_rank, self.rank = tables.key_offset.shape[2], tables.offset.shape[2]
-
-        def wide(x: torch.Tensor, rank: int) -> torch.Tensor:
-            return torch.nn.functional.pad(x, (0, rank - x.shape[-1]))
-
-        keys = torch.cat([wide(unit.key_decode, self.key_rank) for unit in units])  # [H, d, R]
-        self.key_basis = keys.half().unflatten(2, (-1, 4))[..., QUAD_ORDER].flatten(2)
-        decode = torch.cat([wide(unit.value_decode, self.rank) for unit in values])
+        decode = torch.cat([_wide(unit.value_decode, self.rank) for unit in values])
         self.value_basis = decode.half().transpose(1, 2).contiguous()
         self.value_mean = torch.cat([unit.value_mean[:, 0] for unit in values]).contiguous()  # [H, dv]
-        vectors = torch.zeros((codec.kv_heads, 8, codec.key_dim), device=device)
-        for number, unit in enumerate(units):
-            span = slice(*unit.heads)
-            below = to_device(tables.key_offset[number], device)  # [C, R]
-            vectors[span, : self.classes] = torch.matmul(keys[span], below.T).transpose(1, 2)
-            vectors[span, 7] = unit.key_mean[..., 0]
-        self.vectors = vectors
         self.unit_heads = [unit.heads for unit in units]
+        places = [(number, first) for number, (first, last) in enumerate(self.unit_heads) for _ in range(first, last)]
+        self.places = to_device(np.array(places, dtype=np.int32), device)  # of KV heads: unit, and its first one
         self._bytes = [codec.starts[number : number + 2] for number in codec.key_units]
         self._units: dict[int, torch.Tensor] = {}
         self._shapes: dict[int, Shape] = {}
+        self.flat = False
+        fit = flat_fits(most, block_pages(codec)) and operands_fit(codec.key_dim, frame_half(codec))
+        self.read_tokens(self.classes == 1 and codec.page_tokens == 16 and fit)
+
+    def read_tokens(self, flat: bool) -> None:
+        """Make what turns queries into latents, or (flat) into operands of the kernels for pages whose rows are tokens,
+        and let those serve or not."""
+        codec, tables = self.codec, layer_tables(self.codec)
+        units = [codec.units[number] for number in codec.key_units]
+        keys = torch.cat([_wide(unit.key_decode, self.key_rank) for unit in units])  # [H, d, R]
+        below = keys.new_zeros((codec.kv_heads, codec.key_dim, self.classes))
+        for number, unit in enumerate(units):
+            own = to_device(tables.key_offset[number], keys.device)  # [C, R]
+            below[slice(*unit.heads)] = torch.matmul(keys[slice(*unit.heads)], own.T)
+        mean = torch.cat([unit.key_mean[..., 0] for unit in units])
+        self.flat = flat
+        """Whether the kernels for pages whose rows are tokens serve."""
+        if flat:
+            self.key_basis = operand_basis(keys, self.unit_heads, tables, frame_half(codec))
+            self.vectors = mean - below[..., 0]
+        else:
+            self.key_basis = keys.half().unflatten(2, (-1, 4))[..., QUAD_ORDER].flatten(2)
+            self.vectors = keys.new_zeros((codec.kv_heads, 8, codec.key_dim))
+            self.vectors[:, : self.classes], self.vectors[:, 7] = below.transpose(1, 2), mean
 
     def choices(self, group: int) -> DecodeChoices:
         """What launches choose, for `group` heads a KV head."""
@@ -128,6 +151,15 @@ class LayerKernels:
     def head_groups(self, group: int) -> int:
         """Groups of 16 query heads in the largest unit."""
         return max(-(-(b - a) * group // 16) for a, b in self.unit_heads)
+
+
+def frame_half(codec: LayerCodec) -> int:
+    """Half of a key's numbers that are turned into its block's frame."""
+    return int(codec.frame._table(1)[0].shape[1]) if codec.frame.turns else 0
+
+
+def _wide(x: torch.Tensor, rank: int) -> torch.Tensor:
+    return torch.nn.functional.pad(x, (0, rank - x.shape[-1]))
 
 
 def decode_attention(
@@ -165,24 +197,23 @@ def decode_attention(
     paged = bool(step.pages.shape[1])
     choices = layer.choices(group)
     blocks = triton.cdiv(step.pages.shape[1], block_pages(codec))
-    projected = _project(layer, choices, query, blocks, scale) if paged else None
-    with _beside(query.device, paged) as meet:  # of what comes before, each is over sooner alone
-        _window(choices, window, step, query, key, value, scale, cap, top, total, mixed)
-    if projected is None:
+    look_back = partial(_window, choices, window, step, query, key, value, scale, cap, top, total, mixed)
+    if not paged:
+        look_back()
         torch.div(mixed, total[..., None], out=out) if out.dtype == mixed.dtype else out.copy_(mixed / total[..., None])
         return out
-    try:
+    with _Beside(query.device) as beside:
+        if choices.window_early:
+            beside.begin()
+        projected = (_operands if layer.flat else _project)(layer, choices, step, query, blocks, scale)
+        beside.run(look_back)
         asked = Asked(
             layer, choices, pool, step, *projected, layer.units(group), group, cap, layer.head_groups(group), blocks
         )
-        latent, share = _pages(asked, top, total, meet)
-    except Exception:
-        meet()  # no capture can end, not even one that has failed, before its streams have met
-        raise
-    up = torch.bmm(latent.flatten(1, 2), layer.value_basis)
-    finish_kernel[(heads, rows)](
-        up, share, layer.value_mean, mixed, out, heads, rows,
-        GROUP=group, E=triton.next_power_of_2(codec.value_dim), VDIM=codec.value_dim, num_warps=choices.finish_warps,
+        latent, share = _pages(asked, top, total, beside.meet)
+    value_kernel[(triton.cdiv(rows * group, 16), codec.kv_heads, triton.cdiv(codec.value_dim, VALUE_COLUMNS))](
+        latent, share, layer.value_basis, layer.value_mean, mixed, out, rows * group, layer.rank // 16,
+        GROUP=group, HEADS=heads, VDIM=codec.value_dim, M=16, N=VALUE_COLUMNS, K=128, num_warps=choices.value_warps,
     )  # fmt: skip
     return out
 
@@ -192,21 +223,38 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-@contextmanager
-def _beside(device: torch.device, wanted: bool) -> Iterator[Callable[[], None]]:
-    """In a graph that is being captured, what is launched inside runs beside what follows, until the function that is
-    given is called. (Elsewhere in its order: two streams cost the host more than they save.)"""
-    if not wanted or device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-        yield lambda: None
-        return
-    main, side = torch.cuda.current_stream(device), _side_stream(device)
-    side.wait_stream(main)
-    try:
-        with torch.cuda.stream(side):
-            yield lambda: main.wait_stream(side)
-    except Exception:
-        main.wait_stream(side)
-        raise
+class _Beside:
+    """In a graph that is being captured, what is run here runs beside what the caller launches: after what was launched
+    before `begin` (without which it is `run` that begins), and before what is launched after `meet`. (Elsewhere in its
+    order: two streams cost the host more than they save.) No capture can end, not even one that has failed, before its
+    streams have met: leaving the context meets."""
+
+    def __init__(self, device: torch.device) -> None:
+        captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        self._main = torch.cuda.current_stream(device) if captured else None
+        self._side = _side_stream(device) if captured else None
+        self._apart = False
+
+    def begin(self) -> None:
+        if self._side is not None and not self._apart:
+            self._side.wait_stream(self._main)
+            self._apart = True
+
+    def run(self, launch: Callable[[], None]) -> None:
+        self.begin()
+        with torch.cuda.stream(self._side):
+            launch()
+
+    def meet(self) -> None:
+        if self._apart and self._main is not None:
+            self._main.wait_stream(self._side)
+            self._apart = False
+
+    def __enter__(self) -> _Beside:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.meet()
 
 
 def _check(
@@ -271,8 +319,35 @@ def _window(
     )  # fmt: skip
 
 
+def _operands(
+    layer: LayerKernels, choices: DecodeChoices, step: StepTables, query: torch.Tensor, blocks: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries [B, Hq, d] as spectral.kernels.operands leaves them: fp16 [B, units, head groups, blocks, entries, 16,
+    16], and their products with what tokens without codes are, fp32 [B, blocks, Hq]."""
+    codec, (rows, heads, dim) = layer.codec, query.shape
+    group, units, parts = heads // codec.kv_heads, len(layer.unit_heads), layer.head_groups(heads // codec.kv_heads)
+    cos, sin = codec.frame._table(blocks) if codec.frame.turns else (layer.vectors, layer.vectors)
+    half, entries = frame_half(codec), layer.key_basis.shape[1]
+    out = torch.empty((rows, units, parts, blocks, entries, 16, 16), dtype=torch.float16, device=query.device)
+    shift = torch.empty((rows, blocks, heads), device=query.device)
+    if query.data_ptr() % 16:
+        query = query.clone()
+    together, warps = tiles_of(dim, half), OPERAND_WARPS
+    tiles = triton.cdiv(blocks * group, 16 * together)
+    programs = triton.cdiv(tiles * rows, warps)
+    shares = shares_of(codec.kv_heads * programs, entries)
+    fast = not interpreted()
+    operand_kernel[(programs, codec.kv_heads, shares)](
+        query, cos, sin, layer.vectors, layer.key_basis, step.count, layer.places, out, shift,
+        blocks, heads, units, entries, tiles, rows, shares, scale,
+        GROUPS=parts, GROUP=group, DIM=dim, HALF=half, CHUNKS=lane_chunks(dim, half), PB=block_pages(codec),
+        TILES=together, WARPS=warps, FAST=fast, num_warps=warps, num_stages=1, **({"maxnreg": 128} if fast else {}),
+    )  # fmt: skip
+    return out, shift
+
+
 def _project(
-    layer: LayerKernels, choices: DecodeChoices, query: torch.Tensor, blocks: int, scale: float
+    layer: LayerKernels, choices: DecodeChoices, step: StepTables, query: torch.Tensor, blocks: int, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries [B, Hq, d] in the frames of all blocks: in latents, fp16 [H, B * blocks * G, R], and their products with
     means and offsets, fp32 [B, blocks, Hq, 8]."""
@@ -299,22 +374,23 @@ def _pages(
     layer, codec, choices, group = asked.layer, asked.layer.codec, asked.choices, asked.group
     rows, units, parts, blocks = asked.shape
     device, heads, tables = asked.pool.device, codec.kv_heads * group, layer.tables
-    if layer.flat and units * parts * blocks * rows > choices.shared_blocks:
+    if layer.flat:
         found = flat_sums(asked)
     else:
         found = sums_of_weights(asked, *weights(asked))
     latent = torch.empty((codec.kv_heads, rows, group, layer.rank), dtype=torch.float16, device=device)
     share = torch.empty((rows, heads, 2), device=device)
     meet()
-    together = 8 if found.splits < choices.most_splits else 32
-    if found.splits < choices.many_splits or rows * units * parts > FEW_ROWS:
-        together = 1
-    tile, warps = (choices.combine_tile, choices.combine_warps) if together == 1 else (16, 8 if together == 8 else 16)
-    combine_kernel[(units * parts, triton.cdiv(layer.rank, tile), rows)](
+    together, shares, warps = 8, 2, choices.combine_warps
+    if found.splits <= choices.few_splits:
+        together, shares = 4, 1
+    elif found.splits >= choices.most_splits and rows * units * parts <= FEW_ROWS:
+        together, shares, warps = 32, 4, 4
+    combine_kernel[(units * parts * shares, layer.rank // 16, rows)](
         found.outs, found.sums, found.tops, asked.step.count, asked.unit,
         tables["source"], tables["source_factor"], tables["offset"], top, total, latent, share,
         units, found.splits, layer.outputs, found.each, layer.rank, heads, rows,
-        GROUPS=parts, GROUP=group, CLASSES=layer.classes, P=codec.page_tokens, PB=block_pages(codec), RT=tile,
-        SPLITS=together, num_warps=warps,
+        GROUPS=parts, GROUP=group, CLASSES=layer.classes, P=codec.page_tokens, PB=block_pages(codec), SPLITS=together,
+        TOPS=4 * together, HEADS=16 // shares, num_warps=warps,
     )  # fmt: skip
     return latent, share

@@ -243,14 +243,6 @@ def product(a, b, FAST: tl.constexpr):
 
 
 @triton.jit
-def less(a, b):
-    """Two halves less two halves (NVIDIA GPUs alone)."""
-    return tl.inline_asm_elementwise(
-        "sub.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
 def twice(x):
     """A number as two equal halves."""
     return halves(x, x)
@@ -264,7 +256,7 @@ def score_rows(
     """Add one cell's part to the scores of its rows.
 
     PAIRS: of fields of four bits two are left together in a byte, which spares an instruction of four. The second's
-    operands then multiply both, and the first's must be less by them (FAST alone).
+    operands then multiply both, and the first's must be less by them.
 
     Args:
         c: fp32 sums, 4 a row; x: words of the lane's quarter; a: 4 words a run: the query's latents 4 t and 4 t + 2
@@ -289,7 +281,7 @@ def score_rows(
             elif BITS == 4:
                 y = byte(x[row // 2], 2 * (row % 2)) | (byte(x[row // 2], 2 * (row % 2) + 1) << 16)
                 b0 = y & 0x000F000F
-                b1 = y & 0x00F000F0
+                b1 = y & (0x00FF00FF if PAIRS else 0x00F000F0)
             else:
                 y = byte(x[row // 4], row % 4)
                 y = y | (y << 16)

@@ -169,23 +169,19 @@ def _mix_class(
 
 @triton.jit(do_not_specialize=["blocks", "units", "splits", "split_blocks"])
 def factor_kernel(
-    count_ptr, max_ptr, factor_ptr, top_ptr, total_ptr, sum_ptr,
-    blocks, units, splits, split_blocks,
-    GROUPS: tl.constexpr, PB: tl.constexpr, SB: tl.constexpr, ROUND: tl.constexpr,
-    TOTALS: tl.constexpr,
+    count_ptr, max_ptr, factor_ptr, top_ptr, blocks, units, splits, split_blocks,
+    GROUPS: tl.constexpr, PB: tl.constexpr, SB: tl.constexpr,
 ):  # fmt: skip
     """What the weights of each block of a split are too large or small by: two equal halves in a word, and the
     split's largest. SB blocks at a time.
 
-    factor_ptr: int32 [sequence, unit, head groups, blocks, 16]; top_ptr: fp32 [sequence, split, unit, head groups,
-    16]. ROUND: blocks that are there if one of them is. TOTALS: from the sums of blocks' weights, total_ptr, laid out
-    as max_ptr is, a split's, sum_ptr, as top_ptr.
+    factor_ptr: int32 [sequence, unit, head groups, blocks, 16]; top_ptr: fp32 [sequence, split, unit, head groups, 16].
     """
     unit = tl.program_id(0)  # and head group
     split = tl.program_id(1)
     seq = tl.program_id(2)
     b0 = split * split_blocks
-    b1 = tl.minimum(b0 + split_blocks, (tl.load(count_ptr + seq) + PB * ROUND - 1) // (PB * ROUND) * ROUND)
+    b1 = tl.minimum(b0 + split_blocks, (tl.load(count_ptr + seq) + PB - 1) // PB)
     if b0 < b1:
         head = tl.arange(0, 16)
         own = (seq * units * GROUPS + unit) * blocks
@@ -194,20 +190,12 @@ def factor_kernel(
             b = first + tl.arange(0, SB)
             place = (own + b[:, None]) * 16 + head[None, :]
             top = tl.maximum(top, tl.max(tl.load(max_ptr + place, mask=(b < b1)[:, None], other=float("-inf")), 0))
-        total = tl.zeros([16], tl.float32)
         for first in range(b0, b1, SB):
             b = first + tl.arange(0, SB)
             place = (own + b[:, None]) * 16 + head[None, :]
             m = tl.load(max_ptr + place, mask=(b < b1)[:, None], other=float("-inf"))
-            f = tl.exp2(m - top[None, :])
-            tl.store(factor_ptr + place, twice(f), mask=(b < b1)[:, None])
-            if TOTALS:
-                x = tl.load(total_ptr + place, mask=(b < b1)[:, None], other=0.0)
-                total += tl.sum(x * f.to(tl.float16).to(tl.float32), 0)
-        place = ((seq * splits + split) * units * GROUPS + unit) * 16 + head
-        tl.store(top_ptr + place, top)
-        if TOTALS:
-            tl.store(sum_ptr + place, total)
+            tl.store(factor_ptr + place, twice(tl.exp2(m - top[None, :])), mask=(b < b1)[:, None])
+        tl.store(top_ptr + ((seq * splits + split) * units * GROUPS + unit) * 16 + head, top)
 
 
 @triton.jit(

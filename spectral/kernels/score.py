@@ -69,14 +69,8 @@ def block_runs(runs: int, warps: int, classes: int) -> int:
 def _copied(held, ids, pages, first, count, page_nbytes, lane):
     """Where a lane's pieces of a chunk go, where the first chunk's lie, and whether a last piece is the lane's: pages
     begin at multiples of eight, so one more of sixteen bytes goes with every chunk. Four lanes have a page."""
-    return page_copies(held, pages, page_start(ids, first + lane // 4, count, page_nbytes), lane)
-
-
-@triton.jit
-def page_copies(held, pages, start, lane):
-    """The same, of pages of which the lane's begins at `start` in the pool."""
     quarter = lane % 4 * 16
-    base = (pages + start).to(tl.int64) & -16
+    base = (pages + page_start(ids, first + lane // 4, count, page_nbytes)).to(tl.int64) & -16
     return held + (lane // 4 * PITCH + quarter), base + quarter, (quarter == 0).to(tl.int32)
 
 
@@ -169,7 +163,7 @@ def _step(
 
 
 @triton.jit
-def plain_cell(c, page, entry, q0, q1, BITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr):
+def _plain_cell(c, page, entry, q0, q1, BITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr):
     """Add one cell to the scores of its rows, in plain Triton."""
     a = ()
     for run in tl.static_range(2 if BITS == 1 else 1):
@@ -203,7 +197,7 @@ def _strip(
         else:
             for k in range(here):
                 entry = state[0] + k * (16 * STEP // CELLS)
-                c = plain_cell(c, page + (off + quarter + k * SIZE), entry, q0, q1, BITS, ROWS, WARPS)
+                c = _plain_cell(c, page + (off + quarter + k * SIZE), entry, q0, q1, BITS, ROWS, WARPS)
             state = (state[0] + (here + CELLS - 1) // CELLS * (16 * STEP),)
         off += here * SIZE
     return c, off, state

@@ -36,9 +36,10 @@ def interpreted() -> bool:
 
 @dataclass
 class Asked:
-    """A step's pages and queries: projected fp16 [H, B * blocks * G, R], const fp32 [B, blocks, Hq, 8], unit int32
-    [units, 4] (LayerKernels.units). group: heads of a KV head; cap: of softcap, in units of log2, 0 for none; parts:
-    groups of 16 query heads in the largest unit; blocks: of the longest row."""
+    """A step's pages and queries: projected fp16 [H, B * blocks * G, R], const fp32 [B, blocks, Hq, 8], or operands and
+    shifts of spectral.kernels.operands; unit int32 [units, 4] (LayerKernels.units). group: heads of a KV head; cap: of
+    softcap, in units of log2, 0 for none; parts: groups of 16 query heads in the largest unit; blocks: of the longest
+    row."""
 
     layer: LayerKernels
     choices: DecodeChoices
@@ -139,8 +140,8 @@ def sums_of_weights(asked: Asked, weight: torch.Tensor, largest: torch.Tensor) -
     factor = asked.empty(rows, units, parts, blocks, 16, dtype=torch.int32)
     found = _sums(asked, splits, each)
     factor_kernel[(units * parts, splits, rows)](
-        step.count, largest, factor, found.tops, largest, found.sums, blocks, units, splits, each,
-        GROUPS=parts, PB=page_blocks, SB=FACTOR_TILE, ROUND=1, TOTALS=False, num_warps=4,
+        step.count, largest, factor, found.tops, blocks, units, splits, each,
+        GROUPS=parts, PB=page_blocks, SB=FACTOR_TILE, num_warps=4,
     )  # fmt: skip
     mix_kernel[(rows, splits, layer.items * parts)](
         asked.pool, step.pages, step.count, layer.tables["item"], weight, factor, found.outs, found.sums,
@@ -156,7 +157,6 @@ def flat_sums(asked: Asked) -> Sums:
     layer, step, codec = asked.layer, asked.step, asked.layer.codec
     rows, units, parts, blocks = asked.shape
     pages, fast = block_pages(codec), not interpreted()
-    piece = layer.tables["piece"]
     size = blocks * pages * codec.page_tokens * 16
     weight = asked.empty(rows * units * parts * size + WEIGHT_SLACK, dtype=torch.float16)
     octets = blocks * pages // 8
@@ -164,25 +164,26 @@ def flat_sums(asked: Asked) -> Sums:
     score_each = max(1, min(blocks, rows * units * parts * blocks // asked.choices.score_programs))
     flat_score_kernel[(units * parts, triton.cdiv(blocks, score_each), rows)](
         asked.projected, asked.const, asked.pool, step.pages, step.count, asked.unit, layer.tables["cells"],
-        layer.tables["entry"], layer.tables["span"], weight, top, total,
-        step.pages.stride(0), codec.page_nbytes, asked.projected.stride(0), layer.key_rank // 16, blocks,
-        blocks * pages, units, asked.const.shape[2], score_each,
-        GROUPS=parts, GROUP=asked.group, SOFTCAP=asked.cap, WARPS=pages // 8, FAST=fast,
+        layer.tables["span"], weight, top, total,
+        step.pages.stride(0), codec.page_nbytes, blocks, blocks * pages, units, asked.const.shape[2],
+        asked.projected.shape[4], score_each,
+        GROUPS=parts, SOFTCAP=asked.cap, WARPS=pages // 8, FAST=fast,
         num_warps=pages // 8, num_stages=1, **({"maxnreg": 128} if fast else {}),
     )  # fmt: skip
-    each = triton.cdiv(blocks, max(1, triton.cdiv(asked.choices.piece_programs, rows * units * parts)))
+    wanted = asked.choices.piece_programs
+    shares = 2 if rows * units * parts * blocks < wanted else 1
+    each = triton.cdiv(blocks, max(1, triton.cdiv(wanted, rows * units * parts * shares)))
     each = max(2, each)  # sums of single blocks take longer to put together than they save
     splits = triton.cdiv(blocks, each)
-    found, factor = _sums(asked, splits, each), asked.empty(rows, units, parts, octets, 16, dtype=torch.int32)
-    factor_kernel[(units * parts, splits, rows)](
-        step.count, top, factor, found.tops, total, found.sums, octets, units, splits, each * pages // 8,
-        GROUPS=parts, PB=8, SB=FACTOR_TILE, ROUND=pages // 8, TOTALS=True, num_warps=4,
-    )  # fmt: skip
-    pieces_kernel[(units * parts, splits, rows)](
-        asked.pool, step.pages, step.count, piece, layer.tables["pieces"], weight, factor, found.outs,
+    found = _sums(asked, splits, each)
+    piece, pieces = (layer.tables[name if shares == 1 else name + "_two"] for name in ("piece", "pieces"))
+    pieces_kernel[(units * parts * shares, splits, rows)](
+        asked.pool, step.pages, step.count, piece, pieces, weight, top, total, found.outs, found.tops,
+        found.sums,
         step.pages.stride(0), codec.page_nbytes, blocks, blocks * pages, units, splits, layer.outputs, each,
         piece.stride(1),
-        GROUPS=parts, PB=pages, FAST=fast, num_warps=PIECE_WARPS, num_stages=1, **({"maxnreg": 128} if fast else {}),
+        GROUPS=parts, PB=pages, SHARES=shares, FAST=fast, num_warps=PIECE_WARPS, num_stages=1,
+        **({"maxnreg": 128} if fast else {}),
     )  # fmt: skip
     return found
 

@@ -83,6 +83,58 @@ def copy_part(to, source, last, PIECES: tl.constexpr):
     )
 
 
+@triton.constexpr_function
+def _lines_text(apart):
+    """Operands: result (0), destination, two sources (64 bit), whether each has a last piece."""
+    lines = []
+    for k in range(2):
+        for at in (0, 128, 256):
+            copy = f"cp.async.cg.shared.global.L2::cache_hint [$1+{int(apart) * k + at}], [${2 + k}+{at}], 16, policy;"
+            lines.append(f"@p{k} {copy}" if at == 256 else copy)
+    last = " ".join(f"setp.ne.b32 p{k}, ${4 + k}, 0;" for k in range(2))
+    return f"{{{_policy()} .reg .pred p<2>; {last} {' '.join(lines)} mov.b32 $0, 0;}}"
+
+
+@triton.jit
+def copy_lines(to, near, far, last_near, last_far, APART: tl.constexpr):
+    """Ask for two pieces of sixteen bytes, 128 bytes apart, from each of two int64 addresses, and where `last_` is not
+    zero for another one behind them. The second two go to APART bytes behind the first."""
+    tl.inline_asm_elementwise(
+        _lines_text(APART), "=r,r,l,l,r,r", [to, near, far, last_near, last_far],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.constexpr_function
+def _operands_text():
+    """Operands: result (0), destination, two sources (64 bit). They come through the first cache: a sector has two
+    lanes' words."""
+    words = [(k, far) for k in (0, 1) for far in (0, 1)]
+    copies = [f"cp.async.ca.shared.global [$1+{8 * k + 4 * far}], [${2 + far}+{4 * k}], 4;" for k, far in words]
+    return f"{' '.join(copies)} mov.b32 $0, 0;"
+
+
+@triton.jit
+def copy_operands(to, near, far):
+    """Ask for two words each from two int64 addresses; they go to sixteen bytes in turns."""
+    tl.inline_asm_elementwise(
+        _operands_text(), "=r,r,l,l", [to, near, far], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def copy_reused(to, source):
+    """Ask for sixteen bytes from an int64 address, that other programs will ask for too."""
+    tl.inline_asm_elementwise(
+        "cp.async.cg.shared.global [$1], [$2], 16; mov.b32 $0, 0;",
+        "=r,r,l",
+        [to, source],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
 @triton.jit
 def close_stage(lane):
     """What was asked for since the last call is one stage."""

@@ -67,6 +67,7 @@ class LayerTables:
         piece: int32 [units, PIECE_WARPS, pieces, 4]: of pages whose rows are tokens what a warp of pieces_kernel sums
             one after another: kind (of PIECE_KINDS), offset, first output column, quarters that
             are latents; pieces: int32 [units, PIECE_WARPS]: how many a warp has.
+        piece_two, pieces_two: the same for the warps of two programs.
         source: int32 [units, C, 2, R / 16]: output column of a run's (at most two) planes, -1: none.
         source_factor: float32 [units, C, 2, R]: what a unit of that column stands for.
         offset: float32 [units, C, R]: half the range of a latent's codes, what an all-zero code lies below the mean;
@@ -82,6 +83,8 @@ class LayerTables:
     item: np.ndarray
     piece: np.ndarray
     pieces: np.ndarray
+    piece_two: np.ndarray
+    pieces_two: np.ndarray
     source: np.ndarray
     source_factor: np.ndarray
     offset: np.ndarray
@@ -132,7 +135,8 @@ def _layer_tables(codec: LayerCodec) -> LayerTables:
         scored.span,
         np.stack(scored.share),
         np.array(mixed.item, dtype=np.int32),
-        *_pieces(mixed.piece),
+        *_pieces(mixed.piece, PIECE_WARPS),
+        *_pieces(mixed.piece, 2 * PIECE_WARPS),
         mixed.source,
         mixed.source_factor,
         mixed.offset,
@@ -218,23 +222,23 @@ class _Mixed:
         self.outputs += CHANNEL_GROUP * first.size
 
 
-def _pieces(planes: list[list[tuple[int, int, int, int]]]) -> tuple[np.ndarray, np.ndarray]:
-    """`piece` and `pieces` from every unit's planes: bits, offset, first output column, quarters."""
-    shared = [_shared_out(own) for own in planes]
+def _pieces(planes: list[list[tuple[int, int, int, int]]], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """`piece` and `pieces` for `count` warps, from every unit's planes: bits, offset, first output column, quarters."""
+    shared = [_shared_out(own, count) for own in planes]
     most = max((len(own) for unit in shared for own in unit), default=0)
-    piece: np.ndarray = np.zeros((len(planes), PIECE_WARPS, max(1, most), 4), dtype=np.int32)
-    for u, w in np.ndindex(len(planes), PIECE_WARPS):
+    piece: np.ndarray = np.zeros((len(planes), count, max(1, most), 4), dtype=np.int32)
+    for u, w in np.ndindex(len(planes), count):
         piece[u, w, : len(shared[u][w])] = np.array(shared[u][w], dtype=np.int32).reshape(-1, 4)
     return piece, np.array([[len(own) for own in unit] for unit in shared], dtype=np.int32)
 
 
-def _shared_out(planes: list[tuple[int, int, int, int]]) -> list[list[tuple[int, ...]]]:
+def _shared_out(planes: list[tuple[int, int, int, int]], count: int) -> list[list[tuple[int, ...]]]:
     """A unit's pieces by warp. Of those of sixteen quarters, which read their weights once for twice the work, as many
     are halved as make the longest warp's share shorter."""
     shares: list[tuple[int, list[list[tuple[int, ...]]]]] = []  # the longest warp's work, and who has what
     for halved in range(1 + sum(quarters // 9 + 1 for _, _, _, quarters in planes)):
-        warps: list[list[tuple[int, ...]]] = [[] for _ in range(PIECE_WARPS)]
-        load = [0] * PIECE_WARPS
+        warps: list[list[tuple[int, ...]]] = [[] for _ in range(count)]
+        load = [0] * count
         for cost, piece in sorted(_cut(planes, halved), key=lambda one: -one[0]):
             least = load.index(min(load))
             warps[least].append(piece)

@@ -35,19 +35,39 @@ def over_lanes(x, WARPS: tl.constexpr):
 
 
 @triton.constexpr_function
-def quad_text():
-    turns = [f"shfl.sync.bfly.b32 y, $0, {k}, 0x1f, 0xffffffff; max.f32 $0, $0, y;" for k in (1, 2)]
+def _quad_text(operation: str) -> str:
+    turns = [f"shfl.sync.bfly.b32 y, $0, {k}, 0x1f, 0xffffffff; {operation} $0, $0, y;" for k in (1, 2)]
     return "{.reg .f32 y; mov.f32 $0, $1; " + " ".join(turns) + "}"
+
+
+@triton.constexpr_function
+def quad_largest():
+    return _quad_text("max.f32")
+
+
+@triton.constexpr_function
+def quad_added():
+    return _quad_text("add.f32")
 
 
 @triton.jit
 def over_quad(x, WARPS: tl.constexpr, FAST: tl.constexpr):
     """The largest over the lanes t of a head, for each of them."""
     if FAST:
-        return tl.inline_asm_elementwise(quad_text(), "=&f,f", [x], dtype=tl.float32, is_pure=False, pack=1)
+        return tl.inline_asm_elementwise(quad_largest(), "=&f,f", [x], dtype=tl.float32, is_pure=False, pack=1)
     else:
         top = tl.max(tl.reshape(x, [WARPS * 8, 4]), 1)
         return tl.reshape(tl.broadcast_to(top[:, None], [WARPS * 8, 4]), [32 * WARPS])
+
+
+@triton.jit
+def quad_sum(x, WARPS: tl.constexpr, FAST: tl.constexpr):
+    """The same of the sum."""
+    if FAST:
+        return tl.inline_asm_elementwise(quad_added(), "=&f,f", [x], dtype=tl.float32, is_pure=False, pack=1)
+    else:
+        total = tl.sum(tl.reshape(x, [WARPS * 8, 4]), 1)
+        return tl.reshape(tl.broadcast_to(total[:, None], [WARPS * 8, 4]), [32 * WARPS])
 
 
 @triton.jit

@@ -260,8 +260,8 @@ def test_one_of_several_processes_measures_and_the_others_do_not_wait_for_ever(t
 
 
 OTHERS: list[dict[str, Any]] = [
-    {"mix_programs": 256, "combine_tile": 16, "window_tile": 16, "hold": False, "hold_share": False},
-    {"mix_programs": 4096, "split_blocks": 1, "combine_tile": 64, "combine_warps": 8, "shared_blocks": 0},
+    {"mix_programs": 256, "few_splits": 0, "window_tile": 16, "hold": False, "hold_share": False},
+    {"mix_programs": 4096, "split_blocks": 1, "most_splits": 32, "combine_warps": 8, "shared_blocks": 0},
 ]
 
 

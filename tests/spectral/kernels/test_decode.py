@@ -104,6 +104,7 @@ TOKENS = [
     (2, 64, 2, [8, 4, 4, 2, 1, 1, 0], 10, None, [300], False, 1, True),
     (2, 64, 2, [8, 4, 4, 2, 1, 1, 0], 10, None, [200], True, 1, True),
     (2, 160, 2, [6, 3, 6], 16, None, [100], False, 1, True),
+    (1, 32, 20, [3, 6, 0], 8, 5.0, [100], False, 1, False),
 ]
 TOKENS_OTHER_PAGES = [
     (2, 32, 2, MIXED, 8, None, [2, 100], True, 2, True, 8),
@@ -150,12 +151,12 @@ def test_decoding_on_codes_equals_the_reference(
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_answers_do_not_depend_on_what_launches_choose(monkeypatch: pytest.MonkeyPatch, flat: bool) -> None:
-    """Several blocks a program and one; parts of rows put together one by one, by eight and by 32; rows of one, two and
+    """Several blocks a program and one; parts of rows put together by four, by eight and by 32; rows of one, two and
     three blocks, the last one not full."""
     store = store_of(2, 16, 2, [4, 2, 1, 0], 8, 256, apart=True, flat=flat)
     few = {"mix_programs": 1, "piece_programs": 1, "score_programs": 1, "split_blocks": 1}
     many = dict.fromkeys(few, 1 << 20) | {"split_blocks": 1}
-    together = {"many_splits": 1, "most_splits": 1, "many_queries": 0}
+    together = {"few_splits": 0, "most_splits": 1, "many_queries": 0}
     choices = (few, many, many | together, many | together | {"most_splits": 1 << 20})
     found = errors(monkeypatch, store, [90, 420, 600], 2, None, *({"shared_blocks": 0} | one for one in choices))
     assert len(found) == len(choices) and max(found) < 4e-3

@@ -12,6 +12,7 @@ import pytest
 
 from spectral.basis import holding
 from spectral.bits import CHANNEL_GROUP, FIELDS, WIDTHS, frequency_classes, row_classes
+from spectral.kernels import flat
 from spectral.kernels.cells import SHARED, held_runs
 from spectral.kernels.classes import class_rows, first_row, strip_bits, strip_class, strip_order
 from spectral.kernels.flat import ENTRIES, STAGES, flat_fits
@@ -122,7 +123,7 @@ def test_cells_of_sixteen_rows_never_cross_the_end_of_a_chunk() -> None:
 
 
 def test_what_a_flat_block_has_in_shared_memory_fits() -> None:
-    assert 4 * int(STAGES) * int(STAGE) + int(ENTRIES) * int(OPERAND) <= SHARED
+    assert 4 * int(STAGES) * int(flat.STAGE) + int(ENTRIES) * int(OPERAND) <= SHARED
     assert flat_fits(512, 32) and flat_fits(640, 16)
     assert not flat_fits(656, 32), "a plane may have more entries than there is room for"
     assert not flat_fits(512, 64), "blocks of 64 pages have eight warps' stages"
@@ -145,30 +146,32 @@ def test_entries_of_flat_pages_say_which_have_two_fields_together() -> None:
     assert not tables.entry[ends:].any()
 
 
+@pytest.mark.parametrize("warps", [PIECE_WARPS, 2 * PIECE_WARPS])
 @pytest.mark.parametrize("runs", [1, 2, 3, 11, 32])
-def test_pieces_cover_every_quarter_of_every_cell_once(runs: int) -> None:
+def test_pieces_cover_every_quarter_of_every_cell_once(runs: int, warps: int) -> None:
     """Two units; whatever is summed lies where combine_kernel looks for it, and warps have about equal work."""
     layouts = [page_layout(random_widths(1, runs, seed), 16) for seed in (runs, runs + 1)]
     tables = layer_tables(codec_of(layouts))
-    assert tables.piece.shape[:2] == tables.pieces.shape == (2, PIECE_WARPS)
+    piece, pieces = (tables.piece, tables.pieces) if warps == PIECE_WARPS else (tables.piece_two, tables.pieces_two)
+    assert piece.shape[:2] == pieces.shape == (2, warps)
     for unit, (layout, start) in enumerate(zip(layouts, (0, layouts[0].nbytes), strict=True)):
         planes = {strip.bits: (start + strip.start, strip) for strip in layout.strips}
         seen: dict[int, list[int]] = {bits: [] for bits in planes}
-        loads = [0] * PIECE_WARPS
-        for warp in range(PIECE_WARPS):
-            for kind, offset, column, quarters in tables.piece[unit, warp, : tables.pieces[unit, warp]]:
+        loads = [0] * warps
+        for warp in range(warps):
+            for kind, offset, column, quarters in piece[unit, warp, : pieces[unit, warp]]:
                 bits, eights = PIECE_KINDS[kind]
                 first, _ = planes[bits]
                 quarter = (offset - first) // (16 * max(1, bits // 2))
                 assert (offset - first) % (16 * max(1, bits // 2)) == 0
                 assert 0 < quarters <= 8 * eights
                 seen[bits] += range(quarter, quarter + quarters)
-                base = int(tables.piece[unit, ..., 2][tables.piece[unit, ..., 1] == first].min())
+                base = int(piece[unit, ..., 2][piece[unit, ..., 1] == first].min())
                 assert column == base + quarter * (8 if bits == 1 else 4), "columns follow quarters"
                 loads[warp] += eights * (2 if bits == 1 else 1)
         for bits, (_, strip) in planes.items():
             assert sorted(seen[bits]) == list(range(4 * strip.cells))
-        assert max(loads) <= sum(loads) / PIECE_WARPS + 3
+        assert max(loads) <= sum(loads) / warps + 3
 
 
 @pytest.mark.parametrize("nbytes", [0, 3840, 47 * 1024])

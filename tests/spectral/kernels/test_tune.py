@@ -31,7 +31,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GPU = torch.device("cuda", 3)
 SHAPE = Shape(32, 8, 128, 128, 16, 32)
 NAME = "NVIDIA Test 90"
-BEST = DecodeChoices(shared_blocks=16, mix_programs=256, hold=False, combine_tile=64)
+BEST = DecodeChoices(shared_blocks=16, mix_programs=256, hold=False, window_tile=32)
 
 
 class Landscape:
@@ -78,7 +78,7 @@ def test_the_best_of_a_landscape_is_found() -> None:
     gpu, told = Landscape(), []
     found = gpu.search(500, lambda what, passed: told.append((what, passed)))
     assert found.choices == BEST and not found.left_out
-    assert found.changed == {"shared_blocks": 16, "mix_programs": 256, "hold": False, "combine_tile": 64}
+    assert found.changed == {"shared_blocks": 16, "mix_programs": 256, "hold": False, "window_tile": 32}
     taken = [trial for trial in found.trials if trial.verdict == "taken"]
     assert [(trial.name, trial.value) for trial in taken] == list(found.changed.items())
     assert all(trial.gain is not None and trial.gain > GAIN for trial in taken)
@@ -103,7 +103,7 @@ def test_a_search_ends_in_time_and_says_what_it_left_out(seconds: float) -> None
     }
     left = {name for name in found.left_out if name not in tried}
     assert left | tried >= everything - {"shared_blocks=48", "mix_programs=1024"} and left
-    assert "finish_warps=4" in left  # what comes last
+    assert "value_warps=2" in left  # what comes last
     assert (found.choices.shared_blocks == 16) == (seconds > 1)
 
 
@@ -112,12 +112,12 @@ def test_a_choice_that_compiles_longer_than_is_known_is_not_tried_with_its_other
     plain = gpu.times
 
     def slow(found: Any) -> Times:
-        gpu.now += 20 if found.combine_warps != 4 else 0
+        gpu.now += 20 if found.combine_warps != 1 else 0
         return plain(found)
 
     found = Search(slow, gpu.wrong, seconds=60, clock=gpu.clock).run(DecodeChoices())
-    assert [trial.value for trial in found.trials if trial.name == "combine_warps"] == [1]
-    assert {"combine_warps=2", "combine_warps=8"} <= set(found.left_out)
+    assert [trial.value for trial in found.trials if trial.name == "combine_warps"] == [2]
+    assert {"combine_warps=4", "combine_warps=8"} <= set(found.left_out)
 
 
 @pytest.mark.parametrize("swing", [0.015, 0.1])
@@ -160,7 +160,7 @@ def test_no_step_pays_much_for_what_others_gain(loss: float, taken: bool) -> Non
 
 def test_a_gpu_that_becomes_slower_meanwhile_hides_nothing() -> None:
     """A third slower by the end: what is timed before a choice is what its values are held against."""
-    gpu = Landscape(DecodeChoices(finish_warps=4))
+    gpu = Landscape(DecodeChoices(value_warps=2))
     plain = gpu.times
 
     def times(found: Any) -> Times:
@@ -205,7 +205,7 @@ def test_defaults_that_are_wrong_are_not_tuned() -> None:
 def test_what_was_found_is_told_in_a_line_and_kept_whole() -> None:
     found = Landscape().search(8)
     line = summary("decode", found)
-    assert "shared_blocks 16" in line and "% less time" in line and "finish_warps=4" in line and "\n" not in line
+    assert "shared_blocks 16" in line and "% less time" in line and "value_warps=2" in line and "\n" not in line
     entry = json.loads(json.dumps(entry_of(NAME, SHAPE, found)))
     assert choices.read_choices(DecodeChoices, entry["choices"]) == found.choices
     assert entry["relative_times"]["long"] < 1 and entry["left_out"] == found.left_out
@@ -434,11 +434,12 @@ def test_warming_up_tunes_first_and_requests_never_do(monkeypatch: pytest.Monkey
     steps = ["step", "trim", "step", "trim", "step", "step", "codes"]
     upkeep.warm_up(stand_in)  # type: ignore[arg-type]
     assert done == [("tune", book, engine.loaded.shape.query_heads, dtype), *steps]
-    # Parts of a row are put together by 8, by 32 and alone, and one block's query is turned alone and with others.
-    assert [one.many_splits > 1 or (one.most_splits > 1) for one in launched] == [True, False, True, True]
+    # Parts of a row are put together by 8, by 32 and by 4, one block's query is turned alone and with others, and one
+    # program has all pieces of a unit and some of them.
+    together = [4 if one.few_splits else 32 if one.most_splits == 1 else 8 for one in launched]
+    assert together == [8, 32, 4, 4] and [one.piece_programs for one in launched] == [1, 1, 512, 512]
     assert [one.many_queries > 0 for one in launched] == [True, False, True, True]
     assert [one.shared_blocks > 0 for one in launched] == [False, False, True, True]
-    assert launched[0].many_splits == 1 and launched[2].many_splits > 1
     done.clear()
     upkeep.warm_up(stand_in, tune=False)  # type: ignore[arg-type]
     assert done == steps
