@@ -34,8 +34,9 @@ BUSY = 264
 
 
 def operands_fit(dim: int, half: int) -> bool:
-    """Whether operand_kernel serves heads of so many numbers, of which twice `half` are turned."""
-    return half % 8 == 0 and (dim - 2 * half) % 16 == 0
+    """Whether operand_kernel serves heads of so many numbers, of which twice `half` are turned: a lane has them in
+    registers, and a warp four entries of as many numbers in shared memory."""
+    return half % 8 == 0 and (dim - 2 * half) % 16 == 0 and lane_chunks(dim, half) <= 4
 
 
 def lane_chunks(dim: int, half: int) -> int:

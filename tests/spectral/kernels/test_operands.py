@@ -8,9 +8,18 @@ import torch
 
 from spectral.codec import LayerCodec
 from spectral.frames import BlockFrame
+from spectral.kernels.cells import SHARED
 from spectral.kernels.check import TOLERANCE, Case, relative_error
 from spectral.kernels.decode import LayerKernels, frame_half
-from spectral.kernels.operands import _contracted, lane_chunks, operand_basis, operands_fit, shares_of, tiles_of
+from spectral.kernels.operands import (
+    STAGES,
+    _contracted,
+    lane_chunks,
+    operand_basis,
+    operands_fit,
+    shares_of,
+    tiles_of,
+)
 from spectral.kernels.synthetic import synthetic_codec
 from spectral.kernels.tables import layer_tables
 
@@ -31,9 +40,10 @@ def test_every_number_of_a_head_is_contracted_once_beside_its_partner(dim: int, 
     turning = low < 2 * half
     assert (high[turning] == low[turning] + half).all(), "what is turned together lies in one lane"
     assert tiles_of(dim, half) * lane_chunks(dim, half) <= 4, "registers"
+    assert int(STAGES) * 4 * lane_chunks(dim, half) * 512 <= SHARED
 
 
-@pytest.mark.parametrize(("dim", "half"), [(24, 12), (40, 20), (72, 32), (100, 0)])
+@pytest.mark.parametrize(("dim", "half"), [(24, 12), (40, 20), (72, 32), (100, 0), (320, 160), (512, 256)])
 def test_other_heads_are_left_to_the_kernels_of_transformed_pages(dim: int, half: int) -> None:
     assert not operands_fit(dim, half)
 
