@@ -76,13 +76,13 @@ def operand_basis(
             numbers that are turned.
     """
     dim = keys.shape[1]
+    order = torch.arange(CHANNEL_GROUP, device=keys.device).view(1, 4, 4)[..., QUAD_ORDER]
     out = keys.new_zeros((len(keys), dim + 1, int(tables.span[:, 1].max()), 4, 4))
     for (first, last), (start, count) in zip(heads, tables.span.tolist(), strict=True):
-        entry = torch.from_numpy(tables.entry[start : start + count])
-        factor = entry[..., :2].contiguous().view(torch.float16).to(keys)  # [entries, 4, 4]
-        latent = entry[:, :1, 2, None] // 32 + torch.arange(CHANNEL_GROUP).view(1, 4, 4)[..., QUAD_ORDER]
-        own = keys[first:last][..., latent.to(keys.device)] * factor
-        own[..., :2] -= own[..., 2:] * entry[:, :, 3, None].to(keys)
+        entry = to_device(tables.entry[start : start + count], keys.device)
+        factor = entry[..., :2].contiguous().view(torch.float16).to(keys.dtype)  # [entries, 4, 4]
+        own = keys[first:last][..., entry[:, :1, 2, None] // 32 + order] * factor
+        own[..., :2] -= own[..., 2:] * entry[:, :, 3, None]
         out[first:last, :dim, :count] = own
     number = to_device(_contracted(dim, half), keys.device)[:, None, :, None]
     column = np.arange(8)[:, None] // 2 * 4 + np.arange(8)[:, None] % 2 + 2 * np.arange(2)  # [g, operand]
