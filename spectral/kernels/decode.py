@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ import triton
 from spectral.aside import to_device
 from spectral.codec import LayerCodec
 from spectral.errors import SettingError
+from spectral.kernels.beside import Beside
 from spectral.kernels.choices import DecodeChoices, Shape, block_pages, chosen, layer_shape
 from spectral.kernels.combine import combine_kernel, query_kernel, value_kernel, window_kernel
 from spectral.kernels.flat import ENTRIES, flat_fits
@@ -31,7 +32,7 @@ from spectral.kernels.operands import (
     shares_of,
     tiles_of,
 )
-from spectral.kernels.scoring import Asked, flat_sums, interpreted, sums_of_weights, weights
+from spectral.kernels.scoring import Asked, by_lane, flat_sums, sums_of_weights, weights
 from spectral.kernels.tables import QUAD_ORDER, LayerTables, layer_tables
 from spectral.windows import ExactWindow, QuantizedWindow
 
@@ -88,7 +89,7 @@ class LayerKernels:
         values = [codec.units[number] for number in codec.value_units]
         device = units[0].mean.device
         tables: LayerTables = layer_tables(codec)
-        self.tables = tables.to(device)
+        self.tables, self._arrays = tables.to(device), tables
         self.outputs, self.classes = tables.outputs, len(units[0].class_deviation)
         self.items = len(tables.item)
         most = max(unit.channels for unit in units)  # of any setting: a squeeze must not wait for a compiler
@@ -111,7 +112,7 @@ class LayerKernels:
     def read_tokens(self, flat: bool) -> None:
         """Make what turns queries into latents, or (flat) into operands of the kernels for pages whose rows are tokens,
         and let those serve or not."""
-        codec, tables = self.codec, layer_tables(self.codec)
+        codec, tables = self.codec, self._arrays
         units = [codec.units[number] for number in codec.key_units]
         keys = torch.cat([_wide(unit.key_decode, self.key_rank) for unit in units])  # [H, d, R]
         below = keys.new_zeros((codec.kv_heads, codec.key_dim, self.classes))
@@ -202,10 +203,14 @@ def decode_attention(
         look_back()
         torch.div(mixed, total[..., None], out=out) if out.dtype == mixed.dtype else out.copy_(mixed / total[..., None])
         return out
-    with _Beside(query.device) as beside:
+    with Beside(query.device) as beside:
         if choices.window_early:
             beside.begin()
-        projected = (_operands if layer.flat else _project)(layer, choices, step, query, blocks, scale)
+        projected = (
+            _operands(layer, step, query, blocks, scale)
+            if layer.flat
+            else _project(layer, choices, query, blocks, scale)
+        )
         beside.run(look_back)
         asked = Asked(
             layer, choices, pool, step, *projected, layer.units(group), group, cap, layer.head_groups(group), blocks
@@ -216,45 +221,6 @@ def decode_attention(
         GROUP=group, HEADS=heads, VDIM=codec.value_dim, M=16, N=VALUE_COLUMNS, K=128, num_warps=choices.value_warps,
     )  # fmt: skip
     return out
-
-
-@cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
-class _Beside:
-    """In a graph that is being captured, what is run here runs beside what the caller launches: after what was launched
-    before `begin` (without which it is `run` that begins), and before what is launched after `meet`. (Elsewhere in its
-    order: two streams cost the host more than they save.) No capture can end, not even one that has failed, before its
-    streams have met: leaving the context meets."""
-
-    def __init__(self, device: torch.device) -> None:
-        captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        self._main = torch.cuda.current_stream(device) if captured else None
-        self._side = _side_stream(device) if captured else None
-        self._apart = False
-
-    def begin(self) -> None:
-        if self._side is not None and not self._apart:
-            self._side.wait_stream(self._main)
-            self._apart = True
-
-    def run(self, launch: Callable[[], None]) -> None:
-        self.begin()
-        with torch.cuda.stream(self._side):
-            launch()
-
-    def meet(self) -> None:
-        if self._apart and self._main is not None:
-            self._main.wait_stream(self._side)
-            self._apart = False
-
-    def __enter__(self) -> _Beside:
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        self.meet()
 
 
 def _check(
@@ -319,14 +285,20 @@ def _window(
     )  # fmt: skip
 
 
+def _angles(layer: LayerKernels, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of blocks' centres; where nothing is turned something that is not read."""
+    frame = layer.codec.frame
+    return frame._table(blocks) if frame.turns else (layer.vectors, layer.vectors)
+
+
 def _operands(
-    layer: LayerKernels, choices: DecodeChoices, step: StepTables, query: torch.Tensor, blocks: int, scale: float
+    layer: LayerKernels, step: StepTables, query: torch.Tensor, blocks: int, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries [B, Hq, d] as spectral.kernels.operands leaves them: fp16 [B, units, head groups, blocks, entries, 16,
     16], and their products with what tokens without codes are, fp32 [B, blocks, Hq]."""
     codec, (rows, heads, dim) = layer.codec, query.shape
     group, units, parts = heads // codec.kv_heads, len(layer.unit_heads), layer.head_groups(heads // codec.kv_heads)
-    cos, sin = codec.frame._table(blocks) if codec.frame.turns else (layer.vectors, layer.vectors)
+    cos, sin = _angles(layer, blocks)
     half, entries = frame_half(codec), layer.key_basis.shape[1]
     out = torch.empty((rows, units, parts, blocks, entries, 16, 16), dtype=torch.float16, device=query.device)
     shift = torch.empty((rows, blocks, heads), device=query.device)
@@ -336,31 +308,30 @@ def _operands(
     tiles = triton.cdiv(blocks * group, 16 * together)
     programs = triton.cdiv(tiles * rows, warps)
     shares = shares_of(codec.kv_heads * programs, entries)
-    fast = not interpreted()
     operand_kernel[(programs, codec.kv_heads, shares)](
         query, cos, sin, layer.vectors, layer.key_basis, step.count, layer.places, out, shift,
         blocks, heads, units, entries, tiles, rows, shares, scale,
         GROUPS=parts, GROUP=group, DIM=dim, HALF=half, CHUNKS=lane_chunks(dim, half), PB=block_pages(codec),
-        TILES=together, WARPS=warps, FAST=fast, num_warps=warps, num_stages=1, **({"maxnreg": 128} if fast else {}),
+        TILES=together, WARPS=warps, **by_lane(warps),
     )  # fmt: skip
     return out, shift
 
 
 def _project(
-    layer: LayerKernels, choices: DecodeChoices, step: StepTables, query: torch.Tensor, blocks: int, scale: float
+    layer: LayerKernels, choices: DecodeChoices, query: torch.Tensor, blocks: int, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries [B, Hq, d] in the frames of all blocks: in latents, fp16 [H, B * blocks * G, R], and their products with
     means and offsets, fp32 [B, blocks, Hq, 8]."""
     codec, (rows, heads, dim) = layer.codec, query.shape
     group = heads // codec.kv_heads
-    cos, sin = codec.frame._table(blocks) if codec.frame.turns else (layer.vectors, layer.vectors)
+    cos, sin = _angles(layer, blocks)
     framed = torch.empty((codec.kv_heads, rows * blocks * group, dim), dtype=torch.float16, device=query.device)
     const = torch.empty((rows, blocks, heads, 8), device=query.device)
     each = 4 if codec.kv_heads * blocks * rows > choices.many_queries else 1
     query_kernel[(codec.kv_heads, triton.cdiv(blocks, each), rows)](
         query, cos, sin, layer.vectors, framed, const, dim, blocks, heads, rows, scale,
         GROUP=group, G=triton.next_power_of_2(group), D=triton.next_power_of_2(dim), DIM=dim,
-        HALF=cos.shape[1] if codec.frame.turns else 0, CLASSES=layer.classes, EACH=each,
+        HALF=frame_half(codec), CLASSES=layer.classes, EACH=each,
         num_warps=choices.query_warps,
     )  # fmt: skip
     return torch.bmm(framed, layer.key_basis), const

@@ -7,8 +7,7 @@ import triton.language as tl
 
 from spectral.kernels.cells import FIELD_UNIT
 from spectral.kernels.lanes import sum_rows, take
-from spectral.kernels.staging import store_four
-from spectral.kernels.weights import largest, over_quad, quad, softcapped
+from spectral.kernels.weights import largest, over_quad, quad, softcapped, store_page
 
 
 @triton.jit
@@ -30,7 +29,7 @@ def _weights(
     if SOFTCAP > 0:
         x, y = softcapped(x, 16, SOFTCAP), softcapped(y, 16, SOFTCAP)
     UNIT: tl.constexpr = 1.0 if SOFTCAP > 0 else FIELD_UNIT
-    top = over_quad(tl.maximum(largest(x, 16), largest(y, 16)), WARPS, FAST) * UNIT
+    top = over_quad(tl.maximum(largest(x, 16), largest(y, 16)), False, WARPS, FAST) * UNIT
     here, there = tl.where(now, -top, float("-inf")), tl.where(next, -top, float("-inf"))
     u = ()
     v = ()
@@ -62,29 +61,24 @@ def _second_half_first(x, FAST: tl.constexpr):
 
 
 @triton.jit
-def _store_page(place, u, v, FAST: tl.constexpr):
-    """A page's weights of heads g (u) and g + 8 (v), four rows after four, so that a warp fills whole lines: [rows 4 k
-    ..][g][rows of head g, then of head g + 8]. place: of the page and g, as words."""
-    for k in tl.static_range(4):
-        x = quad(u, v, 4 * k, FAST)
-        store_four(place + 32 * k, x[0], x[1], x[2], x[3], FAST)
-
-
-@triton.jit
 def leave_weights(
     c, shift0, shift1, number, count, blk, place, max_ptr, total_ptr, block, i,
     SOFTCAP: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Weights of a block, their sums and what they are relative to. number: of the lane's first page in the block;
-    place: where the row's weights are left; block: the block's number among all."""
+    """Weights of a block, their sums and what they are relative to. Of a page four rows come after four, so that a warp
+    fills whole lines: [rows 4 k ..][g][rows of head g, then of head g + 8].
+
+    number: of the lane's first page in the block; place: where the row's weights are left; block: the block's number
+    among all.
+    """
     g, t = i % 32 // 4, i % 4
     here, next = number < count, number + 1 < count
     u0, u1, top0 = _weights(c, 0, shift0, here, next, SOFTCAP, WARPS, FAST)
     v0, v1, top1 = _weights(c, 2, shift1, here, next, SOFTCAP, WARPS, FAST)
     u1, v1 = _second_half_first(u1, FAST), _second_half_first(v1, FAST)
     page = place + (blk * (8 * WARPS) + number) * 128 + g * 4
-    _store_page(page, u0, v0, FAST)
-    _store_page(page + 128, u1, v1, FAST)
+    store_page(page, u0, v0, 16, 32, FAST)
+    store_page(page + 128, u1, v1, 16, 32, FAST)
     total = (tl.zeros([32 * WARPS], tl.float32),) * 4
     total = _sum_page(_sum_page(total, u0, v0, WARPS, FAST), u1, v1, WARPS, FAST)
     at = (block * WARPS + i // 32) * 16 + g

@@ -18,10 +18,10 @@ import triton.language as tl
 
 from spectral.aside import to_device
 from spectral.bits import CHANNEL_GROUP
-from spectral.kernels.lanes import added, floats, mma, mma_text, packed
+from spectral.kernels.lanes import added, floats, half, mma, mma_text, packed
 from spectral.kernels.staging import close_stage, copy_reused, held_four, stage, wait_stages
 from spectral.kernels.tables import QUAD_ORDER, LayerTables
-from spectral.kernels.weights import quad_sum
+from spectral.kernels.weights import over_quad
 from spectral.kernels.words import four_words
 
 OPERAND_WARPS = 4
@@ -35,7 +35,7 @@ BUSY = 264
 
 def operands_fit(dim: int, half: int) -> bool:
     """Whether operand_kernel serves heads of so many numbers, of which twice `half` are turned: a lane has them in
-    registers, and a warp four entries of as many numbers in shared memory."""
+    registers, and a program four entries of as many numbers in shared memory."""
     return half % 8 == 0 and (dim - 2 * half) % 16 == 0 and lane_chunks(dim, half) <= 4
 
 
@@ -137,10 +137,7 @@ def _eight(p, FAST: tl.constexpr):
             if p.dtype.element_ty == tl.bfloat16:
                 out = out + ((w[k] << 16).to(tl.float32, bitcast=True), (w[k] & -65536).to(tl.float32, bitcast=True))
             else:
-                low, high = (w[k] & 0xFFFF).to(tl.int16), (w[k] >> 16).to(tl.int16)
-                out = out + (
-                    low.to(tl.float16, bitcast=True).to(tl.float32), high.to(tl.float16, bitcast=True).to(tl.float32),
-                )  # fmt: skip
+                out = out + (half(w[k], False), half(w[k], True))
     return out
 
 
@@ -180,7 +177,7 @@ def _turned(
             shift += there * (a[k] * u[k] + b[k] * v[k])
         for k in tl.static_range(4):
             out = out + (packed(a[2 * k], a[2 * k + 1], FAST), packed(b[2 * k], b[2 * k + 1], FAST))
-    return out, quad_sum(shift, WARPS, FAST)
+    return out, over_quad(shift, True, WARPS, FAST)
 
 
 @triton.jit

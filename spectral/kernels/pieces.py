@@ -18,7 +18,7 @@ import triton.language as tl
 from spectral.kernels.lanes import mma_text
 from spectral.kernels.staging import stage
 from spectral.kernels.tables import PIECE_KINDS, PIECE_WARPS
-from spectral.kernels.weights import over_quad, quad_sum
+from spectral.kernels.weights import over_quad
 
 RING = tl.constexpr(8192)
 """Bytes of shared memory in which a warp has the weights of sixteen pages. Eights of lanes copy lines; a line's pieces
@@ -259,7 +259,7 @@ def _split_tops(tops, totals, octets, g, t, FAST: tl.constexpr):
             n = first + 4 * k + t
             top0 = tl.maximum(top0, tl.load(tops + n * 16 + g, mask=n < octets, other=float("-inf")))
             top1 = tl.maximum(top1, tl.load(tops + n * 16 + g + 8, mask=n < octets, other=float("-inf")))
-    top0, top1 = over_quad(top0, WARPS, FAST), over_quad(top1, WARPS, FAST)
+    top0, top1 = over_quad(top0, False, WARPS, FAST), over_quad(top1, False, WARPS, FAST)
     total0 = tl.zeros([32 * WARPS], tl.float32)
     total1 = total0
     for first in range(0, octets, 32):
@@ -271,7 +271,7 @@ def _split_tops(tops, totals, octets, g, t, FAST: tl.constexpr):
             # As what weights are multiplied with.
             total0 += tl.load(totals + n * 16 + g, mask=own, other=0.0) * f0.to(tl.float16).to(tl.float32)
             total1 += tl.load(totals + n * 16 + g + 8, mask=own, other=0.0) * f1.to(tl.float16).to(tl.float32)
-    return top0, top1, quad_sum(total0, WARPS, FAST), quad_sum(total1, WARPS, FAST)
+    return top0, top1, over_quad(total0, True, WARPS, FAST), over_quad(total1, True, WARPS, FAST)
 
 
 @triton.jit(

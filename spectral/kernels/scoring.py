@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -32,6 +32,12 @@ FACTOR_TILE = 64
 def interpreted() -> bool:
     """Whether Triton runs kernels in its interpreter."""
     return bool(triton.knobs.runtime.interpret)
+
+
+def by_lane(warps: int) -> dict[str, Any]:
+    """How kernels are launched that are written by lane: as many registers as leave sixteen warps room."""
+    fast = not interpreted()
+    return {"FAST": fast, "num_warps": warps, "num_stages": 1, **({"maxnreg": 128} if fast else {})}
 
 
 @dataclass
@@ -93,7 +99,7 @@ def _by_blocks(asked: Asked, weight: torch.Tensor, top: torch.Tensor) -> None:
     """A program for each block."""
     layer, step = asked.layer, asked.step
     rows, units, parts, blocks = asked.shape
-    pages, runs, fast = block_pages(layer.codec), layer.key_rank // 16, not interpreted()
+    pages, runs = block_pages(layer.codec), layer.key_rank // 16
     warps, entries = pages // 8, layer.tables["stepped"]
     score_kernel[(units * parts, blocks, rows)](
         asked.projected, asked.const, asked.pool, step.pages, step.count, asked.unit, layer.tables["cells"], entries,
@@ -102,7 +108,7 @@ def _by_blocks(asked: Asked, weight: torch.Tensor, top: torch.Tensor) -> None:
         units, asked.const.shape[2], entries.stride(0),
         GROUPS=parts, GROUP=asked.group, CLASSES=layer.classes, P=layer.codec.page_tokens,
         HOLD=block_runs(runs, warps, layer.classes) if asked.choices.hold else 0, SOFTCAP=asked.cap, WARPS=warps,
-        FAST=fast, num_warps=warps, num_stages=1, **({"maxnreg": 128} if fast else {}),
+        **by_lane(warps),
     )  # fmt: skip
 
 
@@ -133,7 +139,7 @@ def sums_of_weights(asked: Asked, weight: torch.Tensor, largest: torch.Tensor) -
     """Codes times weights, item by item."""
     layer, step, choices = asked.layer, asked.step, asked.choices
     rows, units, parts, blocks = asked.shape
-    page_blocks, fast = block_pages(layer.codec), not interpreted()
+    page_blocks = block_pages(layer.codec)
     wanted = max(1, triton.cdiv(choices.mix_programs, rows * layer.items))
     each = triton.cdiv(triton.cdiv(blocks, wanted), choices.split_blocks) * choices.split_blocks
     splits = triton.cdiv(blocks, each)
@@ -146,8 +152,8 @@ def sums_of_weights(asked: Asked, weight: torch.Tensor, largest: torch.Tensor) -
     mix_kernel[(rows, splits, layer.items * parts)](
         asked.pool, step.pages, step.count, layer.tables["item"], weight, factor, found.outs, found.sums,
         step.pages.stride(0), layer.codec.page_nbytes, blocks, blocks * page_blocks, units, splits, layer.outputs, each,
-        GROUPS=parts, CLASSES=layer.classes, P=layer.codec.page_tokens, PB=page_blocks, WARPS=MIX_WARPS, FAST=fast,
-        num_warps=MIX_WARPS, num_stages=1, **({"maxnreg": 128} if fast else {}),
+        GROUPS=parts, CLASSES=layer.classes, P=layer.codec.page_tokens, PB=page_blocks, WARPS=MIX_WARPS,
+        **by_lane(MIX_WARPS),
     )  # fmt: skip
     return found
 
@@ -156,7 +162,7 @@ def flat_sums(asked: Asked) -> Sums:
     """Weights by blocks, and sums with them, of pages whose rows are tokens."""
     layer, step, codec = asked.layer, asked.step, asked.layer.codec
     rows, units, parts, blocks = asked.shape
-    pages, fast = block_pages(codec), not interpreted()
+    pages = block_pages(codec)
     size = blocks * pages * codec.page_tokens * 16
     weight = asked.empty(rows * units * parts * size + WEIGHT_SLACK, dtype=torch.float16)
     octets = blocks * pages // 8
@@ -167,8 +173,7 @@ def flat_sums(asked: Asked) -> Sums:
         layer.tables["span"], weight, top, total,
         step.pages.stride(0), codec.page_nbytes, blocks, blocks * pages, units, asked.const.shape[2],
         asked.projected.shape[4], score_each,
-        GROUPS=parts, SOFTCAP=asked.cap, WARPS=pages // 8, FAST=fast,
-        num_warps=pages // 8, num_stages=1, **({"maxnreg": 128} if fast else {}),
+        GROUPS=parts, SOFTCAP=asked.cap, WARPS=pages // 8, **by_lane(pages // 8),
     )  # fmt: skip
     wanted = asked.choices.piece_programs
     shares = 2 if rows * units * parts * blocks < wanted else 1
@@ -182,8 +187,7 @@ def flat_sums(asked: Asked) -> Sums:
         found.sums,
         step.pages.stride(0), codec.page_nbytes, blocks, blocks * pages, units, splits, layer.outputs, each,
         piece.stride(1),
-        GROUPS=parts, PB=pages, SHARES=shares, FAST=fast, num_warps=PIECE_WARPS, num_stages=1,
-        **({"maxnreg": 128} if fast else {}),
+        GROUPS=parts, PB=pages, SHARES=shares, **by_lane(PIECE_WARPS),
     )  # fmt: skip
     return found
 

@@ -35,39 +35,21 @@ def over_lanes(x, WARPS: tl.constexpr):
 
 
 @triton.constexpr_function
-def _quad_text(operation: str) -> str:
+def quad_text(added):
+    operation = "add.f32" if added else "max.f32"
     turns = [f"shfl.sync.bfly.b32 y, $0, {k}, 0x1f, 0xffffffff; {operation} $0, $0, y;" for k in (1, 2)]
     return "{.reg .f32 y; mov.f32 $0, $1; " + " ".join(turns) + "}"
 
 
-@triton.constexpr_function
-def quad_largest():
-    return _quad_text("max.f32")
-
-
-@triton.constexpr_function
-def quad_added():
-    return _quad_text("add.f32")
-
-
 @triton.jit
-def over_quad(x, WARPS: tl.constexpr, FAST: tl.constexpr):
-    """The largest over the lanes t of a head, for each of them."""
+def over_quad(x, ADDED: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr):
+    """The largest over the lanes t of a head, or (ADDED) their sum, for each of them."""
     if FAST:
-        return tl.inline_asm_elementwise(quad_largest(), "=&f,f", [x], dtype=tl.float32, is_pure=False, pack=1)
+        return tl.inline_asm_elementwise(quad_text(ADDED), "=&f,f", [x], dtype=tl.float32, is_pure=False, pack=1)
     else:
-        top = tl.max(tl.reshape(x, [WARPS * 8, 4]), 1)
-        return tl.reshape(tl.broadcast_to(top[:, None], [WARPS * 8, 4]), [32 * WARPS])
-
-
-@triton.jit
-def quad_sum(x, WARPS: tl.constexpr, FAST: tl.constexpr):
-    """The same of the sum."""
-    if FAST:
-        return tl.inline_asm_elementwise(quad_added(), "=&f,f", [x], dtype=tl.float32, is_pure=False, pack=1)
-    else:
-        total = tl.sum(tl.reshape(x, [WARPS * 8, 4]), 1)
-        return tl.reshape(tl.broadcast_to(total[:, None], [WARPS * 8, 4]), [32 * WARPS])
+        x = tl.reshape(x, [WARPS * 8, 4])
+        x = tl.sum(x, 1) if ADDED else tl.max(x, 1)
+        return tl.reshape(tl.broadcast_to(x[:, None], [WARPS * 8, 4]), [32 * WARPS])
 
 
 @triton.jit
@@ -161,12 +143,11 @@ def _page_slot(slot, number, P: tl.constexpr):
 
 
 @triton.jit
-def _store_page(slot, number, u, v, P: tl.constexpr, FAST: tl.constexpr):
-    """A page's weights where its rows are one class."""
-    at = _page_slot(slot, number, P)
+def store_page(at, u, v, P: tl.constexpr, STEP: tl.constexpr, FAST: tl.constexpr):
+    """A page's weights where its rows are one class: four rows of two heads STEP words behind the four before."""
     for k in tl.static_range(P // 4):
         x = quad(u, v, 4 * k, FAST)
-        store_four(at + 4 * k, x[0], x[1], x[2], x[3], FAST)
+        store_four(at + STEP * k, x[0], x[1], x[2], x[3], FAST)
 
 
 @triton.jit
@@ -180,8 +161,8 @@ def store_weights(
     """
     slot = place + g * 16
     if FLAT:
-        _store_page(slot, number, u0, v0, P, FAST)
-        _store_page(slot, number + 1, u1, v1, P, FAST)
+        store_page(_page_slot(slot, number, P), u0, v0, P, 4, FAST)
+        store_page(_page_slot(slot, number + 1, P), u1, v1, P, 4, FAST)
     else:
         _store_classes(slot, pages_max, number, t, u0, u1, v0, v1, P, FAST)
 
