@@ -306,6 +306,7 @@ def replayed(scene: Scene, engine: Engine) -> float:
 
 def dense(scene: Scene, rows: int) -> float:
     """Device milliseconds of the model's forward without any attention, as a graph: what the other parts cost."""
+    from spectral.few_rows import captured
     from spectral.hf import observing
 
     if scene.device.type != "cuda":
@@ -314,7 +315,7 @@ def dense(scene: Scene, rows: int) -> float:
     ids = torch.full((1, rows), 11, device=scene.device)
     mask = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=scene.device)
     graph = torch.cuda.CUDAGraph()
-    with torch.inference_mode(), observing(lambda layer, q, k, v, scale, cap: q):
+    with torch.inference_mode(), captured(), observing(lambda layer, q, k, v, scale, cap: q):
         def forward() -> None:
             model(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)
         forward()

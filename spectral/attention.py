@@ -206,13 +206,13 @@ def _decode(
     if not isinstance(plan, DecodePlan):
         plan = batch.plans[kind] = _decode_plan(batch, singles, window, codec)
     heads, count, width = key.shape
-    new = torch.cat([key, value], -1).transpose(0, 1)  # [B, H, d + dv]
     kernels = kernels_for(codec, store.codebook.window, query.shape[0] // heads, query.dtype)
     if kernels is not None and pool is not None and codec is not None:
-        _keep(batch, layer, plan, new)
+        _keep(batch, layer, plan, key.transpose(0, 1), value.transpose(0, 1))
         if plan.seal_slot is not None:
             _seal(window, codec, pool, plan)
         return _decode_on_codes(kernels, window, pool, plan, query, key, value, scaling, softcap)
+    new = torch.cat([key, value], -1).transpose(0, 1)  # [B, H, d + dv]
     view = _window_view(batch, layer, plan, new).flatten(0, 1)  # [B * H, places, d + dv]
     if codec is not None and plan.seal_slot is not None:
         _seal(window, codec, pool, plan)
@@ -262,8 +262,8 @@ def _decode_on_codes(
     return decode_attention(kernels, pool, window, plan.step, q, k, v, scaling=scaling, softcap=softcap)
 
 
-def _keep(batch: StepBatch, layer: int, plan: DecodePlan, new: torch.Tensor) -> None:
-    """Remember new tokens [B, H, d + dv]: they are written when the step is committed."""
+def _keep(batch: StepBatch, layer: int, plan: DecodePlan, *new: torch.Tensor) -> None:
+    """Remember new tokens [B, H, d + dv], or their keys and values: they are written when the step is committed."""
     number, at = batch.store.group_of[layer]
     batch.kept.setdefault(number, []).append((at, new))
     batch.spots[number] = plan.slot, plan.write

@@ -15,12 +15,14 @@ import importlib.util
 import logging
 import sys
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from spectral.few_rows import ask, few, linear
 from spectral.residency import close_gaps
 
 log = logging.getLogger("spectral.engine")
@@ -50,10 +52,14 @@ def lean(model: Any) -> list[str]:
 
 
 def _lean_gpu(model: Any, modules: list[Any]) -> dict[str, int]:
+    from spectral.lean_layers import lean_layers, lean_linear
+
     return {
         "projections": sum([lean_projections(module) for module in modules]),
         "gates": sum([lean_gate(module) for module in modules]),
         "rotary": int(lean_rotary(model)),
+        "products": sum([lean_linear(module) for module in modules]),
+        "layers": lean_layers(model),
     }
 
 
@@ -63,6 +69,11 @@ def same(wanted: torch.Tensor, found: torch.Tensor) -> bool:
         return False
     error = (wanted.float() - found.float()).abs().max()
     return bool(error <= TOLERANCE.get(wanted.dtype, 0.0) * wanted.float().abs().max())
+
+
+HEADS: ContextVar[dict[int, Any] | None] = ContextVar("spectral_heads", default=None)
+"""Norms of queries' and keys' heads that are left to the rotary embedding, by the address of what they are of; None
+where they are not."""
 
 
 def sample(*shape: int, like: torch.Tensor) -> torch.Tensor:
@@ -121,6 +132,10 @@ def _kernel_norm(module: Any, epsilon: float, plus_one: bool) -> Callable[[torch
     def forward(x: torch.Tensor) -> torch.Tensor:
         if x.dtype != module.weight.dtype or _learns(x):
             return original(x)  # type: ignore[no-any-return]
+        heads = HEADS.get()
+        if heads is not None and x.ndim == 4:
+            heads[x.data_ptr()] = kernels.HeadNorm(module.weight, epsilon, plus_one)
+            return x
         return kernels.rms_norm(x, module.weight, epsilon, plus_one)
 
     return forward
@@ -178,11 +193,11 @@ class Shared:
 
     def parts(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """All of them, of this input."""
-        return F.linear(x, self._whole, self._bias).split_with_sizes(self._sizes, -1)
+        return linear(x, self._whole, self._bias).split_with_sizes(self._sizes, -1)
 
     def __call__(self, x: torch.Tensor, *, number: int) -> torch.Tensor:
         if number == 0:
-            self.product = F.linear(x, self._whole, self._bias)
+            self.product = linear(x, self._whole, self._bias)
             parts = self.product.split_with_sizes(self._sizes, -1)
             self._input, self._left = x, dict(enumerate(parts[1:], start=1))
             return parts[0]
@@ -190,7 +205,7 @@ class Shared:
         if not self._left:
             self._input = self.product = None
         if found is None:
-            return F.linear(x, self._linears[number].weight, self._linears[number].bias)
+            return linear(x, self._linears[number].weight, self._linears[number].bias)
         return found
 
 
@@ -200,12 +215,12 @@ def lean_projections(module: Any) -> bool:
     if not plain(*linears):
         return False
     x = sample(1, 3, linears[0].in_features, like=linears[0].weight)
-    wanted = [linear(x) for linear in linears]
+    wanted = [own(x) for own in linears]
     shared = Shared(linears)  # the weights lie side by side from here on, whoever reads them
     if not all(same(want, shared(x, number=number)) for number, want in enumerate(wanted)):
         return False
-    for number, linear in enumerate(linears):
-        linear.forward = partial(shared, number=number)
+    for number, own in enumerate(linears):
+        own.forward = partial(shared, number=number)
     return True
 
 
@@ -230,13 +245,21 @@ def lean_gate(module: Any) -> bool:
 
     original = module.forward
 
+    def opened(x: torch.Tensor) -> torch.Tensor:
+        if few(x, whole):
+            from spectral.lean_products import product
+
+            return product(x, whole, bias, gate=kind)
+        return kernels.gated(F.linear(x, whole, bias), kind)
+
     def forward(x: torch.Tensor) -> torch.Tensor:
         if _learns(x):
             return original(x)  # type: ignore[no-any-return]
-        return down(kernels.gated(F.linear(x, whole, bias), kind))  # type: ignore[no-any-return]
+        return down(opened(x))  # type: ignore[no-any-return]
 
     if not same(wanted, forward(x)):
         return False
+    ask(lambda rows: wanted[:, :rows], lambda rows: forward(x[:, :rows]))
     module.forward = forward
     return True
 
@@ -271,8 +294,11 @@ def lean_rotary(model: Any) -> bool:
         q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *more: Any, **other: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ours = _here(q) and not more and not other and q.ndim == 4 and q.shape[0] == 1 and cos.ndim == 3
+        heads = HEADS.get() or {}
+        norms = [heads.pop(x.data_ptr(), None) for x in (q, k)]
         if ours and q.shape[-1] == cos.shape[-1] and not _learns(q, k):
-            return kernels.rotary(q, k, cos, sin)
+            return kernels.rotary(q, k, cos, sin, norms)
+        q, k = (x if norm is None else kernels.rms_norm(x, *norm) for x, norm in zip((q, k), norms, strict=True))
         return original(q, k, cos, sin, *more, **other)  # type: ignore[no-any-return]
 
     apply_rotary_pos_emb.original = original  # type: ignore[attr-defined]

@@ -39,8 +39,9 @@ class StepBatch:
         self.starts = [0, *accumulate(count for _, count in work)][:-1]
         self.done = False
         self.plans: dict[str, object] = {}  # index tensors that all layers share, made by spectral.attention
-        self.kept: dict[int, list[tuple[int, torch.Tensor]]] = {}
-        """New tokens [B, H, d + dv] of decode rows by group and place in it: written when the step is committed."""
+        self.kept: dict[int, list[tuple[int, tuple[torch.Tensor, ...]]]] = {}
+        """New tokens of decode rows by group and place in it, [B, H, d + dv] or their parts along the last axis:
+        written when the step is committed."""
         self.spots: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         """Where they go: slot [B] and place [B] by group."""
         self._others: dict[torch.device, StepBatch] = {}
@@ -60,10 +61,10 @@ class StepBatch:
         for number, kept in self.kept.items():
             group, (slot, place) = self.store.groups[number], self.spots[number]
             if [at for at, _ in kept] == list(range(len(group.windows))):
-                group.write(0, slot, place, torch.stack([tokens for _, tokens in kept]))
+                group.write(0, slot, place, together(kept))
             else:  # a forward that skipped layers
-                for at, tokens in kept:
-                    group.write(at, slot, place, tokens[None])
+                for one in kept:
+                    group.write(one[0], slot, place, together([one]))
         for (row, count), pages in zip(self.work, self.new_pages, strict=True):
             row.length += count
             row.pages.extend(pages)
@@ -78,3 +79,12 @@ class StepBatch:
         if self.done:
             raise CacheError("this step was committed or aborted already")
         self.done = True
+
+
+def together(kept: list[tuple[int, tuple[torch.Tensor, ...]]]) -> torch.Tensor:
+    """What was kept of n layers: [n, B, H, d + dv]."""
+    tokens = [parts for _, parts in kept]
+    if len({len(parts) for parts in tokens}) > 1:
+        tokens = [(torch.cat(parts, -1),) for parts in tokens]
+    found = [torch.stack(part) for part in zip(*tokens, strict=True)]
+    return found[0] if len(found) == 1 else torch.cat(found, -1)

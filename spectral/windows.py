@@ -248,12 +248,25 @@ class WindowGroup:
         return self.windows[0].numbers([stack[first:last].index_select(1, slot) for stack in self._stacks])
 
     def write(
-        self, first: int, slot: torch.Tensor, place: torch.Tensor, tokens: torch.Tensor, recent: bool = False
+        self,
+        first: int,
+        slot: torch.Tensor,
+        place: torch.Tensor,
+        tokens: torch.Tensor,
+        recent: bool = False,
+        kernels: bool = False,
     ) -> None:
-        """Store tokens [n, B, H, d + dv] in windows first .. first + n - 1 at slot [B] and place [B]; see `put`."""
+        """Store tokens [n, B, H, d + dv] in windows first .. first + n - 1 at slot [B] and place [B]; see `put`.
+        `kernels`: those of spectral.kernels run on this device."""
         kind, last = self.windows[0], first + tokens.shape[0]
-        kind.put([stack[first:last] for stack in self._stacks], slot, place, tokens, recent)
+        tensors = [stack[first:last] for stack in self._stacks]
+        if recent and kernels and isinstance(kind, QuantizedWindow):
+            from spectral.kernels.recent import served, write_step
 
+            if served(kind):
+                write_step(kind, tensors, slot, place, tokens)
+                return
+        kind.put(tensors, slot, place, tokens, recent)
 
     def write_sinks(self, first: int, slot: torch.Tensor, place: torch.Tensor, tokens: torch.Tensor) -> None:
         """As `write`, tokens that are sinks. Does not wait for the device."""

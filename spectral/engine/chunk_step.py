@@ -197,9 +197,10 @@ class FirstStep(ChunkStep):
     ) -> None:
         """As `StaticStep.keep`."""
         if not group.windows[0].sinks:  # of sliding layers; a spare row is as the first one there
-            group.write(first, slot, place, tokens, recent=True)
+            group.write(first, slot, place, tokens, recent=True, kernels=self.by_kernels)
             return
         field = self.inputs.field
         others, sinks = field["source"], field["sink"][: self._answers * group.windows[0].sinks]
-        group.write(first, slot[others], place[others], tokens.index_select(1, others), recent=True)
+        tokens_left = tokens.index_select(1, others)
+        group.write(first, slot[others], place[others], tokens_left, recent=True, kernels=self.by_kernels)
         group.write_sinks(first, slot[sinks], place[sinks], tokens.index_select(1, sinks))

@@ -11,27 +11,34 @@ writes.
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from spectral.attention import DecodePlan
+from spectral.beside import abreast
 from spectral.code_dispatch import codes_for
-from spectral.codec import LayerCodec
+from spectral.codec import LayerCodec, PageCodec
 from spectral.dispatch import kernels_for
+from spectral.few_rows import captured
 from spectral.hf import LoadedModel, attending
 from spectral.pages import PageStore, Row, StepBatch
 from spectral.prefill import encode_pages, read_tokens
+from spectral.step_batch import together
 
 if TYPE_CHECKING:
     from spectral.engine.sequence import Sequence
     from spectral.kernels.decode import StepTables
-    from spectral.windows import WindowGroup
+    from spectral.windows import ExactWindow, WindowGroup
 
 INTEGERS = ("token", "position", "slot", "pages", "source", "before", "last", "sink", "top_k", "choice")
 FLOATS = ("temperature", "top_p", "min_p", "uniform", "repetition", "frequency", "presence")
 BLANK: tuple[list[int], list[float]] = [0, 0], [1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0]
 """What the device's sampler is told of rows that it does not choose for: top_k and choice, and FLOATS."""
+
+SEALED_AT_ONCE = 8
+"""Layers whose pages are sealed side by side: a page's launches are too small to fill a GPU."""
 
 BLOCK_PAGES = 32
 """A page table's width is this times a bucket."""
@@ -101,6 +108,8 @@ class StaticStep:
         self.seals_first = bool(store.codebook.window)
         """Without a window a page is full with the new token: it is sealed behind the step, and read from then on."""
         self._kinds = self._find_kinds(loaded)
+        self.by_kernels = any(codec is not None and codes_for(codec) is not None for codec in store.codebook.layers)
+        """Whether the kernels that make pages run on this device."""
 
     def _find_kinds(self, loaded: LoadedModel) -> dict[str, tuple[int, bool, bool]]:
         """Kinds of layers as spectral.attention names them: one of the layers, read by kernels, read by reference."""
@@ -206,7 +215,7 @@ class StaticStep:
         field = self.inputs.field
         batch = StepBatch(self.store, [(Row(0), 1)] * self.rows, [[]] * self.rows)
         batch.plans = self.plans()
-        with attending(self._model, batch):
+        with attending(self._model, batch), captured():
             out = self._model(
                 input_ids=field["token"][None],
                 attention_mask=self._no_mask,
@@ -221,16 +230,17 @@ class StaticStep:
         for number, kept in batch.kept.items():
             group, (slot, place) = self.store.groups[number], batch.spots[number]
             if [at for at, _ in kept] == list(range(len(group.windows))):
-                self.keep(group, 0, slot, place, torch.stack([new for _, new in kept]))
+                self.keep(group, 0, slot, place, together(kept))
                 continue
-            for at, new in kept:  # a forward that skipped layers
-                self.keep(group, at, slot, place, new[None])
+            for one in kept:  # a forward that skipped layers
+                self.keep(group, one[0], slot, place, together([one]))
 
     def keep(
         self, group: WindowGroup, first: int, slot: torch.Tensor, place: torch.Tensor, tokens: torch.Tensor
     ) -> None:
         """Write the rows' new tokens [n, B, H, d + dv] into n windows of a group, from `first` on."""
-        group.write(first, slot, place, tokens.index_select(1, self.inputs.field["source"]), recent=True)
+        tokens = tokens.index_select(1, self.inputs.field["source"])
+        group.write(first, slot, place, tokens, recent=True, kernels=self.by_kernels)
 
 
 def held_places(position: torch.Tensor, first: torch.Tensor, sinks: int, ring: int, sliding: bool) -> torch.Tensor:
@@ -269,14 +279,19 @@ class SealStep:
         places = place[:, None] + self._inside
         slots = slot.repeat_interleave(places.shape[1])
         spots = {torch.int64: (page, index), torch.int32: (page.int(), index.int())}
-        for window, codec, pool in zip(self.store.windows, self.store.codebook.layers, self.store.pools, strict=True):
-            if codec is None or pool is None:
-                continue
+
+        def seal(window: ExactWindow, codec: PageCodec, pool: torch.Tensor) -> None:
             kernels = codes_for(codec) is not None
             held = read_tokens(window, slots, places.view(-1), kernels)  # [H, n * P, d + dv]
             keys, values = held[:, :0].split([window.shape.key_dim, window.shape.value_dim], -1)
             page, index = spots[torch.int32 if kernels else torch.int64]
             encode_pages(codec, window, held, keys, values, index, self.bound, pool, page)
+
+        layers = zip(self.store.windows, self.store.codebook.layers, self.store.pools, strict=True)
+        with abreast(self._device.device, SEALED_AT_ONCE) as run:
+            for window, codec, pool in layers:
+                if codec is not None and pool is not None:
+                    run(partial(seal, window, codec, pool))
 
 
 def seals_of(store: PageStore, sequences: Rows[Any], new_pages: list[list[int]]) -> list[tuple[int, int, int, int]]:

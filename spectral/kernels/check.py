@@ -96,11 +96,14 @@ class Case:
 
 def relative_error(kernels: LayerKernels, group: int, dtype: torch.dtype) -> float:
     """Error of one row of a block and a half of pages, whose scores are shared, and of the second of two tokens of a
-    chunk, whose are not. (Where rows are tokens: blocks by themselves, and one program for all.)"""
+    chunk, whose are not. (Where rows are tokens: blocks by themselves, and one program for all. The window: in parts,
+    and in one.)"""
     pages = block_pages(kernels.codec) * 3 // 2
     errors = []
     for rows, blocks in ((1, 1 << 30), (2, 0)):
-        with forced(shared_blocks=blocks, score_programs=max(1, blocks), piece_programs=max(1, blocks)):
+        most = max(1, blocks)
+        programs = dict.fromkeys(("score_programs", "piece_programs", "window_programs"), most)
+        with forced(shared_blocks=blocks, **programs):
             case = Case(kernels, rows, 116 + pages * kernels.codec.page_tokens, group, dtype, chunk=rows > 1)
             errors.append(case.error())
     return max(errors)

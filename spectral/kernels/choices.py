@@ -54,6 +54,7 @@ class DecodeChoices:
         many_queries: blocks, by row and KV head, from which one program turns a query to four of them.
         piece_programs, score_programs: of the launches for pages whose rows are tokens: with fewer, sequences are
             split, and one program does several blocks.
+        window_programs: programs of a launch over the window up to which each row's is read in parts.
         window_early: whether the window is read beside what turns queries, or after that, beside the scores.
         hold, hold_share: whether the programs of blocks, and of shares of them, keep the block's projected query in
             shared memory where it fits. There it is near; without, more programs are on a multiprocessor that has
@@ -67,6 +68,7 @@ class DecodeChoices:
     hold_share: bool = _knob(False, True, False, seconds=10)
     window_warps: int = _knob(4, 2, 4, 8, seconds=2)
     window_tile: int = _knob(64, 16, 32, 64, seconds=2)
+    window_programs: int = _knob(256, 1, 128, 256, 1024, seconds=4)
     window_early: bool = _knob(True, True, False)
     few_splits: int = _knob(4, 0, 4)
     most_splits: int = _knob(64, 32, 64, 128)

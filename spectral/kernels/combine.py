@@ -88,26 +88,53 @@ def _attend(q, k, v, held, top, total, mixed, SOFTCAP: tl.constexpr):
     return higher, total * fac + tl.sum(w, 1), mixed * fac[:, None] + tl.dot(w.to(v.dtype), v, input_precision="tf32x3")
 
 
+@triton.jit
+def _stored_tile(
+    sink_ptr, k_ptr, v_ptr, tile, own, seq, kv, kv_heads, sinks, ring, length, first, before, behind, d, e,
+    DIM: tl.constexpr, VDIM: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """Sixteen of the places that are held as numbers, new tokens behind them: keys, values, and which count."""
+    W: tl.constexpr = DIM + VDIM
+    kd = (d < DIM)[None, :]
+    ve = (e < VDIM)[None, :]
+    stored = sinks + ring if BITS == 16 else sinks
+    at = tile * 16 + tl.arange(0, 16)
+    back = stored + before - at  # new tokens lie behind what is stored, this row's own last
+    fresh = (at >= stored) & (back >= 0)
+    held = (at < tl.minimum(sinks, length)) | fresh
+    if BITS == 16:  # age: of a ring place's token after the first that counts
+        held = held | ((at >= sinks) & (at < stored) & ((at + behind) % ring < length - first))
+    row = sink_ptr + (own * stored + at)[:, None] * W
+    kept = (held & (at < stored))[:, None]  # what is not held may be an earlier row's NaN: 0 times it is no 0
+    k = tl.load(row + d[None, :], mask=kept & kd, other=0.0).to(tl.float32)
+    v = tl.load(row + DIM + e[None, :], mask=kept & ve, other=0.0).to(tl.float32)
+    new = ((seq - back) * kv_heads + kv).to(tl.int64)[:, None]
+    k += tl.load(k_ptr + new * DIM + d[None, :], mask=fresh[:, None] & kd, other=0.0).to(tl.float32)
+    v += tl.load(v_ptr + new * VDIM + e[None, :], mask=fresh[:, None] & ve, other=0.0).to(tl.float32)
+    return k, v, held
+
+
 @triton.jit(do_not_specialize=["heads", "kv_heads", "sinks", "ring"])
 def window_kernel(
     q_ptr, k_ptr, v_ptr, sink_ptr, high_ptr, low_ptr, scale_ptr, slot_ptr, length_ptr, first_ptr, before_ptr,
     top_ptr, sum_ptr, out_ptr,
     q_row, heads, kv_heads, sinks, ring, scale,
     GROUP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, E: tl.constexpr, DIM: tl.constexpr, VDIM: tl.constexpr,
-    BITS: tl.constexpr, SCALE: tl.constexpr, T: tl.constexpr, SOFTCAP: tl.constexpr,
+    BITS: tl.constexpr, SCALE: tl.constexpr, T: tl.constexpr, SOFTCAP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one KV head's queries over one row's exact window, its own new token and those of the rows before it
-    that are of the same chunk.
+    """Attention of one KV head's queries over one of PARTS parts of one row's exact window, its own new token and those
+    of the rows before it that are of the same chunk.
 
     length_ptr: int32 [sequences]: tokens before the step; first_ptr: the oldest that the ring must answer for;
     before_ptr: how many of the rows right before this one it reads. k_ptr, v_ptr: the new tokens [sequences, KV heads,
-    DIM or VDIM]. sum_ptr, top_ptr: fp32 [sequences, query heads]; out_ptr: fp32 [sequences, query heads, VDIM]: sums of
-    weight times value, not divided. First the places that are held as numbers (sinks, the ring of 16 bits, new tokens),
-    16 at a time; then a ring of integers, T at a time.
+    DIM or VDIM]. sum_ptr, top_ptr: fp32 [sequences, query heads, PARTS]; out_ptr: fp32 [sequences, query heads, PARTS,
+    VDIM]: sums of weight times value, not divided. First the places that are held as numbers (sinks, the ring of 16
+    bits, new tokens), 16 at a time; then a ring of integers, T at a time, which is all that parts after the first do.
     """
     W: tl.constexpr = DIM + VDIM
     kv = tl.program_id(0)
     seq = tl.program_id(1)
+    part = tl.program_id(2)
     g = tl.arange(0, G)
     d = tl.arange(0, D)
     e = tl.arange(0, E)
@@ -123,39 +150,46 @@ def window_kernel(
     top = tl.full([G], float("-inf"), tl.float32)
     total = tl.zeros([G], tl.float32)
     mixed = tl.zeros([G, E], tl.float32)
-    kd = (d < DIM)[None, :]
-    ve = (e < VDIM)[None, :]
     own = (slot * kv_heads + kv).to(tl.int64)
     behind = ring * (1 + first // ring) - first
-    stored = sinks + ring if BITS == 16 else sinks
-    for tile in range((stored + before + 16) // 16):
-        at = tile * 16 + tl.arange(0, 16)
-        back = stored + before - at  # new tokens lie behind what is stored, this row's own last
-        fresh = (at >= stored) & (back >= 0)
-        held = (at < tl.minimum(sinks, length)) | fresh
-        if BITS == 16:  # age: of a ring place's token after the first that counts
-            held = held | ((at >= sinks) & (at < stored) & ((at + behind) % ring < length - first))
-        row = sink_ptr + (own * stored + at)[:, None] * W
-        kept = (held & (at < stored))[:, None]  # what is not held may be an earlier row's NaN: 0 times it is no 0
-        k = tl.load(row + d[None, :], mask=kept & kd, other=0.0).to(tl.float32)
-        v = tl.load(row + DIM + e[None, :], mask=kept & ve, other=0.0).to(tl.float32)
-        new = ((seq - back) * kv_heads + kv).to(tl.int64)[:, None]
-        k += tl.load(k_ptr + new * DIM + d[None, :], mask=fresh[:, None] & kd, other=0.0).to(tl.float32)
-        v += tl.load(v_ptr + new * VDIM + e[None, :], mask=fresh[:, None] & ve, other=0.0).to(tl.float32)
+    tiles = ((sinks + ring if BITS == 16 else sinks) + before + 16) // 16
+    begin = part
+    if BITS < 16:
+        begin = tl.where(part == 0, 0, tiles)
+    for tile in range(begin, tiles, PARTS if BITS == 16 else 1):
+        k, v, held = _stored_tile(
+            sink_ptr, k_ptr, v_ptr, tile, own, seq, kv, kv_heads, sinks, ring, length, first, before, behind, d, e,
+            DIM, VDIM, BITS,
+        )  # fmt: skip
         top, total, mixed = _attend(q, k, v, held, top, total, mixed, SOFTCAP)
     if BITS < 16:
         # Integers of 8 and 10 bits times a scale: fp16 loses a tenth of what the ring itself has lost, or less.
         q = q.to(tl.float16)
-        for tile in range((ring + T - 1) // T):
+        begin = part
+        if PARTS > 1:
+            begin = tl.where(part == 0, ring, part - 1)
+        for tile in range(begin, (ring + T - 1) // T, PARTS - 1 if PARTS > 1 else 1):
             at = tile * T + tl.arange(0, T)
             held = (at < ring) & ((at + sinks + behind) % ring < length - first)
             place = own * ring + tl.minimum(at, ring - 1)
             k = _scaled_side(high_ptr, low_ptr, scale_ptr, place, held, 0, D, DIM, W, BITS, SCALE).to(tl.float16)
             v = _scaled_side(high_ptr, low_ptr, scale_ptr, place, held, DIM, E, VDIM, W, BITS, SCALE).to(tl.float16)
             top, total, mixed = _attend(q, k, v, held, top, total, mixed, SOFTCAP)
-    tl.store(top_ptr + head, top, mask=real)
-    tl.store(sum_ptr + head, total, mask=real)
-    tl.store(out_ptr + head.to(tl.int64)[:, None] * VDIM + e[None, :], mixed, mask=real[:, None] & (e < VDIM)[None, :])
+    place = head * PARTS + part
+    tl.store(top_ptr + place, top, mask=real)
+    tl.store(sum_ptr + place, total, mask=real)
+    tl.store(out_ptr + place.to(tl.int64)[:, None] * VDIM + e[None, :], mixed, mask=real[:, None] & (e < VDIM)[None, :])
+
+
+@triton.jit
+def _largest(top_ptr, used, stride, HEADS: tl.constexpr, TOPS: tl.constexpr):
+    """Largest scores [HEADS] of `used` splits, `stride` numbers from one to the next, TOPS at once."""
+    each = tl.arange(0, HEADS * TOPS)  # a split after another, and its heads
+    tops = tl.full([HEADS * TOPS], float("-inf"), tl.float32)
+    for first in range(0, used, TOPS):
+        s = first + each // HEADS
+        tops = tl.maximum(tops, tl.load(top_ptr + s * stride + each % HEADS, mask=s < used, other=float("-inf")))
+    return tl.max(tl.reshape(tops, [TOPS, HEADS]), 0)
 
 
 @triton.jit(do_not_specialize=["units", "splits", "split_blocks", "heads", "sequences"])
@@ -164,15 +198,16 @@ def combine_kernel(
     share_ptr,
     units, splits, outputs, split_blocks, rank, heads, sequences,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, CLASSES: tl.constexpr, P: tl.constexpr, PB: tl.constexpr,
-    SPLITS: tl.constexpr, TOPS: tl.constexpr, HEADS: tl.constexpr,
+    SPLITS: tl.constexpr, TOPS: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """A run of latents of one sequence, unit and HEADS heads: planes, classes and splits together, over the sum of all
     weights. SPLITS splits at once (their largest scores TOPS at once): one after another, a long row's many splits
     would each wait for the memory.
 
-    wtop_ptr, wsum_ptr: fp32 [sequence, query heads]: the exact window's largest score and sum of weights.
-    latent_ptr: fp16 [KV heads, sequence, query head of the group, rank]; share_ptr: fp32 [sequence, query heads, 2]:
-    the pages' share of the weights, and the factor of the window's sums.
+    wtop_ptr, wsum_ptr: fp32 [sequence, query heads, PARTS]: the exact window's largest scores and sums of weights, by
+    its parts (PART: their number as a power of two). latent_ptr: fp16 [KV heads, sequence, query head of the group,
+    rank]; share_ptr: fp32 [sequence, query heads, 1 + PARTS]: the pages' share of the weights, and the factors of the
+    window's sums.
     """
     unit, part = tl.program_id(0) // (GROUPS * (16 // HEADS)), tl.program_id(0) // (16 // HEADS) % GROUPS
     run, seq = tl.program_id(1), tl.program_id(2)
@@ -184,14 +219,12 @@ def combine_kernel(
     row = seq * heads + head
     blocks = (tl.load(count_ptr + seq) + PB - 1) // PB
     used = (blocks + split_blocks - 1) // split_blocks
-    wtop = tl.load(wtop_ptr + row, mask=real, other=0.0)
-    tops = tl.full([HEADS * TOPS], float("-inf"), tl.float32)
-    each = tl.arange(0, HEADS * TOPS)  # a split after another, and its heads
-    for first in range(0, used, TOPS):
-        s = first + each // HEADS
-        at = ((seq * splits + s) * units + unit) * GROUPS + part
-        tops = tl.maximum(tops, tl.load(top_ptr + at * 16 + begin + each % HEADS, mask=s < used, other=float("-inf")))
-    top = tl.maximum(wtop, tl.max(tl.reshape(tops, [TOPS, HEADS]), 0))
+    w = tl.arange(0, PART)
+    some = real[:, None] & (w < PARTS)[None, :]
+    wtops = tl.load(wtop_ptr + row[:, None] * PARTS + w[None, :], mask=some, other=float("-inf"))
+    wtop = tl.where(real, tl.max(wtops, 1), 0.0)
+    tops = top_ptr + (((seq * splits) * units + unit) * GROUPS + part) * 16 + begin
+    top = tl.maximum(wtop, _largest(tops, used, units * GROUPS * 16, HEADS, TOPS))
     each = tl.arange(0, HEADS * SPLITS)
     largest = tl.reshape(tl.broadcast_to(top[None, :], [SPLITS, HEADS]), [HEADS * SPLITS])
     totals = tl.zeros([HEADS * SPLITS], tl.float32)
@@ -220,21 +253,23 @@ def combine_kernel(
     mixed = tl.sum(tl.reshape(sums, [SPLITS, HEADS, 16]), 0)
     if CLASSES > 1:
         total = total * tl.sqrt(P * 1.0)  # frequency 0 is the sum over a page's tokens, over the root of their number
-    window = tl.exp2(wtop - top)
-    weight = total + window * tl.load(wsum_ptr + row, mask=real, other=1.0)
+    window = tl.exp2(wtops - top[:, None])
+    wsums = tl.load(wsum_ptr + row[:, None] * PARTS + w[None, :], mask=some, other=0.0)
+    weight = tl.where(real, total + tl.sum(window * wsums, 1), 1.0)
     place = ((head // GROUP) * sequences + seq) * GROUP + head % GROUP
     place = latent_ptr + place.to(tl.int64)[:, None] * rank + (run * 16 + n)[None, :]
     tl.store(place, (mixed / weight[:, None]).to(tl.float16), mask=real[:, None] & (n >= 0)[None, :])
     if run == 0:
-        tl.store(share_ptr + row * 2, total / weight, mask=real)
-        tl.store(share_ptr + row * 2 + 1, window / weight, mask=real)
+        tl.store(share_ptr + row * (1 + PARTS), total / weight, mask=real)
+        shares = share_ptr + row[:, None] * (1 + PARTS) + 1 + w[None, :]
+        tl.store(shares, window / weight[:, None], mask=some)
 
 
 @triton.jit(do_not_specialize=["count", "runs"])
 def value_kernel(
     latent_ptr, share_ptr, basis_ptr, mean_ptr, window_ptr, out_ptr, count, runs,
     GROUP: tl.constexpr, HEADS: tl.constexpr, VDIM: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """N numbers of the answers of M query heads that share a KV head: latents times the basis, pages' mean, window.
 
@@ -248,11 +283,12 @@ def value_kernel(
     k = tl.arange(0, K)
     held = (m < count)[:, None] & (n < VDIM)[None, :]
     row = m // GROUP * HEADS + kv * GROUP + m % GROUP
-    share = tl.load(share_ptr + row * 2, mask=m < count, other=0.0)
-    fac = tl.load(share_ptr + row * 2 + 1, mask=m < count, other=0.0)
-    place = row.to(tl.int64)[:, None] * VDIM + n[None, :]
-    x = fac[:, None] * tl.load(window_ptr + place, mask=held, other=0.0)
-    x += share[:, None] * tl.load(mean_ptr + kv * VDIM + n, mask=n < VDIM, other=0.0)[None, :]
+    share = tl.load(share_ptr + row * (1 + PARTS), mask=m < count, other=0.0)
+    x = share[:, None] * tl.load(mean_ptr + kv * VDIM + n, mask=n < VDIM, other=0.0)[None, :]
+    for part in tl.static_range(PARTS):
+        fac = tl.load(share_ptr + row * (1 + PARTS) + 1 + part, mask=m < count, other=0.0)
+        place = (row * PARTS + part).to(tl.int64)[:, None] * VDIM + n[None, :]
+        x += fac[:, None] * tl.load(window_ptr + place, mask=held, other=0.0)
     latent = latent_ptr + (kv * count + m).to(tl.int64)[:, None] * rank
     basis = basis_ptr + kv * rank * VDIM + n[None, :]
     for first in range(0, rank, K):
@@ -260,4 +296,5 @@ def value_kernel(
         a = tl.load(latent + r[None, :], mask=(m < count)[:, None] & (r < rank)[None, :], other=0.0)
         b = tl.load(basis + r[:, None] * VDIM, mask=(r < rank)[:, None] & (n < VDIM)[None, :], other=0.0)
         x = tl.dot(a, b, x)
+    place = row.to(tl.int64)[:, None] * VDIM + n[None, :]
     tl.store(out_ptr + place, x.to(out_ptr.dtype.element_ty), mask=held)

@@ -8,7 +8,6 @@ Nothing here waits for the device; launch shapes depend on the sizes of the tens
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,9 +16,9 @@ import torch
 import triton
 
 from spectral.aside import to_device
+from spectral.beside import Beside
 from spectral.codec import LayerCodec
 from spectral.errors import SettingError
-from spectral.kernels.beside import Beside
 from spectral.kernels.choices import DecodeChoices, Shape, block_pages, chosen, layer_shape
 from spectral.kernels.combine import combine_kernel, query_kernel, value_kernel, window_kernel
 from spectral.kernels.flat import ENTRIES, flat_fits
@@ -32,13 +31,16 @@ from spectral.kernels.operands import (
     shares_of,
     tiles_of,
 )
-from spectral.kernels.scoring import Asked, by_lane, flat_sums, sums_of_weights, weights
+from spectral.kernels.scoring import Asked, Sums, by_lane, flat_sums, sums_of_weights, weights
 from spectral.kernels.tables import QUAD_ORDER, LayerTables, layer_tables
 from spectral.windows import ExactWindow, QuantizedWindow
 
 LOG2E = math.log2(math.e)
 VALUE_COLUMNS = 32
 """Numbers of a value that a program of value_kernel makes."""
+
+MOST_PARTS = 4
+"""Parts in which a row's window is read at most."""
 
 FEW_ROWS = 32
 """Rows, by unit, up to which many parts are put together 32 at a time: more fill a GPU with eight after eight."""
@@ -193,15 +195,16 @@ def decode_attention(
     scale = scaling * LOG2E
     cap = 0.0 if softcap is None else softcap * LOG2E
     out = torch.empty((rows, heads, codec.value_dim), dtype=query.dtype, device=query.device)
-    top = torch.empty((rows, heads), device=query.device)
-    total, mixed = torch.empty_like(top), torch.empty((rows, heads, codec.value_dim), device=query.device)
     paged = bool(step.pages.shape[1])
     choices = layer.choices(group)
+    parts = _window_parts(choices, window, rows, dim) if paged else 1
+    top = torch.empty((rows, heads, parts), device=query.device)
+    total, mixed = torch.empty_like(top), torch.empty((rows, heads, parts, codec.value_dim), device=query.device)
     blocks = triton.cdiv(step.pages.shape[1], block_pages(codec))
     look_back = partial(_window, choices, window, step, query, key, value, scale, cap, top, total, mixed)
     if not paged:
         look_back()
-        torch.div(mixed, total[..., None], out=out) if out.dtype == mixed.dtype else out.copy_(mixed / total[..., None])
+        out.copy_((mixed / total[..., None])[:, :, 0])
         return out
     with Beside(query.device) as beside:
         if choices.window_early:
@@ -215,11 +218,9 @@ def decode_attention(
         asked = Asked(
             layer, choices, pool, step, *projected, layer.units(group), group, cap, layer.head_groups(group), blocks
         )
-        latent, share = _pages(asked, top, total, beside.meet)
-    value_kernel[(triton.cdiv(rows * group, 16), codec.kv_heads, triton.cdiv(codec.value_dim, VALUE_COLUMNS))](
-        latent, share, layer.value_basis, layer.value_mean, mixed, out, rows * group, layer.rank // 16,
-        GROUP=group, HEADS=heads, VDIM=codec.value_dim, M=16, N=VALUE_COLUMNS, K=128, num_warps=choices.value_warps,
-    )  # fmt: skip
+        found = flat_sums(asked) if layer.flat else sums_of_weights(asked, *weights(asked))
+    answer = _Answer(asked, found, top, total, mixed, out)
+    answer.values(*answer.latents())
     return out
 
 
@@ -266,23 +267,36 @@ def _window(
     total: torch.Tensor,
     mixed: torch.Tensor,
 ) -> None:
-    """Over window and new tokens, fp32: into top and total the largest score and the sum of weights [B, Hq], into mixed
-    the weighted sum of values [B, Hq, dv]."""
+    """Over window and new tokens, fp32, by part of the window: into top and total the largest score and the sum of
+    weights [B, Hq, parts], into mixed the weighted sum of values [B, Hq, parts, dv]."""
     rows, heads, dim = query.shape
     kv_heads, value_dim = key.shape[1], value.shape[2]
     bits, group = 16, 1
     high = low = scales = window.store
     if isinstance(window, QuantizedWindow):
         high, low, scales, bits, group = window.high, window.low, window.scale, window.bits, window.groups
-    tile = choices.window_tile if max(dim, value_dim) <= 128 else 16  # what fits a consumer card's shared memory
-    window_kernel[(kv_heads, rows)](
+    parts = top.shape[2]
+    window_kernel[(kv_heads, rows, parts)](
         query, key, value, window.store, high, low, scales, step.slot, step.length, step.first, step.before,
         top, total, mixed, dim, heads, kv_heads, window.sinks, window.ring, scale,
         GROUP=heads // kv_heads, G=max(16, triton.next_power_of_2(heads // kv_heads)),
         D=max(16, triton.next_power_of_2(dim)), E=max(16, triton.next_power_of_2(value_dim)), DIM=dim, VDIM=value_dim,
-        BITS=bits, SCALE=group, T=tile, SOFTCAP=cap,
+        BITS=bits, SCALE=group, T=_window_tile(choices, max(dim, value_dim)), SOFTCAP=cap, PARTS=parts,
         num_warps=choices.window_warps,
     )  # fmt: skip
+
+
+def _window_tile(choices: DecodeChoices, dim: int) -> int:
+    """Integers' tokens that a program has in hand at once."""
+    return choices.window_tile if dim <= 128 else 16  # what fits a consumer card's shared memory
+
+
+def _window_parts(choices: DecodeChoices, window: ExactWindow, rows: int, dim: int) -> int:
+    """Parts in which a row's window is read: each is a chain of accesses of its own, and few programs fill no GPU."""
+    kv_heads, quantized = window.shape.kv_heads, isinstance(window, QuantizedWindow)
+    tile = _window_tile(choices, max(dim, window.shape.value_dim)) if quantized else 16
+    parts = min(triton.cdiv(window.ring, tile) + 1, MOST_PARTS)
+    return parts if rows * kv_heads * parts <= choices.window_programs else 1  # two kernels, no more
 
 
 def _angles(layer: LayerKernels, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -337,31 +351,48 @@ def _project(
     return torch.bmm(framed, layer.key_basis), const
 
 
-def _pages(
-    asked: Asked, top: torch.Tensor, total: torch.Tensor, meet: Callable[[], None]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents of the pages' answers fp16 [H, B, G, R], over all weights, and the shares [B, Hq, 2] of pages and
-    window."""
-    layer, codec, choices, group = asked.layer, asked.layer.codec, asked.choices, asked.group
-    rows, units, parts, blocks = asked.shape
-    device, heads, tables = asked.pool.device, codec.kv_heads * group, layer.tables
-    if layer.flat:
-        found = flat_sums(asked)
-    else:
-        found = sums_of_weights(asked, *weights(asked))
-    latent = torch.empty((codec.kv_heads, rows, group, layer.rank), dtype=torch.float16, device=device)
-    share = torch.empty((rows, heads, 2), device=device)
-    meet()
-    together, shares, warps = 8, 2, choices.combine_warps
-    if found.splits <= choices.few_splits:
-        together, shares = 4, 1
-    elif found.splits >= choices.most_splits and rows * units * parts <= FEW_ROWS:
-        together, shares, warps = 32, 4, 4
-    combine_kernel[(units * parts * shares, layer.rank // 16, rows)](
-        found.outs, found.sums, found.tops, asked.step.count, asked.unit,
-        tables["source"], tables["source_factor"], tables["offset"], top, total, latent, share,
-        units, found.splits, layer.outputs, found.each, layer.rank, heads, rows,
-        GROUPS=parts, GROUP=group, CLASSES=layer.classes, P=codec.page_tokens, PB=block_pages(codec), SPLITS=together,
-        TOPS=4 * together, HEADS=16 // shares, num_warps=warps,
-    )  # fmt: skip
-    return latent, share
+@dataclass
+class _Answer:
+    """What becomes of the pages' sums, and of the window's: largest scores and sums of weights [B, Hq, parts], weighted
+    sums of values [B, Hq, parts, dv]. out: [B, Hq, dv]."""
+
+    asked: Asked
+    found: Sums
+    top: torch.Tensor
+    total: torch.Tensor
+    mixed: torch.Tensor
+    out: torch.Tensor
+
+    def latents(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the pages' answers fp16 [H, B, G, R], over all weights, and the shares [B, Hq, 1 + parts] of pages and
+        window."""
+        asked, found, layer, codec = self.asked, self.found, self.asked.layer, self.asked.layer.codec
+        choices, group, tables = asked.choices, asked.group, layer.tables
+        rows, units, parts, _ = asked.shape
+        device, heads, window_parts = asked.pool.device, codec.kv_heads * group, self.top.shape[2]
+        latent = torch.empty((codec.kv_heads, rows, group, layer.rank), dtype=torch.float16, device=device)
+        share = torch.empty((rows, heads, 1 + window_parts), device=device)
+        together, shares, warps = 8, 2, choices.combine_warps
+        if found.splits <= choices.few_splits:
+            together, shares = 4, 1
+        elif found.splits >= choices.most_splits and rows * units * parts <= FEW_ROWS:
+            together, shares, warps = 32, 4, 4
+        combine_kernel[(units * parts * shares, layer.rank // 16, rows)](
+            found.outs, found.sums, found.tops, asked.step.count, asked.unit,
+            tables["source"], tables["source_factor"], tables["offset"], self.top, self.total, latent, share,
+            units, found.splits, layer.outputs, found.each, layer.rank, heads, rows,
+            GROUPS=parts, GROUP=group, CLASSES=layer.classes, P=codec.page_tokens, PB=block_pages(codec),
+            SPLITS=together, TOPS=4 * together, HEADS=16 // shares, PARTS=window_parts,
+            PART=triton.next_power_of_2(window_parts), num_warps=warps,
+        )  # fmt: skip
+        return latent, share
+
+    def values(self, latent: torch.Tensor, share: torch.Tensor) -> None:
+        """Answers of those."""
+        layer, codec, group = self.asked.layer, self.asked.layer.codec, self.asked.group
+        rows, heads, value_dim = self.out.shape
+        value_kernel[(triton.cdiv(rows * group, 16), codec.kv_heads, triton.cdiv(value_dim, VALUE_COLUMNS))](
+            latent, share, layer.value_basis, layer.value_mean, self.mixed, self.out, rows * group, layer.rank // 16,
+            GROUP=group, HEADS=heads, VDIM=value_dim, M=16, N=VALUE_COLUMNS, K=128, PARTS=self.top.shape[2],
+            num_warps=self.asked.choices.value_warps,
+        )  # fmt: skip

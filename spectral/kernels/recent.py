@@ -47,6 +47,38 @@ def read_kernel(
     tl.store(out_ptr + (head.to(tl.int64) * count + t)[:, None] * WIDTH + c[None, :], x, mask=real)
 
 
+@triton.jit
+def _keep(
+    x, row, here, known, column, high_ptr, low_ptr, scale_ptr,
+    FIRST: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """Numbers x [T, groups, WIDE] of tokens as integers and scales, at rows [T] of the ring where they are `here`;
+    column [groups, WIDE]: which of the token's DIM they are, behind FIRST others, where `known`."""
+    T: tl.constexpr = x.shape[0]
+    GROUPS: tl.constexpr = x.shape[1]
+    WIDE: tl.constexpr = x.shape[2]
+    TOP: tl.constexpr = 2 ** (BITS - 1) - 1
+    group = tl.arange(0, GROUPS)
+    scale = tl.max(tl.abs(x), 2) * (1.0005 / TOP)
+    scale = tl.minimum(tl.maximum(scale, 6e-5), 6e4).to(tl.float16)
+    target = scale_ptr + row[:, None] * (WIDTH // GROUP) + FIRST // GROUP + group[None, :]
+    tl.store(target, scale, mask=here[:, None] & (group < DIM // GROUP)[None, :])
+    code = tl.div_rn(x, tl.broadcast_to(scale.to(tl.float32)[:, :, None], [T, GROUPS, WIDE]))
+    code = (code + 12582912.0) - 12582912.0  # rounds half to even, as torch does
+    code = tl.minimum(tl.maximum(code, -TOP * 1.0), TOP * 1.0).to(tl.int32)
+    place = row[:, None, None] * WIDTH + FIRST + column[None, :, :]
+    if BITS == 10:
+        low = tl.reshape(code & 3, [T, GROUPS, WIDE // 4, 4]) << (tl.arange(0, 4) * 2)[None, None, None, :]
+        low = tl.sum(low, 3)
+        quarter = tl.arange(0, WIDE // 4)
+        byte = group[:, None] * (GROUP // 4) + quarter[None, :]
+        some = (quarter < GROUP // 4)[None, :] & (byte < DIM // 4)
+        at = row[:, None, None] * (WIDTH // 4) + FIRST // 4 + byte[None, :, :]
+        tl.store(low_ptr + at, low.to(tl.uint8), mask=here[:, None, None] & some[None, :, :])
+        code = code >> 2
+    tl.store(high_ptr + place, code.to(tl.int8), mask=here[:, None, None] & known[None, :, :])
+
+
 @triton.jit(do_not_specialize=["count", "sinks", "ring", "x_head", "x_row"])
 def write_kernel(
     slot_ptr, place_ptr, source_ptr, x_ptr, high_ptr, low_ptr, scale_ptr,
@@ -62,36 +94,38 @@ def write_kernel(
     """
     head = tl.program_id(1)
     t = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    group = tl.arange(0, GROUPS)
     inside = tl.arange(0, WIDE)
     own = tl.load(slot_ptr) * heads + head
     here = t < count
     row = own * ring + tl.load(place_ptr + t, mask=here, other=0) - sinks
     token = tl.load(source_ptr + t, mask=here, other=0)
-    column = group[:, None] * GROUP + inside[None, :]
+    column = tl.arange(0, GROUPS)[:, None] * GROUP + inside[None, :]
     known = (inside < GROUP)[None, :] & (column < DIM)
-    real = here[:, None, None] & known[None, :, :]
     x = x_ptr + head.to(tl.int64) * x_head + (token * x_row)[:, None, None] + column[None, :, :]
-    x = tl.load(x, mask=real, other=0.0).to(tl.float32)
-    TOP: tl.constexpr = 2 ** (BITS - 1) - 1
-    scale = tl.max(tl.abs(x), 2) * (1.0005 / TOP)
-    scale = tl.minimum(tl.maximum(scale, 6e-5), 6e4).to(tl.float16)
-    target = scale_ptr + row[:, None] * (WIDTH // GROUP) + FIRST // GROUP + group[None, :]
-    tl.store(target, scale, mask=here[:, None] & (group < DIM // GROUP)[None, :])
-    code = tl.div_rn(x, tl.broadcast_to(scale.to(tl.float32)[:, :, None], [TILE, GROUPS, WIDE]))
-    code = (code + 12582912.0) - 12582912.0  # rounds half to even, as torch does
-    code = tl.minimum(tl.maximum(code, -TOP * 1.0), TOP * 1.0).to(tl.int32)
-    place = row[:, None, None] * WIDTH + FIRST + column[None, :, :]
-    if BITS == 10:
-        low = tl.reshape(code & 3, [TILE, GROUPS, WIDE // 4, 4]) << (tl.arange(0, 4) * 2)[None, None, None, :]
-        low = tl.sum(low, 3)
-        quarter = tl.arange(0, WIDE // 4)
-        byte = group[:, None] * (GROUP // 4) + quarter[None, :]
-        some = (quarter < GROUP // 4)[None, :] & (byte < DIM // 4)
-        at = row[:, None, None] * (WIDTH // 4) + FIRST // 4 + byte[None, :, :]
-        tl.store(low_ptr + at, low.to(tl.uint8), mask=here[:, None, None] & some[None, :, :])
-        code = code >> 2
-    tl.store(high_ptr + place, code.to(tl.int8), mask=real)
+    x = tl.load(x, mask=here[:, None, None] & known[None, :, :], other=0.0).to(tl.float32)
+    _keep(x, row, here, known, column, high_ptr, low_ptr, scale_ptr, FIRST, DIM, WIDTH, GROUP, BITS)
+
+
+@triton.jit(do_not_specialize=["rows", "slots", "sinks", "ring"])
+def step_kernel(
+    slot_ptr, place_ptr, x_ptr, high_ptr, low_ptr, scale_ptr,
+    rows, slots, heads, sinks, ring,
+    WIDTH: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """One head of a step's tokens, each of its own slot, in the ring of one of several layers.
+
+    slot_ptr, place_ptr: int64 [rows]; x_ptr: [layers, rows, heads, WIDTH], contiguous; high_ptr: int8 [layers, slots,
+    heads, ring, WIDTH], and low_ptr and scale_ptr likewise.
+    """
+    at, head, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    inside = tl.arange(0, WIDE)
+    slot = tl.load(slot_ptr + at + tl.arange(0, 1))
+    row = ((layer * slots + slot) * heads + head) * ring + tl.load(place_ptr + at) - sinks
+    column = tl.arange(0, GROUPS)[:, None] * GROUP + inside[None, :]
+    known = (inside < GROUP)[None, :] & (column < WIDTH)
+    x = x_ptr + ((layer * rows + at) * heads + head) * WIDTH + column[None, :, :]
+    x = tl.load(x, mask=known[None, :, :], other=0.0).to(tl.float32)
+    _keep(x, row, row >= 0, known, column, high_ptr, low_ptr, scale_ptr, 0, WIDTH, WIDTH, GROUP, BITS)
 
 
 def served(window: object) -> bool:
@@ -143,6 +177,28 @@ def write_recent(
             BITS=window.bits, TILE=TILE, num_warps=4,
         )  # fmt: skip
         first += dim
+
+
+def write_step(
+    window: QuantizedWindow, tensors: list[torch.Tensor], slot: torch.Tensor, place: torch.Tensor, tokens: torch.Tensor
+) -> None:
+    """Tokens [layers, n, H, d + dv] to slot [n] and place [n], none of them sinks, into `tensors` [layers, slots, ...]
+    of windows like this one."""
+    layers, rows, heads, width = tokens.shape
+    _, high, low, scale = tensors
+    for name, x in (("slot", slot), ("place", place)):
+        if x.dtype != torch.int64 or x.shape != (rows,) or not x.is_contiguous() or x.device != high.device:
+            given = f"{x.dtype} {list(x.shape)} on {x.device}"
+            raise ValueError(f"{name} must be contiguous int64 [{rows}] on {high.device}, got {given}")
+    if (layers, heads, width) != (high.shape[0], high.shape[2], high.shape[4]) or tokens.device != high.device:
+        raise ValueError(f"tokens {list(tokens.shape)} are not what windows {list(high.shape)} hold")
+    if not all(x.is_contiguous() for x in (high, low, scale)):
+        raise ValueError("windows' tensors must be contiguous")
+    step_kernel[(rows, heads, layers)](
+        slot, place, tokens.contiguous(), high, low, scale, rows, high.shape[1], heads, window.sinks, window.ring,
+        WIDTH=width, GROUP=window.groups, GROUPS=triton.next_power_of_2(width // window.groups),
+        WIDE=max(4, triton.next_power_of_2(window.groups)), BITS=window.bits, num_warps=1,
+    )  # fmt: skip
 
 
 def _check(window: QuantizedWindow, slot: torch.Tensor, place: torch.Tensor, *, each: bool = False) -> None:

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from spectral.kernels.decode import LayerKernels, StepTables
 
 MIX_WARPS = 4
+
+FEW_BLOCKS = 4
+"""Blocks of a sequence up to which each may be a part by itself: sums of many take longer to put together than they
+save."""
+
 WEIGHT_SLACK = 4096
 """Weights behind the last that pieces_kernel asks for ahead of time, and does not use."""
 FACTOR_TILE = 64
@@ -175,21 +180,27 @@ def flat_sums(asked: Asked) -> Sums:
         asked.projected.shape[4], score_each,
         GROUPS=parts, SOFTCAP=asked.cap, WARPS=pages // 8, **by_lane(pages // 8),
     )  # fmt: skip
-    wanted = asked.choices.piece_programs
-    shares = 2 if rows * units * parts * blocks < wanted else 1
-    each = triton.cdiv(blocks, max(1, triton.cdiv(wanted, rows * units * parts * shares)))
-    each = max(2, each)  # sums of single blocks take longer to put together than they save
+    shares, each = _piece_programs(asked)
     splits = triton.cdiv(blocks, each)
     found = _sums(asked, splits, each)
-    piece, pieces = (layer.tables[name if shares == 1 else name + "_two"] for name in ("piece", "pieces"))
+    piece, pieces = (layer.tables[name + {1: "", 2: "_two", 4: "_four"}[shares]] for name in ("piece", "pieces"))
     pieces_kernel[(units * parts * shares, splits, rows)](
         asked.pool, step.pages, step.count, piece, pieces, weight, top, total, found.outs, found.tops,
         found.sums,
         step.pages.stride(0), codec.page_nbytes, blocks, blocks * pages, units, splits, layer.outputs, each,
-        piece.stride(1),
-        GROUPS=parts, PB=pages, SHARES=shares, **by_lane(PIECE_WARPS),
+        piece.stride(1), shares,
+        GROUPS=parts, PB=pages, **by_lane(PIECE_WARPS),
     )  # fmt: skip
     return found
+
+
+def _piece_programs(asked: Asked) -> tuple[int, int]:
+    """Programs for a unit's pieces of a part of a sequence, and blocks of a part."""
+    rows, units, parts, blocks = asked.shape
+    wanted, lines = asked.choices.piece_programs, rows * units * parts
+    shares = 1 if lines * blocks >= wanted else 2 if lines * blocks >= wanted // 8 else 4
+    each = triton.cdiv(blocks, max(1, triton.cdiv(wanted, lines * shares)))
+    return shares, max(1 if blocks <= FEW_BLOCKS else 2, each)
 
 
 def _sums(asked: Asked, splits: int, each: int) -> Sums:

@@ -67,7 +67,7 @@ class LayerTables:
         piece: int32 [units, PIECE_WARPS, pieces, 4]: of pages whose rows are tokens what a warp of pieces_kernel sums
             one after another: kind (of PIECE_KINDS), offset, first output column, quarters that
             are latents; pieces: int32 [units, PIECE_WARPS]: how many a warp has.
-        piece_two, pieces_two: the same for the warps of two programs.
+        piece_two, pieces_two, piece_four, pieces_four: the same for the warps of two programs, and of four.
         source: int32 [units, C, 2, R / 16]: output column of a run's (at most two) planes, -1: none.
         source_factor: float32 [units, C, 2, R]: what a unit of that column stands for.
         offset: float32 [units, C, R]: half the range of a latent's codes, what an all-zero code lies below the mean;
@@ -85,6 +85,8 @@ class LayerTables:
     pieces: np.ndarray
     piece_two: np.ndarray
     pieces_two: np.ndarray
+    piece_four: np.ndarray
+    pieces_four: np.ndarray
     source: np.ndarray
     source_factor: np.ndarray
     offset: np.ndarray
@@ -137,6 +139,7 @@ def _layer_tables(codec: LayerCodec) -> LayerTables:
         np.array(mixed.item, dtype=np.int32),
         *_pieces(mixed.piece, PIECE_WARPS),
         *_pieces(mixed.piece, 2 * PIECE_WARPS),
+        *_pieces(mixed.piece, 4 * PIECE_WARPS),
         mixed.source,
         mixed.source_factor,
         mixed.offset,

@@ -151,13 +151,14 @@ def test_decoding_on_codes_equals_the_reference(
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_answers_do_not_depend_on_what_launches_choose(monkeypatch: pytest.MonkeyPatch, flat: bool) -> None:
-    """Several blocks a program and one; parts of rows put together by four, by eight and by 32; rows of one, two and
-    three blocks, the last one not full."""
+    """Several blocks a program and one; windows in parts, and whole; parts of rows put together by four, by eight and
+    by 32; rows of one, two and three blocks, the last one not full."""
     store = store_of(2, 16, 2, [4, 2, 1, 0], 8, 256, apart=True, flat=flat)
-    few = {"mix_programs": 1, "piece_programs": 1, "score_programs": 1, "split_blocks": 1}
+    few = {"mix_programs": 1, "piece_programs": 1, "score_programs": 1, "window_programs": 1, "split_blocks": 1}
     many = dict.fromkeys(few, 1 << 20) | {"split_blocks": 1}
     together = {"few_splits": 0, "most_splits": 1, "many_queries": 0}
-    choices = (few, many, many | together, many | together | {"most_splits": 1 << 20})
+    two = many | {"piece_programs": 64}  # programs to a unit's pieces, where others have one or four
+    choices = (few, two, many, many | together, many | together | {"most_splits": 1 << 20})
     found = errors(monkeypatch, store, [90, 420, 600], 2, None, *({"shared_blocks": 0} | one for one in choices))
     assert len(found) == len(choices) and max(found) < 4e-3
 
@@ -197,7 +198,10 @@ def test_pages_may_lie_anywhere_in_a_pool(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize(
     ("bits", "softcap", "lengths", "counts"),
-    [(8, None, (20, 7), (18, 2)), (16, 5.0, (20, 7), (18, 2)), (10, None, (60,), (2,))],
+    [
+        (8, None, (20, 7), (18, 2)), (16, 5.0, (20, 7), (18, 2)), (10, None, (60,), (2,)), (8, None, (60,), (18,)),
+        (16, None, (60,), (18,)),
+    ],
 )
 def test_tokens_of_a_chunk_see_those_before_them(
     monkeypatch: pytest.MonkeyPatch,
@@ -206,8 +210,8 @@ def test_tokens_of_a_chunk_see_those_before_them(
     lengths: tuple[int, ...],
     counts: tuple[int, ...],
 ) -> None:
-    """Chunks as rows of one step, some of more tokens than a tile has, without pages and with one; and a spare row,
-    which reads none."""
+    """Chunks as rows of one step, some of more tokens than a tile has, without pages and with one, where windows are
+    read in parts; and a spare row, which reads none."""
     store = store_of(1, 16, 2, [4, 1], bits)
     rows = [store.open() for _ in counts]
     monkeypatch.setenv("SPECTRAL_ATTENTION", "reference")

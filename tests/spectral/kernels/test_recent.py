@@ -67,3 +67,43 @@ def test_wrong_tensors_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"value must be \[1, tokens, 16\]"):
         write_recent(window, slot, place, place, key, key[..., :8])
     assert not served(make_window(LayerShape(1, 16, 16), 0, 8, torch.bfloat16, DEVICE))
+
+
+@pytest.mark.parametrize("bits", [8, 10])
+@pytest.mark.parametrize(("heads", "dim", "value_dim", "sinks"), [(2, 32, 32, 4), (1, 40, 24, 0), (3, 64, 32, 2)])
+def test_a_steps_tokens_go_into_all_layers_as_in_torch(
+    heads: int, dim: int, value_dim: int, sinks: int, bits: int
+) -> None:
+    """Rows in any order of slots, one of them twice (as spare rows do), in some layers of a group."""
+    rng = torch.Generator(DEVICE).manual_seed(bits)
+    groups = []
+    for _ in range(2):
+        shape = LayerShape(heads, dim, value_dim)
+        windows = [make_window(shape, sinks, 24, torch.bfloat16, DEVICE, bits) for _ in range(4)]
+        groups.append(WindowGroup(windows))
+        groups[-1].resize(5)
+    slot = torch.tensor([3, 0, 4, 3], device=DEVICE)
+    place = torch.tensor([sinks + 23, sinks, sinks + 7, sinks + 23], device=DEVICE)
+    tokens = torch.randn(3, 4, heads, dim + value_dim, device=DEVICE, generator=rng).bfloat16()
+    tokens[:, 3] = tokens[:, 0]
+    tokens[0, 1] = 0.0
+    tokens[1, 2, :, :4] = 3e4
+    groups[0].write(1, slot, place, tokens, recent=True, kernels=True)
+    groups[1].write(1, slot, place, tokens, recent=True)
+    for ours, theirs in zip(groups[0].windows, groups[1].windows, strict=True):
+        for name, got, wanted in zip(ours.names, ours.tensors(), theirs.tensors(), strict=True):
+            assert torch.equal(got, wanted), name
+    assert groups[0].windows[1].tensors()[1].any(), "something was written"
+    assert not groups[0].windows[0].tensors()[1].any(), "layers before the first one stay as they were"
+
+
+def test_a_steps_wrong_tensors_are_refused_by_name() -> None:
+    group = WindowGroup([make_window(LayerShape(1, 16, 16), 0, 8, torch.bfloat16, DEVICE, 8)])
+    group.resize(2)
+    slot, place = torch.tensor([0], device=DEVICE), torch.tensor([1], device=DEVICE)
+    tokens = torch.zeros(1, 1, 1, 32, device=DEVICE)
+    for name, args in (("slot", (slot.int(), place)), ("place", (slot, place[None]))):
+        with pytest.raises(ValueError, match=f"{name} must be contiguous int64"):
+            group.write(0, *args, tokens, recent=True, kernels=True)
+    with pytest.raises(ValueError, match="are not what windows"):
+        group.write(0, slot, place, tokens[..., :16], recent=True, kernels=True)

@@ -1,0 +1,84 @@
+"""Where products with weights are of a few rows and nothing launches them one by one: kernels of our own take them
+(spectral.lean_products). Elsewhere a library's product costs the host less."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+import torch.nn.functional as F
+
+log = logging.getLogger("spectral.engine")
+
+MOST_ROWS = 8
+"""Rows that count as few."""
+
+_CAPTURED: ContextVar[bool] = ContextVar("spectral_captured", default=False)
+
+
+@contextmanager
+def captured() -> Iterator[None]:
+    """Within: what is launched is, or will be, replayed as a graph."""
+    token = _CAPTURED.set(True)
+    try:
+        yield
+    finally:
+        _CAPTURED.reset(token)
+
+
+_distrusted: list[str] = []
+
+
+def distrust(reason: str) -> None:
+    """From now on, in this process, libraries compute all products."""
+    if not _distrusted:
+        log.warning("products of a few rows are left to the library: %s", reason)
+    _distrusted.append(reason)
+
+
+def is_captured() -> bool:
+    """Whether this is within `captured`."""
+    return _CAPTURED.get()
+
+
+def _here(x: torch.Tensor) -> bool:
+    """Whether kernels serve a tensor."""
+    return x.is_cuda
+
+
+def few(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the product of x [..., K] with weight [N, K] is the kernels'."""
+    if _distrusted or not _CAPTURED.get() or not _here(x) or torch.is_grad_enabled():
+        return False
+    if not 0 < x.numel() <= MOST_ROWS * x.shape[-1]:
+        return False
+    from spectral.lean_products import fits
+
+    return fits(weight) and x.dtype == weight.dtype
+
+
+def ask(wanted: Callable[[int], torch.Tensor], found: Callable[[int], torch.Tensor]) -> None:
+    """Compare the kernels' answers for one row and for three, on a device and of a shape that may be new to them. Where
+    they are wrong, or cannot be had, libraries compute all products from then on."""
+    from spectral.lean import same
+
+    try:
+        with captured():
+            right = all(same(wanted(rows), found(rows)) for rows in (1, 3))
+    except Exception as failure:  # whatever a compiler or a driver raises
+        distrust(f"{type(failure).__name__}: {failure}".splitlines()[0][:200])
+    else:
+        if not right:
+            distrust("they are wrong")
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x weight^T + bias, whoever computes it."""
+    if not few(x, weight):
+        return F.linear(x, weight, bias)
+    from spectral.lean_products import product
+
+    return product(x, weight, bias)
