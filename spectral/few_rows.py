@@ -44,6 +44,24 @@ def is_captured() -> bool:
     return _CAPTURED.get()
 
 
+class EarlyLaunches:
+    """Whether kernels are launched before the one before them has ended (spectral.overlap)."""
+
+    def __init__(self) -> None:
+        self.used = self.stopped = False
+
+    def stop(self, reason: str) -> bool:
+        """From now on none is, where any was: what could not be captured may be without."""
+        if not self.used or self.stopped:
+            return False
+        self.stopped = True
+        log.warning("kernels are launched one after another from now on: %s", reason)
+        return True
+
+
+early_launches = EarlyLaunches()
+
+
 def _here(x: torch.Tensor) -> bool:
     """Whether kernels serve a tensor."""
     return x.is_cuda

@@ -23,6 +23,7 @@ from spectral.engine.device_sampler import Memory, choose, kind_of, numbers_of
 from spectral.engine.sampler import remember_soundness, sample, spoil
 from spectral.engine.static_step import BLANK, Numbers, SealStep, StaticStep, bucket, most_pages, seals_of
 from spectral.errors import SettingError
+from spectral.few_rows import early_launches
 
 if TYPE_CHECKING:
     from spectral.engine.device_sampler import Kind
@@ -130,6 +131,8 @@ class Replayer:
             if not launched:  # perhaps something was to be compiled after all
                 log.info("the %s is launched once before it is captured again: %s", what, reason)
                 return None
+            if early_launches.stop(f"the {what} cannot be captured: {reason}"):
+                return None  # it is launched once more, and captured without them
             self.refused[what] = reason
             log.warning("the %s cannot be captured and is launched one by one: %s", what, reason)
             return None

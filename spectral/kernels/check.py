@@ -96,14 +96,16 @@ class Case:
 
 def relative_error(kernels: LayerKernels, group: int, dtype: torch.dtype) -> float:
     """Error of one row of a block and a half of pages, whose scores are shared, and of the second of two tokens of a
-    chunk, whose are not. (Where rows are tokens: blocks by themselves, and one program for all. The window: in parts,
-    and in one.)"""
+    chunk, whose are not. (Where rows are tokens: blocks by themselves, and one program for all, or, the third, two for
+    a unit's pieces. The window: in parts, and in one.)"""
     pages = block_pages(kernels.codec) * 3 // 2
-    errors = []
-    for rows, blocks in ((1, 1 << 30), (2, 0)):
-        most = max(1, blocks)
-        programs = dict.fromkeys(("score_programs", "piece_programs", "window_programs"), most)
-        with forced(shared_blocks=blocks, **programs):
+    most, errors = 1 << 30, []
+    cases = [(1, most, most), (2, 0, 1)]
+    if kernels.flat:
+        cases.append((1, most, 8 * len(kernels.unit_heads) * kernels.head_groups(group)))
+    for rows, blocks, pieces in cases:
+        programs = dict.fromkeys(("score_programs", "window_programs"), max(1, blocks))
+        with forced(shared_blocks=blocks, piece_programs=pieces, **programs):
             case = Case(kernels, rows, 116 + pages * kernels.codec.page_tokens, group, dtype, chunk=rows > 1)
             errors.append(case.error())
     return max(errors)

@@ -20,7 +20,7 @@ from spectral.beside import Beside
 from spectral.codec import LayerCodec
 from spectral.errors import SettingError
 from spectral.kernels.choices import DecodeChoices, Shape, block_pages, chosen, layer_shape
-from spectral.kernels.combine import combine_kernel, query_kernel, value_kernel, window_kernel
+from spectral.kernels.combine import combine_kernel, query_kernel, value_kernel
 from spectral.kernels.flat import ENTRIES, flat_fits
 from spectral.kernels.operands import (
     OPERAND_WARPS,
@@ -31,16 +31,14 @@ from spectral.kernels.operands import (
     shares_of,
     tiles_of,
 )
+from spectral.kernels.recent_attention import read_window, window_parts
 from spectral.kernels.scoring import Asked, Sums, by_lane, flat_sums, sums_of_weights, weights
 from spectral.kernels.tables import QUAD_ORDER, LayerTables, layer_tables
-from spectral.windows import ExactWindow, QuantizedWindow
+from spectral.windows import ExactWindow
 
 LOG2E = math.log2(math.e)
 VALUE_COLUMNS = 32
 """Numbers of a value that a program of value_kernel makes."""
-
-MOST_PARTS = 4
-"""Parts in which a row's window is read at most."""
 
 FEW_ROWS = 32
 """Rows, by unit, up to which many parts are put together 32 at a time: more fill a GPU with eight after eight."""
@@ -197,11 +195,11 @@ def decode_attention(
     out = torch.empty((rows, heads, codec.value_dim), dtype=query.dtype, device=query.device)
     paged = bool(step.pages.shape[1])
     choices = layer.choices(group)
-    parts = _window_parts(choices, window, rows, dim) if paged else 1
+    blocks = triton.cdiv(step.pages.shape[1], block_pages(codec))
+    parts = window_parts(layer, choices, window, rows, group, blocks)
     top = torch.empty((rows, heads, parts), device=query.device)
     total, mixed = torch.empty_like(top), torch.empty((rows, heads, parts, codec.value_dim), device=query.device)
-    blocks = triton.cdiv(step.pages.shape[1], block_pages(codec))
-    look_back = partial(_window, choices, window, step, query, key, value, scale, cap, top, total, mixed)
+    look_back = partial(read_window, choices, window, step, query, key, value, scale, cap, top, total, mixed)
     if not paged:
         look_back()
         out.copy_((mixed / total[..., None])[:, :, 0])
@@ -252,51 +250,6 @@ def _check(
         raise ValueError(f"step tables must be int32 with {rows} rows on {query.device}")
     if pool.device != query.device:
         raise ValueError(f"pool is on {pool.device} and the query on {query.device}")
-
-
-def _window(
-    choices: DecodeChoices,
-    window: ExactWindow,
-    step: StepTables,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-    cap: float,
-    top: torch.Tensor,
-    total: torch.Tensor,
-    mixed: torch.Tensor,
-) -> None:
-    """Over window and new tokens, fp32, by part of the window: into top and total the largest score and the sum of
-    weights [B, Hq, parts], into mixed the weighted sum of values [B, Hq, parts, dv]."""
-    rows, heads, dim = query.shape
-    kv_heads, value_dim = key.shape[1], value.shape[2]
-    bits, group = 16, 1
-    high = low = scales = window.store
-    if isinstance(window, QuantizedWindow):
-        high, low, scales, bits, group = window.high, window.low, window.scale, window.bits, window.groups
-    parts = top.shape[2]
-    window_kernel[(kv_heads, rows, parts)](
-        query, key, value, window.store, high, low, scales, step.slot, step.length, step.first, step.before,
-        top, total, mixed, dim, heads, kv_heads, window.sinks, window.ring, scale,
-        GROUP=heads // kv_heads, G=max(16, triton.next_power_of_2(heads // kv_heads)),
-        D=max(16, triton.next_power_of_2(dim)), E=max(16, triton.next_power_of_2(value_dim)), DIM=dim, VDIM=value_dim,
-        BITS=bits, SCALE=group, T=_window_tile(choices, max(dim, value_dim)), SOFTCAP=cap, PARTS=parts,
-        num_warps=choices.window_warps,
-    )  # fmt: skip
-
-
-def _window_tile(choices: DecodeChoices, dim: int) -> int:
-    """Integers' tokens that a program has in hand at once."""
-    return choices.window_tile if dim <= 128 else 16  # what fits a consumer card's shared memory
-
-
-def _window_parts(choices: DecodeChoices, window: ExactWindow, rows: int, dim: int) -> int:
-    """Parts in which a row's window is read: each is a chain of accesses of its own, and few programs fill no GPU."""
-    kv_heads, quantized = window.shape.kv_heads, isinstance(window, QuantizedWindow)
-    tile = _window_tile(choices, max(dim, window.shape.value_dim)) if quantized else 16
-    parts = min(triton.cdiv(window.ring, tile) + 1, MOST_PARTS)
-    return parts if rows * kv_heads * parts <= choices.window_programs else 1  # two kernels, no more
 
 
 def _angles(layer: LayerKernels, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -277,23 +277,22 @@ def _split_tops(tops, totals, octets, g, t, FAST: tl.constexpr):
 @triton.jit(
     do_not_specialize=[
         "table_stride", "page_nbytes", "blocks", "pages_max", "units", "splits", "outputs", "split_blocks",
-        "piece_stride", "shares",
+        "piece_stride",
     ]
 )  # fmt: skip
 def pieces_kernel(
     pages_ptr, table_ptr, count_ptr, piece_ptr, pieces_ptr, weight_ptr, max_ptr, total_ptr, out_ptr, top_ptr, sum_ptr,
     table_stride, page_nbytes, blocks, pages_max, units, splits, outputs, split_blocks, piece_stride,
-    shares,
-    GROUPS: tl.constexpr, PB: tl.constexpr, FAST: tl.constexpr,
+    GROUPS: tl.constexpr, PB: tl.constexpr, SHARES: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """A unit over one split of a sequence's blocks, for 16 query heads; `shares` programs have some of its pieces each.
+    """A unit over one split of a sequence's blocks, for 16 query heads; SHARES programs have some of its pieces each.
 
     piece_ptr, pieces_ptr: LayerTables.piece and .pieces, of as many programs; weight_ptr, max_ptr, total_ptr: as
     flat_score_kernel leaves them; out_ptr as spectral.kernels.mix has it. top_ptr, sum_ptr: fp32 [sequence, split,
     unit, head groups, 16]: the largest score of a split, and the sum of its weights relative to that.
     """
-    unit, part = tl.program_id(0) // (GROUPS * shares), tl.program_id(0) // shares % GROUPS
-    share = tl.program_id(0) % shares
+    unit, part = tl.program_id(0) // (GROUPS * SHARES), tl.program_id(0) // SHARES % GROUPS
+    share = tl.program_id(0) % SHARES
     # What was written last is read first: it may still be in the second-level cache.
     split, seq = tl.program_id(1), tl.num_programs(2) - 1 - tl.program_id(2)
     pages = tl.load(count_ptr + seq)
@@ -324,7 +323,7 @@ def pieces_kernel(
         tl.store(own_sum + g, total0, mask=first)
         tl.store(own_sum + g + 8, total1, mask=first)
         if FAST:
-            own = (unit * shares + share) * WARPS + warp
+            own = (unit * SHARES + share) * WARPS + warp
             tl.inline_asm_elementwise(
                 pieces_text(),
                 "=r,l,l,l,r,l,r,r,r,l,r,l,r,r,r,f,f,r",
@@ -341,7 +340,7 @@ def pieces_kernel(
             )  # fmt: skip
         else:
             for warp in range(WARPS):
-                own = (unit * shares + share) * WARPS + warp
+                own = (unit * SHARES + share) * WARPS + warp
                 for n in range(tl.load(pieces_ptr + own)):
                     piece = piece_ptr + own * piece_stride + 4 * n
                     for kind in tl.static_range(6):

@@ -188,8 +188,8 @@ def flat_sums(asked: Asked) -> Sums:
         asked.pool, step.pages, step.count, piece, pieces, weight, top, total, found.outs, found.tops,
         found.sums,
         step.pages.stride(0), codec.page_nbytes, blocks, blocks * pages, units, splits, layer.outputs, each,
-        piece.stride(1), shares,
-        GROUPS=parts, PB=pages, **by_lane(PIECE_WARPS),
+        piece.stride(1),
+        GROUPS=parts, PB=pages, SHARES=shares, **by_lane(PIECE_WARPS),
     )  # fmt: skip
     return found
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from spectral import few_rows, lean, lean_layers, lean_products
+from spectral import few_rows, lean, lean_layers, lean_products, overlap
 from spectral.few_rows import captured, few, linear
 from spectral.lean_products import fits, product
 from tests.spectral.helpers import FAMILIES
@@ -37,6 +37,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(few_rows, "_here", lambda x: True)
     monkeypatch.setattr(lean, "_here", lambda x: True)
     monkeypatch.setattr(few_rows, "_distrusted", [])
+    monkeypatch.setattr(overlap, "early_launches", few_rows.EarlyLaunches())
     homes = [m for name, m in list(sys.modules.items()) if ".modeling_" in name and hasattr(m, "apply_rotary_pos_emb")]
     kept = [(m, m.apply_rotary_pos_emb) for m in homes]
     for module, function in kept:
@@ -201,3 +202,51 @@ def test_a_sum_that_is_not_asked_for_is_an_error() -> None:
         first = own(x)
         assert close(own(x), module(x)), "one product is the sum, no more"
     assert close(first, module(x) + residual)
+
+
+def test_kernels_begin_early_where_a_graph_can_hold_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row, captured, on Hopper or later, with a driver whose graphs hold such launches."""
+    cuda, plain = torch.device("cuda", 0), {"EARLY": False}
+    kinds = ((9, 0), 12030, True), ((12, 0), 13000, True), ((9, 0), 12020, False), ((8, 9), 13000, False)
+    for capability, driver, able in kinds:
+        overlap._able.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        monkeypatch.setattr(overlap, "driver_version", lambda found=driver: found)
+        assert overlap.early(cuda, 1) == plain, "nothing is captured"
+        with captured():
+            assert overlap.early(cuda, 1) == ({"EARLY": True, "launch_pdl": True} if able else plain)
+            assert overlap.early(cuda, 2) == plain and overlap.early(torch.device("cpu"), 1) == plain
+    overlap._able.cache_clear()
+
+
+def test_what_cannot_be_captured_with_early_launches_is_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    launches = few_rows.EarlyLaunches()
+    monkeypatch.setattr(overlap, "early_launches", launches)
+    monkeypatch.setattr(overlap, "_able", lambda device: True)
+    assert not launches.stop("nothing was launched early"), "so that is not what is wrong"
+    with captured():
+        assert overlap.early(torch.device("cuda", 0), 1)["EARLY"]
+        assert launches.stop("the step cannot be captured") and not launches.stop("again")
+        assert overlap.early(torch.device("cuda", 0), 1) == {"EARLY": False}
+    assert caplog.text.count("one after another from now on: the step cannot be captured") == 1
+
+
+def test_the_drivers_version_is_a_number_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Driver:
+        @staticmethod
+        def cuDriverGetVersion(pointer: Any) -> int:
+            pointer._obj.value = 12080
+            return 0
+
+    monkeypatch.setattr(overlap.ctypes, "CDLL", lambda name: Driver)
+    assert overlap.driver_version() == 12080
+
+    def missing(name: str) -> Any:
+        raise OSError(name)
+
+    monkeypatch.setattr(overlap.ctypes, "CDLL", missing)
+    assert overlap.driver_version() == 0
+    monkeypatch.setattr(overlap.ctypes, "CDLL", lambda name: object())
+    assert overlap.driver_version() == 0
