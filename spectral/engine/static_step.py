@@ -37,8 +37,9 @@ FLOATS = ("temperature", "top_p", "min_p", "uniform", "repetition", "frequency",
 BLANK: tuple[list[int], list[float]] = [0, 0], [1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0]
 """What the device's sampler is told of rows that it does not choose for: top_k and choice, and FLOATS."""
 
-SEALED_AT_ONCE = 8
-"""Layers whose pages are sealed side by side: a page's launches are too small to fill a GPU."""
+SEALED_AT_ONCE = 4
+"""Layers whose pages are sealed side by side: a page's launches are too small to fill a GPU. Every lane has a workspace
+of the library for products: 32 MiB on Hopper, 8 elsewhere."""
 
 BLOCK_PAGES = 32
 """A page table's width is this times a bucket."""
