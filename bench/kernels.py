@@ -1,12 +1,13 @@
 """Decode attention on codes beside bf16 attention on a GPU: time, bytes read, and error against float64.
 
     python bench/kernels.py [--settings 8x,16x] [--prefer quality,balanced,speed]
-        [--cases 8x32768,32x32768,1x131072,32x4096]
+        [--cases 8x32768,32x32768,1x131072,32x4096,256x4096,4x262144]
         [--json FILE] [--plot FILE]
 
 One layer of 32 query and 8 KV heads of 128 (--shape changes it), with a synthetic spectrum and the bits that a setting
 of that name spends. SDPA is the faster of flash and cuDNN on the same sizes; the FP8 floor is half the bf16 bytes at
-the device's copy bandwidth; all in one run. Times are medians of CUDA-graph replays, in microseconds.
+the device's copy bandwidth; all in one run. Times are medians of CUDA-graph replays, in microseconds. Of cases that
+hold as many tokens in all, time per byte is told against the length of a row.
 Without a GPU `--check` alone runs, on a small layer in Triton's interpreter.
 """
 
@@ -16,6 +17,7 @@ import argparse
 import json
 import math
 import os
+import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.report import time_per_byte
 from spectral.fit import PREFERENCES
 from spectral.kernels.check import Case
 from spectral.kernels.choices import DecodeChoices, block_pages, known
@@ -32,6 +37,8 @@ from spectral.kernels.decode import LayerKernels
 from spectral.kernels.synthetic import BITS, PAGE, RECENT, SINKS, synthetic_codec
 from spectral.kernels.timing import microseconds
 from spectral.provenance import provenance
+
+CASES = "8x32768,32x32768,1x131072,32x4096,256x4096,4x262144"
 
 
 def sdpa(rows: int, context: int, kv_heads: int, group: int, dim: int) -> float:
@@ -90,7 +97,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             )
             print(json.dumps(rows_out[-1]), flush=True)
             del held
-    return {"copy_bytes_per_us": bandwidth, "rows": rows_out}
+    return {"copy_bytes_per_us": bandwidth, "rows": rows_out, "time_per_byte": time_per_byte(rows_out)}
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -116,7 +123,7 @@ def main() -> None:
     parser.add_argument("--settings", default="8x,16x")
     kinds = ",".join(PREFERENCES)
     parser.add_argument("--prefer", default=kinds, help="what profiles of these settings are made for")
-    parser.add_argument("--cases", default="8x32768,32x32768,1x131072,32x4096", help="rows x context")
+    parser.add_argument("--cases", default=CASES, help="rows x context")
     parser.add_argument("--shape", default="32x8x128", help="query heads x KV heads x head dimension")
     parser.add_argument("--check", action="store_true", help="only the error of a small layer; runs without a GPU")
     parser.add_argument("--json", type=Path)
