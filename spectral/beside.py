@@ -6,8 +6,9 @@ Outside of a capture everything runs in its order: two streams cost the host mor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
+from itertools import cycle
 
 import torch
 
@@ -55,18 +56,6 @@ class Beside:
 def abreast(device: torch.device, lanes: int) -> Iterator[Callable[[Callable[[], None]], None]]:
     """Within: what is run by the function that this gives runs in `lanes` lanes that take turns, one beside another;
     all have ended at the end."""
-    sides = [Beside(device, lane) for lane in range(lanes)]
-    count = 0
-
-    def run(launch: Callable[[], None]) -> None:
-        nonlocal count
-        sides[count % lanes].run(launch)
-        count += 1
-
-    try:
-        for side in sides:
-            side.begin()
-        yield run
-    finally:
-        for side in sides:
-            side.meet()
+    with ExitStack() as stack:
+        sides = cycle([stack.enter_context(Beside(device, lane)) for lane in range(lanes)])
+        yield lambda launch: next(sides).run(launch)

@@ -93,10 +93,13 @@ def ask(wanted: Callable[[int], torch.Tensor], found: Callable[[int], torch.Tens
             distrust("they are wrong")
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x weight^T + bias, whoever computes it."""
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """residual + x weight^T + bias, whoever computes it."""
     if not few(x, weight):
-        return F.linear(x, weight, bias)
+        found = F.linear(x, weight, bias)
+        return found if residual is None else residual + found
     from spectral.lean_products import product
 
-    return product(x, weight, bias)
+    return product(x, weight, bias, residual=residual)

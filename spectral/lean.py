@@ -227,6 +227,7 @@ def lean_projections(module: Any) -> bool:
 def lean_gate(module: Any) -> bool:
     """down(act(gate x) * up x): gate and up as one matrix product, the rest as one launch."""
     from spectral import lean_kernels as kernels
+    from spectral.lean_products import product
 
     linears: tuple[Any, ...] = tuple(getattr(module, name, None) for name in ("gate_proj", "up_proj"))
     down: Any = getattr(module, "down_proj", None)
@@ -245,17 +246,12 @@ def lean_gate(module: Any) -> bool:
 
     original = module.forward
 
-    def opened(x: torch.Tensor) -> torch.Tensor:
-        if few(x, whole):
-            from spectral.lean_products import product
-
-            return product(x, whole, bias, gate=kind)
-        return kernels.gated(F.linear(x, whole, bias), kind)
-
     def forward(x: torch.Tensor) -> torch.Tensor:
         if _learns(x):
             return original(x)  # type: ignore[no-any-return]
-        return down(opened(x))  # type: ignore[no-any-return]
+        if few(x, whole):
+            return down(product(x, whole, bias, gate=kind))  # type: ignore[no-any-return]
+        return down(kernels.gated(F.linear(x, whole, bias), kind))  # type: ignore[no-any-return]
 
     if not same(wanted, forward(x)):
         return False

@@ -104,6 +104,16 @@ def rotary_kernel(
 
 
 @triton.jit
+def activated(gate, SILU: tl.constexpr):
+    """silu(gate), or gelu(gate) by tanh."""
+    if SILU:
+        return gate / (1.0 + tl.exp(-gate))
+    else:
+        z = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+        return gate / (1.0 + tl.exp(-2.0 * z))  # (1 + tanh z) / 2
+
+
+@triton.jit
 def gate_kernel(x_ptr, out_ptr, size, SILU: tl.constexpr, BLOCK: tl.constexpr):
     """act(x[:size]) * x[size:] of one row."""
     row = tl.program_id(0).to(tl.int64)
@@ -111,13 +121,9 @@ def gate_kernel(x_ptr, out_ptr, size, SILU: tl.constexpr, BLOCK: tl.constexpr):
     mask = i < size
     gate = tl.load(x_ptr + row * (2 * size) + i, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + row * (2 * size) + size + i, mask=mask, other=0.0).to(tl.float32)
-    if SILU:
-        act = gate / (1.0 + tl.exp(-gate))
-    else:
-        z = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        act = gate / (1.0 + tl.exp(-2.0 * z))  # (1 + tanh z) / 2
     kind = out_ptr.dtype.element_ty
-    tl.store(out_ptr + row * size + i, (act.to(kind).to(tl.float32) * up).to(kind), mask=mask)
+    y = activated(gate, SILU).to(kind).to(tl.float32) * up
+    tl.store(out_ptr + row * size + i, y.to(kind), mask=mask)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, plus_one: bool) -> torch.Tensor:

@@ -18,7 +18,7 @@ import torch
 
 from spectral import lean
 from spectral.few_rows import ask, captured, few, linear
-from spectral.lean_products import fits, product
+from spectral.lean_products import fits
 
 log = logging.getLogger("spectral.engine")
 
@@ -55,12 +55,8 @@ class Product:
             self._residual = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        weight, bias = self._module.weight, self._module.bias
         residual, self._residual = self._residual, None
-        if residual is None or not few(x, weight):
-            found = linear(x, weight, bias)
-            return found if residual is None else residual + found
-        return product(x, weight, bias, residual=residual)
+        return linear(x, self._module.weight, self._module.bias, residual)
 
 
 def lean_layers(model: Any) -> int:

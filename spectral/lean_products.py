@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from spectral.few_rows import MOST_ROWS
+from spectral.lean_kernels import activated
 from spectral.overlap import early, gdc_launch_dependents, gdc_wait
 
 GATES = {"": 0, "silu": 1, "gelu_tanh": 2}
@@ -27,20 +28,15 @@ def _finished(sums, bias_ptr, residual_ptr, out_ptr, m, rows, outputs, TALL: tl.
     """Store what a program's products sums [TALL, rows] become, rounded where a model rounds; m: their rows."""
     kind: tl.constexpr = out_ptr.dtype.element_ty
     EACH: tl.constexpr = TALL // 2 if GATE > 0 else TALL
-    MB: tl.constexpr = sums.shape[1]
+    ROWS: tl.constexpr = sums.shape[1]
     if BIAS:
         sums += tl.load(bias_ptr + _lines(outputs, TALL, EVEN, GATE)).to(tl.float32)[:, None]
     n = tl.program_id(0) * EACH + tl.arange(0, EACH)
     real = (m < rows)[None, :] & (n < outputs)[:, None]
     if GATE > 0:
         sums = sums.to(kind).to(tl.float32)
-        gate, up = tl.split(tl.permute(tl.reshape(sums, [2, EACH, MB]), (1, 2, 0)))
-        if GATE == 1:
-            act = gate / (1.0 + tl.exp(-gate))
-        else:
-            z = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-            act = gate / (1.0 + tl.exp(-2.0 * z))
-        y = (act.to(kind).to(tl.float32) * up).to(kind)
+        gate, up = tl.split(tl.permute(tl.reshape(sums, [2, EACH, ROWS]), (1, 2, 0)))
+        y = (activated(gate, GATE == 1).to(kind).to(tl.float32) * up).to(kind)
     else:
         y = sums.to(kind)
     place = m[None, :] * outputs + n[:, None]
@@ -178,11 +174,8 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
 
 def _row_tile(size: int) -> dict[str, int]:
     """What a program of row_kernel has in hand, as it was fastest on an H200 (bench/research/few_rows.py)."""
-    if size > 8192:
-        return {"TALL": 4, "WIDE": 512, "num_warps": 4}
-    if size <= 2048 or triton.cdiv(size, 2048) * 2048 <= 1.25 * size:
-        return {"TALL": 2, "WIDE": 2048, "num_warps": 4}
-    return {"TALL": 4, "WIDE": 512, "num_warps": 4}
+    wide = size <= 2048 or (size <= 8192 and triton.cdiv(size, 2048) * 2048 <= 1.25 * size)
+    return {"TALL": 2, "WIDE": 2048, "num_warps": 4} if wide else {"TALL": 4, "WIDE": 512, "num_warps": 4}
 
 
 def _rows_tile(gate: bool) -> dict[str, int]:

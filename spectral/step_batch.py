@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from copy import copy
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
@@ -12,6 +13,7 @@ from spectral.errors import CacheError
 
 if TYPE_CHECKING:
     from spectral.pages import PageStore, Row
+    from spectral.windows import WindowGroup
 
 
 class _Elsewhere:
@@ -55,16 +57,20 @@ class StepBatch:
             other.store, other.plans = cast("PageStore", _Elsewhere(self.store, device)), {}
         return self._others[device]
 
+    def new_tokens(self) -> Iterator[tuple[WindowGroup, int, tuple[torch.Tensor, torch.Tensor], torch.Tensor]]:
+        """What was kept, as groups of windows are written: a group, its first window, slot and place [B] there, and the
+        tokens [n, B, H, d + dv] of n windows."""
+        for number, kept in self.kept.items():
+            group, spot = self.store.groups[number], self.spots[number]
+            whole = [at for at, _ in kept] == list(range(len(group.windows)))
+            for part in [kept] if whole else [[one] for one in kept]:  # a forward that skipped layers
+                yield group, part[0][0], spot, _together(part)
+
     def commit(self) -> None:
         """The forward succeeded: lengths advance."""
         self._finish()
-        for number, kept in self.kept.items():
-            group, (slot, place) = self.store.groups[number], self.spots[number]
-            if [at for at, _ in kept] == list(range(len(group.windows))):
-                group.write(0, slot, place, together(kept))
-            else:  # a forward that skipped layers
-                for one in kept:
-                    group.write(one[0], slot, place, together([one]))
+        for group, first, spot, tokens in self.new_tokens():
+            group.write(first, *spot, tokens)
         for (row, count), pages in zip(self.work, self.new_pages, strict=True):
             row.length += count
             row.pages.extend(pages)
@@ -81,7 +87,7 @@ class StepBatch:
         self.done = True
 
 
-def together(kept: list[tuple[int, tuple[torch.Tensor, ...]]]) -> torch.Tensor:
+def _together(kept: list[tuple[int, tuple[torch.Tensor, ...]]]) -> torch.Tensor:
     """What was kept of n layers: [n, B, H, d + dv]."""
     tokens = [parts for _, parts in kept]
     if len({len(parts) for parts in tokens}) > 1:

@@ -25,7 +25,6 @@ from spectral.few_rows import captured
 from spectral.hf import LoadedModel, attending
 from spectral.pages import PageStore, Row, StepBatch
 from spectral.prefill import encode_pages, read_tokens
-from spectral.step_batch import together
 
 if TYPE_CHECKING:
     from spectral.engine.sequence import Sequence
@@ -228,13 +227,8 @@ class StaticStep:
             self.numbers.logits = out.logits[0].float()
         else:
             self.numbers.logits.copy_(out.logits[0])
-        for number, kept in batch.kept.items():
-            group, (slot, place) = self.store.groups[number], batch.spots[number]
-            if [at for at, _ in kept] == list(range(len(group.windows))):
-                self.keep(group, 0, slot, place, together(kept))
-                continue
-            for one in kept:  # a forward that skipped layers
-                self.keep(group, one[0], slot, place, together([one]))
+        for group, first, spot, tokens in batch.new_tokens():
+            self.keep(group, first, *spot, tokens)
 
     def keep(
         self, group: WindowGroup, first: int, slot: torch.Tensor, place: torch.Tensor, tokens: torch.Tensor

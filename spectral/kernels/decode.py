@@ -217,8 +217,12 @@ def decode_attention(
             layer, choices, pool, step, *projected, layer.units(group), group, cap, layer.head_groups(group), blocks
         )
         found = flat_sums(asked) if layer.flat else sums_of_weights(asked, *weights(asked))
-    answer = _Answer(asked, found, top, total, mixed, out)
-    answer.values(*answer.latents())
+    latent, share = _latents(asked, found, top, total)
+    value_kernel[(triton.cdiv(rows * group, 16), codec.kv_heads, triton.cdiv(codec.value_dim, VALUE_COLUMNS))](
+        latent, share, layer.value_basis, layer.value_mean, mixed, out, rows * group, layer.rank // 16,
+        GROUP=group, HEADS=heads, VDIM=codec.value_dim, M=16, N=VALUE_COLUMNS, K=128, PARTS=parts,
+        num_warps=choices.value_warps,
+    )  # fmt: skip
     return out
 
 
@@ -304,48 +308,27 @@ def _project(
     return torch.bmm(framed, layer.key_basis), const
 
 
-@dataclass
-class _Answer:
-    """What becomes of the pages' sums, and of the window's: largest scores and sums of weights [B, Hq, parts], weighted
-    sums of values [B, Hq, parts, dv]. out: [B, Hq, dv]."""
-
-    asked: Asked
-    found: Sums
-    top: torch.Tensor
-    total: torch.Tensor
-    mixed: torch.Tensor
-    out: torch.Tensor
-
-    def latents(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the pages' answers fp16 [H, B, G, R], over all weights, and the shares [B, Hq, 1 + parts] of pages and
-        window."""
-        asked, found, layer, codec = self.asked, self.found, self.asked.layer, self.asked.layer.codec
-        choices, group, tables = asked.choices, asked.group, layer.tables
-        rows, units, parts, _ = asked.shape
-        device, heads, window_parts = asked.pool.device, codec.kv_heads * group, self.top.shape[2]
-        latent = torch.empty((codec.kv_heads, rows, group, layer.rank), dtype=torch.float16, device=device)
-        share = torch.empty((rows, heads, 1 + window_parts), device=device)
-        together, shares, warps = 8, 2, choices.combine_warps
-        if found.splits <= choices.few_splits:
-            together, shares = 4, 1
-        elif found.splits >= choices.most_splits and rows * units * parts <= FEW_ROWS:
-            together, shares, warps = 32, 4, 4
-        combine_kernel[(units * parts * shares, layer.rank // 16, rows)](
-            found.outs, found.sums, found.tops, asked.step.count, asked.unit,
-            tables["source"], tables["source_factor"], tables["offset"], self.top, self.total, latent, share,
-            units, found.splits, layer.outputs, found.each, layer.rank, heads, rows,
-            GROUPS=parts, GROUP=group, CLASSES=layer.classes, P=codec.page_tokens, PB=block_pages(codec),
-            SPLITS=together, TOPS=4 * together, HEADS=16 // shares, PARTS=window_parts,
-            PART=triton.next_power_of_2(window_parts), num_warps=warps,
-        )  # fmt: skip
-        return latent, share
-
-    def values(self, latent: torch.Tensor, share: torch.Tensor) -> None:
-        """Answers of those."""
-        layer, codec, group = self.asked.layer, self.asked.layer.codec, self.asked.group
-        rows, heads, value_dim = self.out.shape
-        value_kernel[(triton.cdiv(rows * group, 16), codec.kv_heads, triton.cdiv(value_dim, VALUE_COLUMNS))](
-            latent, share, layer.value_basis, layer.value_mean, self.mixed, self.out, rows * group, layer.rank // 16,
-            GROUP=group, HEADS=heads, VDIM=value_dim, M=16, N=VALUE_COLUMNS, K=128, PARTS=self.top.shape[2],
-            num_warps=self.asked.choices.value_warps,
-        )  # fmt: skip
+def _latents(
+    asked: Asked, found: Sums, top: torch.Tensor, total: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents of the pages' answers fp16 [H, B, G, R], over all weights, and the shares [B, Hq, 1 + parts] of pages and
+    window, which has largest scores and sums of weights [B, Hq, parts]."""
+    layer, codec, choices, group = asked.layer, asked.layer.codec, asked.choices, asked.group
+    rows, units, parts, _ = asked.shape
+    device, heads, tables = asked.pool.device, codec.kv_heads * group, layer.tables
+    latent = torch.empty((codec.kv_heads, rows, group, layer.rank), dtype=torch.float16, device=device)
+    share = torch.empty((rows, heads, 1 + top.shape[2]), device=device)
+    together, shares, warps = 8, 2, choices.combine_warps
+    if found.splits <= choices.few_splits:
+        together, shares = 4, 1
+    elif found.splits >= choices.most_splits and rows * units * parts <= FEW_ROWS:
+        together, shares, warps = 32, 4, 4
+    combine_kernel[(units * parts * shares, layer.rank // 16, rows)](
+        found.outs, found.sums, found.tops, asked.step.count, asked.unit,
+        tables["source"], tables["source_factor"], tables["offset"], top, total, latent, share,
+        units, found.splits, layer.outputs, found.each, layer.rank, heads, rows,
+        GROUPS=parts, GROUP=group, CLASSES=layer.classes, P=codec.page_tokens, PB=block_pages(codec), SPLITS=together,
+        TOPS=4 * together, HEADS=16 // shares, PARTS=top.shape[2], PART=triton.next_power_of_2(top.shape[2]),
+        num_warps=warps,
+    )  # fmt: skip
+    return latent, share

@@ -186,14 +186,10 @@ def write_step(
     of windows like this one."""
     layers, rows, heads, width = tokens.shape
     _, high, low, scale = tensors
-    for name, x in (("slot", slot), ("place", place)):
-        if x.dtype != torch.int64 or x.shape != (rows,) or not x.is_contiguous() or x.device != high.device:
-            given = f"{x.dtype} {list(x.shape)} on {x.device}"
-            raise ValueError(f"{name} must be contiguous int64 [{rows}] on {high.device}, got {given}")
-    if (layers, heads, width) != (high.shape[0], high.shape[2], high.shape[4]) or tokens.device != high.device:
+    _check(window, slot, place, each=True)
+    held = (high.shape[0], slot.numel(), high.shape[2], high.shape[4])
+    if tokens.shape != held or place.shape != slot.shape or tokens.device != high.device:
         raise ValueError(f"tokens {list(tokens.shape)} are not what windows {list(high.shape)} hold")
-    if not all(x.is_contiguous() for x in (high, low, scale)):
-        raise ValueError("windows' tensors must be contiguous")
     step_kernel[(rows, heads, layers)](
         slot, place, tokens.contiguous(), high, low, scale, rows, high.shape[1], heads, window.sinks, window.ring,
         WIDTH=width, GROUP=window.groups, GROUPS=triton.next_power_of_2(width // window.groups),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 MOST_PARTS = 4
 """Parts in which a row's window is read at most."""
 
-FEW_BLOCKS = 128
+SHORT_STEP = 128
 """Blocks of a step, by unit and head group, up to which it is."""
 
 
@@ -66,6 +66,6 @@ def window_parts(
     codec, quantized = layer.codec, isinstance(window, QuantizedWindow)
     tile = _window_tile(choices, max(codec.key_dim, codec.value_dim)) if quantized else 16
     parts = min(triton.cdiv(window.ring, tile) + 1, MOST_PARTS)
-    few = rows * len(layer.unit_heads) * layer.head_groups(group) * blocks <= FEW_BLOCKS
+    few = rows * len(layer.unit_heads) * layer.head_groups(group) * blocks <= SHORT_STEP
     # Whole, or in as many: two kernels, no more.
     return parts if blocks and few and rows * codec.kv_heads * parts <= choices.window_programs else 1

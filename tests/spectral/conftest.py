@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
+from typing import Any
+
+import pytest
 
 from tests.interpreter import make_quick
 
@@ -12,3 +16,16 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         from triton.runtime import interpreter
 
         make_quick(interpreter)
+
+
+@pytest.fixture
+def restored() -> Any:
+    """transformers' own rotary functions, while a test runs (engines of other tests replace them), and after it."""
+    found = [(name, m) for name, m in list(sys.modules.items()) if ".modeling_" in name]
+    homes = {name: m for name, m in found if "apply_rotary_pos_emb" in vars(m)}
+    kept = {name: module.apply_rotary_pos_emb for name, module in homes.items()}
+    for name, module in homes.items():
+        module.apply_rotary_pos_emb = getattr(kept[name], "original", kept[name])
+    yield
+    for name, module in homes.items():
+        module.apply_rotary_pos_emb = kept[name]

@@ -21,19 +21,6 @@ def sample(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
-@pytest.fixture
-def restored() -> Any:
-    """transformers' own rotary functions, while a test runs (engines of other tests replace them), and after it."""
-    found = [(name, m) for name, m in list(sys.modules.items()) if ".modeling_" in name]
-    homes = {name: m for name, m in found if "apply_rotary_pos_emb" in vars(m)}
-    kept = {name: module.apply_rotary_pos_emb for name, module in homes.items()}
-    for name, module in homes.items():
-        module.apply_rotary_pos_emb = getattr(kept[name], "original", kept[name])
-    yield
-    for name, module in homes.items():
-        module.apply_rotary_pos_emb = kept[name]
-
-
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "phi3"])
 def test_whole_models_answer_as_before(family: str, restored: None, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -32,19 +31,12 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Kernels serve this device; rotary functions of transformers are as they were afterwards."""
+def here(monkeypatch: pytest.MonkeyPatch, restored: None) -> None:
+    """Kernels serve this device."""
     monkeypatch.setattr(few_rows, "_here", lambda x: True)
     monkeypatch.setattr(lean, "_here", lambda x: True)
     monkeypatch.setattr(few_rows, "_distrusted", [])
     monkeypatch.setattr(overlap, "early_launches", few_rows.EarlyLaunches())
-    homes = [m for name, m in list(sys.modules.items()) if ".modeling_" in name and hasattr(m, "apply_rotary_pos_emb")]
-    kept = [(m, m.apply_rotary_pos_emb) for m in homes]
-    for module, function in kept:
-        module.apply_rotary_pos_emb = getattr(function, "original", function)
-    yield
-    for module, function in kept:
-        module.apply_rotary_pos_emb = function
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8])
@@ -116,7 +108,7 @@ def test_kernels_that_are_wrong_or_fail_are_not_used(
     def broken(*args: Any, **more: Any) -> torch.Tensor:
         raise RuntimeError("no such instruction")
 
-    wrong = lambda x, w, b: F.linear(-x, w, b)  # noqa: E731
+    wrong = lambda x, w, b, **more: F.linear(-x, w, b)  # noqa: E731
     for function, reason in ((broken, "RuntimeError: no such instruction"), (wrong, "they are wrong")):
         monkeypatch.setattr(few_rows, "_distrusted", [])
         monkeypatch.setattr(lean_products, "product", function)
@@ -161,7 +153,6 @@ def test_captured_models_answer_as_before(family: str, monkeypatch: pytest.Monke
         return turn(q, k, cos, sin, norms)
 
     monkeypatch.setattr(lean_products, "product", counting)
-    monkeypatch.setattr(lean_layers, "product", counting)
     monkeypatch.setattr(sys.modules["spectral.lean_kernels"], "rotary", turning)
     with torch.no_grad(), captured():
         found = model(ids[:, :1]).logits, model(ids).logits
