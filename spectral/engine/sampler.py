@@ -205,7 +205,8 @@ def nucleus(
     bounded = top_k < size
     if values.shape[1] < size:
         among = (top_p < 1.0) & (short.sum(-1, keepdim=True) >= top_p)
-        enough = (top_k <= values.shape[1]) & (bounded | among | (short[:, -1:] < min_p * short[:, :1]))
+        unlikely = short[:, -1:] < min_p * short[:, :1]
+        enough = torch.where(bounded, top_k <= values.shape[1], among | unlikely)
     else:
         enough = torch.ones_like(bounded)
     rank = torch.arange(values.shape[1], device=values.device)

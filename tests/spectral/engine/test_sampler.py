@@ -36,6 +36,32 @@ def reference(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
+    ("params", "enough"),
+    [
+        ({"top_p": 0.75}, True),
+        ({"top_p": 0.95}, False),
+        ({"min_p": 0.7}, True),
+        ({"min_p": 0.2}, False),
+        ({"top_p": 0.95, "min_p": 0.7}, True),
+        ({"top_k": 2}, True),
+        ({"top_k": 2, "top_p": 0.99}, True),
+        ({"top_k": 3}, False),
+        ({}, False),
+    ],
+)
+def test_a_shortlist_is_enough_where_all_that_may_be_drawn_is_on_it(params: dict[str, float], enough: bool) -> None:
+    """Two of four tokens, of .5 and .3: sorting a whole vocabulary in every step costs more than all the rest."""
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    values, total = logits.topk(2).values, logits.logsumexp(-1, keepdim=True)
+    top_k, top_p, min_p = (
+        torch.tensor([[params.get(name, default)]]) for name, default in (("top_k", 4), ("top_p", 1.0), ("min_p", 0.0))
+    )
+    kept, found = module.nucleus(values, total, 4, top_k, top_p, min_p)
+    assert found.item() is enough
+    assert not enough or kept[0, 0] > 0
+
+
+@pytest.mark.parametrize(
     "params",
     [
         SamplingParams(temperature=1.0, seed=1),
