@@ -49,24 +49,44 @@ class Staging:
 _current = threading.local()
 
 
+class Fetched:
+    """A tensor on its way to the CPU, behind what makes it: launched here, waited for by `get`.
+
+    For whoever waits long: a copy from a GPU to ordinary memory waits inside CUDA with a lock held, and every call of
+    every other thread waits with it; one to pinned memory does not wait, and an event is waited for without that lock.
+    """
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self._done: torch.cuda.Event | None = None
+        if x.device.type != "cuda":
+            self._host = x.cpu()
+            return
+        self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        self._host.copy_(x, non_blocking=True)
+        self._done = _recorded(x.device)
+
+    def get(self) -> torch.Tensor:
+        """The tensor, once it is there."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._host
+
+
 def fetch(x: torch.Tensor) -> torch.Tensor:
-    """A tensor on the CPU, once what makes it is done. For whoever waits long: a copy from a GPU to ordinary memory
-    waits inside CUDA with a lock held, and every call of every other thread waits with it; one to pinned memory does
-    not wait, and an event is waited for without that lock."""
-    if x.device.type != "cuda":
-        return x.cpu()
-    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    host.copy_(x, non_blocking=True)
-    wait(x.device)
-    return host
+    """A tensor on the CPU, once what makes it is done; see `Fetched`."""
+    return Fetched(x).get()
 
 
 def wait(device: torch.device) -> None:
-    """Until what this thread has launched on a GPU is done, as `fetch` waits."""
+    """Until what this thread has launched on a GPU is done, as `Fetched` waits."""
     if device.type == "cuda":
-        done = torch.cuda.Event()
-        done.record(torch.cuda.current_stream(device))
-        done.synchronize()
+        _recorded(device).synchronize()
+
+
+def _recorded(device: torch.device) -> torch.cuda.Event:
+    done = torch.cuda.Event()
+    done.record(torch.cuda.current_stream(device))
+    return done
 
 
 def to_device(array: np.ndarray, device: torch.device | str, dtype: torch.dtype | None = None) -> torch.Tensor:

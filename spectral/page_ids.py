@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 
 class PageIds:
@@ -11,6 +11,7 @@ class PageIds:
     def __init__(self) -> None:
         self._owners: list[int] = []
         self._free: list[int] = []
+        self._foreseen: dict[int, list[int]] = {}
 
     @property
     def capacity(self) -> int:
@@ -33,6 +34,34 @@ class PageIds:
         for page in taken:
             self._owners[page] = 1
         return taken
+
+    def foresee(self, needs: Mapping[int, int]) -> dict[int, list[int]] | None:
+        """Free ids that `grant` will give to keys with these needs, if nobody has taken them by then; None where there
+        are too few. They stay free."""
+        count = sum(needs.values())
+        if count > self.free:
+            return None
+        ids = iter(self._free[: -count - 1 : -1])
+        self._foreseen = {key: [next(ids) for _ in range(need)] for key, need in needs.items()}
+        return dict(self._foreseen)
+
+    def grant(self, needs: Mapping[int, int]) -> dict[int, list[int]]:
+        """Free ids for every key, those foreseen for it where they are free; there must be enough."""
+        hoped = {key: self._foreseen.pop(key, []) for key in needs}
+        found = {key: hoped[key] for key, need in needs.items() if need == len(hoped[key]) and self._claim(hoped[key])}
+        return {key: found[key] if key in found else self.take(need) for key, need in needs.items()}
+
+    def _claim(self, ids: Collection[int]) -> bool:
+        """Take these if all of them are free; whether they were."""
+        if any(page >= self.capacity or self._owners[page] for page in ids):
+            return False
+        for page in ids:
+            at = len(self._free) - 1
+            while self._free[at] != page:  # what was next to be taken is near the end
+                at -= 1
+            del self._free[at]
+            self._owners[page] = 1
+        return True
 
     def share(self, pages: Iterable[int]) -> None:
         """One more owner for pages that have one."""

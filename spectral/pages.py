@@ -24,7 +24,7 @@ from spectral.page_ids import PageIds
 from spectral.pools import exact_codebook, grow, remake, squeeze_fill
 from spectral.shapes import LayerShape, ModelShape
 from spectral.step_batch import StepBatch
-from spectral.windows import ExactWindow, WindowGroup, make_window
+from spectral.windows import ExactWindow, WindowGroup, coarser_windows, make_window
 
 _generations = itertools.count(1)
 
@@ -142,15 +142,20 @@ class PageStore:
 
         Raises OutOfPages, with nothing changed, when the pages do not fit.
         """
-        needs = []
+        needs = {}
         for row, count in work:
             if not row.open or count <= 0:
                 raise CacheError("a step needs open rows and at least one new token for each")
             # A row that was cut may have more pages than its length asks for: they are whole, so they stay.
-            needs.append(max(0, self.pages_at(row.length + count) - len(row.pages)))
-        taken = self._take(sum(needs))
-        granted = [[taken.pop() for _ in range(need)] for need in needs]
-        return StepBatch(self, work, granted)
+            needs[row.slot] = max(0, self.pages_at(row.length + count) - len(row.pages))
+        self._have(sum(needs.values()))
+        return StepBatch(self, work, list(self._ids.grant(needs).values()))
+
+    def foresee(self, rows: Sequence[Row], needs: Sequence[int]) -> list[list[int]] | None:
+        """Free pages that `begin` will grant to rows that then need so many, if they still are free; None where there
+        are too few."""
+        found = self._ids.foresee({row.slot: need for row, need in zip(rows, needs, strict=True)})
+        return None if found is None else list(found.values())
 
     def admit(self, length: int, pages: int, shared: Sequence[int] = ()) -> Row:
         """A new row that claims a length and a number of pages, for a caller who fills both (a row saved elsewhere).
@@ -205,9 +210,12 @@ class PageStore:
 
     def _take(self, count: int) -> list[int]:
         """Free page ids, now the caller's, the next one last. Raises OutOfPages, with nothing changed."""
+        self._have(count)
+        return self._ids.take(count)[::-1]
+
+    def _have(self, count: int) -> None:
         if count > self._ids.free:
             self._grow_pages(count - self._ids.free)
-        return self._ids.take(count)[::-1]
 
     def _release(self, pages: list[int]) -> None:
         self._ids.release(pages)
@@ -317,20 +325,10 @@ class PageStore:
         """The groups of windows with those of compressed layers rewritten with fewer bits."""
         out = []
         for number, group in enumerate(self.groups):
-            window, count = group.windows[0], len(group.windows)
             if any(book.layers[layer] is None for layer, (found, _) in self.group_of.items() if found == number):
                 out.append(group)
                 continue
-            home = window.store.device
-            kind = window.shape, window.sinks, window.ring, window.store.dtype, home, book.window_bits
-            coarse = WindowGroup([make_window(*kind) for _ in range(count)])
-            coarse.resize(self.slot_capacity)
-            place = torch.arange(window.sinks + window.ring, device=home)
-            for slot in self._rows:
-                slots = torch.full_like(place, slot)
-                tokens = group.read(0, count, slots[:1])[:, 0]  # [layers, H, places, d + dv]
-                coarse.write(0, slots, place, tokens.transpose(1, 2))
-            out.append(coarse)
+            out.append(coarser_windows(group, book.window_bits, self.slot_capacity, self._rows))
         return out
 
     def tensors(self) -> list[torch.Tensor]:

@@ -8,7 +8,7 @@ place is an index into a slot: [0, S) are the sinks, the rest is the ring.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 
 import torch
@@ -308,3 +308,18 @@ def _row_nbytes(t: torch.Tensor) -> int:
     for size in t.shape[1:]:
         count *= size
     return count
+
+
+def coarser_windows(group: WindowGroup, bits: int, capacity: int, slots: Iterable[int]) -> WindowGroup:
+    """A group of windows with `capacity` slots and fewer bits a number; these slots hold what the group's hold."""
+    window, count = group.windows[0], len(group.windows)
+    home = window.store.device
+    kind = window.shape, window.sinks, window.ring, window.store.dtype, home, bits
+    coarse = WindowGroup([make_window(*kind) for _ in range(count)])
+    coarse.resize(capacity)
+    place = torch.arange(window.sinks + window.ring, device=home)
+    for slot in slots:
+        places = torch.full_like(place, slot)
+        tokens = group.read(0, count, places[:1])[:, 0]  # [layers, H, places, d + dv]
+        coarse.write(0, places, place, tokens.transpose(1, 2))
+    return coarse

@@ -35,6 +35,11 @@ class Answer:
         self._tokens: list[int] = []
         self._logprobs: list[Logprob] | None = [] if logprobs else None
 
+    @property
+    def left(self) -> int:
+        """Tokens that it may still get."""
+        return self._limit - self.count
+
     def push(self, token: int, logprob: Logprob | None = None) -> FinishReason | None:
         """Add a token; the reason if the answer ends with it."""
         self.count += 1

@@ -63,15 +63,16 @@ class Memory:
         self.bias = torch.zeros((rows, size), device=device)
         self._known: list[tuple[SamplerState | None, int]] = [(None, 0)] * rows
 
-    def follow(self, states: list[SamplerState]) -> None:
-        """Rows 0, 1, ... are these sequences' now. What the last step counted is not counted again."""
-        for row, state in enumerate(states):
-            owner, length = self._known[row]
+    def follow(self, states: dict[int, SamplerState]) -> None:
+        """Rows are these sequences' now, the others nobody's. What the last step counted is not counted again."""
+        for row, (owner, length) in enumerate(self._known):
+            state = states.get(row)
+            if state is None:
+                self._known[row] = None, 0  # what spare rows choose is counted too
+                continue
             if owner is not state or length != len(state.answer):
                 self._write(row, state)
             self._known[row] = state, len(state.answer) + (not state.plain)  # with the token that is chosen now
-        for row in range(len(states), len(self._known)):
-            self._known[row] = None, 0  # what spare rows choose is counted too
 
     def forget(self) -> None:
         """The rows are not what was told."""
@@ -104,7 +105,7 @@ class Memory:
 
 def choose(numbers: Numbers, kind: Kind, memory: Memory | None, out: torch.Tensor) -> None:
     """Tokens of a step's logits into out int64 [2, rows]: the token, or BROKEN, and 1 where it is the right one (else
-    the shortlist was too short). Launches only."""
+    the shortlist was too short). The rows are told of their next step. Launches only."""
     logits = numbers.logits
     assert logits is not None
     field, size = numbers.field, logits.shape[1]
@@ -131,3 +132,4 @@ def choose(numbers: Numbers, kind: Kind, memory: Memory | None, out: torch.Tenso
         memory.add(token)
     out[0].copy_(torch.where(good, token, sampler.BROKEN))
     out[1].copy_(torch.where(good, right, 1))
+    numbers.go_on(token)

@@ -288,8 +288,8 @@ class Engine:
         reason = answer.push(token, logprob)
         if reason is None and grammar is not None and grammar.finished:
             reason = answer.end()  # nothing can follow: the end token need not be waited for
-        delta = answer.take(sequence.request_id, sequence.index, last=reason is not None)
-        self._events += [] if delta is None else [delta]
+        if (delta := answer.take(sequence.request_id, sequence.index, last=reason is not None)) is not None:
+            self._events.append(delta)
         if reason is not None:
             self._finish(sequence, reason)
 
@@ -299,8 +299,7 @@ class Engine:
         usage = Usage(sequence.prompt_length, sequence.answer.count, held, setting, sequence.cached)
         self._events.append(Finished(sequence.request_id, sequence.index, reason, usage))
         self.finished[reason] += 1
-        name = self._session_of.get(sequence.request_id)
-        if name is not None and reason != "cancelled":
+        if (name := self._session_of.get(sequence.request_id)) is not None and reason != "cancelled":
             self.sessions.keep(name, sequence)
         self.scheduler.remove(sequence)
         siblings = self._live[sequence.request_id]
@@ -340,6 +339,7 @@ class Engine:
         prefixes are dropped; the longest context is what the cache's bytes hold at the setting. Raises SettingError,
         ProfileError or, where no sequence would fit, CacheError, and then nothing has changed.
         """
+        self.runner.settle()
         before, freed = self.setting, self.lanes.set_setting(setting, self.live_sequences)
         self.runner.trim()
         try:

@@ -13,20 +13,21 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from spectral.aside import fetch, wait
+from spectral.aside import Fetched, wait
+from spectral.engine.ahead import Ahead, expect
 from spectral.engine.chunk_step import Bounds, ChunkStep, FirstStep, chunk_rows
-from spectral.engine.device_sampler import Memory, choose, kind_of, numbers_of
+from spectral.engine.device_sampler import Kind, Memory, choose, kind_of, numbers_of
+from spectral.engine.replay import Key, Replayer
 from spectral.engine.sampler import remember_soundness, sample, spoil
-from spectral.engine.static_step import BLANK, Numbers, SealStep, StaticStep, bucket, most_pages, seals_of
+from spectral.engine.static_step import BLANK, Numbers, Seal, SealStep, StaticStep, bucket, most_pages, seals_of
 from spectral.errors import SettingError
-from spectral.few_rows import early_launches
 
 if TYPE_CHECKING:
-    from spectral.engine.device_sampler import Kind
     from spectral.engine.sampler import SamplerState
     from spectral.engine.scheduler import Part, Work
     from spectral.engine.sequence import Sequence
@@ -37,15 +38,14 @@ if TYPE_CHECKING:
 log = logging.getLogger("spectral.engine")
 
 VARIABLE = "SPECTRAL_DECODE"
-MAX_GRAPHS = 48
+CALM_STEPS = 16
+"""Steps that do not run ahead after one whose shortlist was too short: the next one's is likely to be, and what ran
+ahead is void then."""
 RESERVED_PAGES = 32
 """Pages for each row that a store is given before a step is captured: pools that grow soon would undo the capture."""
 
 DECODE, CHUNK, FIRST, ORDINARY = "decode", "chunk", "first", ""
 """How a sequence's tokens run in a step."""
-
-Key = tuple[Any, ...]
-"""Its first part: the generation of the store that it depends on, or 0. The others say what is launched."""
 
 Step = TypeVar("Step", bound=StaticStep)
 
@@ -68,114 +68,12 @@ def decode_choice(device: torch.device, name: str | None = None, *, split: bool 
     return choice
 
 
-class Replayer:
-    """Runs functions that only launch work on fixed tensors; from the second time on as a captured graph.
-
-    The first time compiles and loads what the function launches, which a capture may not do. What has run so over
-    tensors that are somewhere else now (a pool has grown) is captured at once.
-    """
-
-    def __init__(self, device: torch.device, capture: bool) -> None:
-        self._device, self._capture = device, capture
-        self.graphs: dict[Key, Any] = {}
-        self._warm: set[Key] = set()
-        self._known: set[Key] = set()  # the same without generations
-        self.refused: dict[str, str] = {}
-        """What cannot be captured, and why."""
-        self._pool: Any = None
-        self.captures = self.replays = 0
-
-    def run(self, what: str, key: Key, launch: Callable[[], None]) -> None:
-        """Do what `launch` does. `what`: for the log, and for what is given up when it cannot be captured."""
-        if not self._capture or what in self.refused:
-            launch()
-            return
-        graph = self.graphs.get((what, key))
-        if graph is None:
-            launched = (what, key) in self._warm
-            self._warm.add((what, key))
-            if not launched and (what, key[1:]) not in self._known:
-                self._known.add((what, key[1:]))
-                launch()
-                return
-            graph = self._try(what, key, launch, launched)
-            if graph is None:
-                launch()
-                return
-        graph.replay()
-        self.replays += 1
-
-    def _try(self, what: str, key: Key, launch: Callable[[], None], launched: bool) -> Any:
-        while len(self.graphs) >= MAX_GRAPHS:  # at least one stays, and with it the pool
-            del self.graphs[next(iter(self.graphs))]
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        graph, pool, stream = torch.cuda.CUDAGraph(), self._pool, torch.cuda.current_stream(self._device)
-        try:
-            # Other threads (of a profile that is being read, of a sleeping model's host memory) may use the device.
-            capturing = torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
-            with torch.cuda.device(self._device), capturing:
-                launch()
-        except Exception as error:  # whatever a model's code does that a graph may not
-            if self._leave(pool, stream):
-                self.clear()
-                error = error.__context__ if isinstance(error.__context__, Exception) else error  # what came first
-            if isinstance(error, torch.OutOfMemoryError):
-                self.clear()
-                log.warning("no memory to capture the %s; it is launched one by one this time", what)
-                return None
-            torch.cuda.synchronize(self._device)
-            if not self.graphs:
-                self._pool = None
-            reason = f"{type(error).__name__}: {error}".split("\n")[0]
-            if not launched:  # perhaps something was to be compiled after all
-                log.info("the %s is launched once before it is captured again: %s", what, reason)
-                return None
-            if early_launches.stop(f"the {what} cannot be captured: {reason}"):
-                return None  # it is launched once more, and captured without them
-            self.refused[what] = reason
-            log.warning("the %s cannot be captured and is launched one by one: %s", what, reason)
-            return None
-        self.graphs[what, key] = graph
-        self.captures += 1
-        return graph
-
-    def _leave(self, pool: Any, stream: torch.cuda.Stream) -> bool:
-        """After a capture that failed: put right what torch leaves where the end of one fails too; whether it was so.
-        Allocations would be recorded for that pool for ever, no capture could use it and no unused memory would be
-        given back; and this thread would stay on the capture's stream."""
-        torch.cuda.set_stream(stream)
-        device = torch.cuda.current_device() if self._device.index is None else self._device.index
-        try:
-            torch._C._cuda_endAllocateToPool(device, pool)
-        except RuntimeError:
-            return False  # torch has ended it
-        torch._C._cuda_releasePool(device, pool)
-        return True
-
-    def drop(self, gone: Callable[[Key], bool]) -> None:
-        """Forget graphs by their key."""
-        for what, key in [found for found in self._warm if gone(found[1])]:
-            self._warm.discard((what, key))
-            self.graphs.pop((what, key), None)
-        if not self.graphs:
-            self._pool = None  # a pool ends with its last graph, and a capture into one that has ended fails
-
-    def clear(self) -> None:
-        """Forget all of them."""
-        for kept in (self.graphs, self._warm, self._known):
-            kept.clear()  # type: ignore[attr-defined]
-        self._pool = None
-
-
 def _key(store: PageStore, *sizes: int) -> Key:
     """Other settings launch other kernels."""
     return store.generation, store.codebook.profile_hash, store.codebook.setting, *sizes
 
 
-def decode_graphs(
-    loaded: LoadedModel, stores: Callable[[], list[PageStore]], name: str | None
-) -> DecodeGraphs | None:
+def decode_graphs(loaded: LoadedModel, stores: Callable[[], list[PageStore]], name: str | None) -> DecodeGraphs | None:
     """What runs decode steps in the way that is chosen (see `decode_choice`), None where that is eager."""
     mode = decode_choice(loaded.device, name, split=loaded.split)
     return None if mode == "eager" else DecodeGraphs(loaded, stores, mode)
@@ -187,6 +85,10 @@ class DecodeGraphs:
     Args:
         stores: those in use now; steps of others are forgotten.
         mode: "static" or "graph".
+
+    Attributes:
+        runs_ahead: whether steps are launched before the tokens of the one before are read (spectral.engine.ahead);
+            where launching is what takes the time, as without graphs, that would only delay those tokens.
     """
 
     def __init__(self, loaded: LoadedModel, stores: Callable[[], list[PageStore]], mode: str) -> None:
@@ -199,7 +101,10 @@ class DecodeGraphs:
         self._chosen: dict[int, torch.Tensor] = {}
         self._memory: dict[int, Memory] = {}
         self._known = 0
-        self.steps = self.chunk_steps = 0
+        self.runs_ahead = mode == "graph"
+        self._ahead: Ahead | None = None
+        self._calm = 0
+        self.steps = self.chunk_steps = self.steps_ahead = 0
 
     def way(self, sequence: Sequence, count: int) -> str:
         """How a sequence's next `count` tokens run: DECODE, CHUNK, FIRST (a prompt's beginning), or ORDINARY, in a
@@ -251,24 +156,71 @@ class DecodeGraphs:
         way = self.way(*part.work[0])
         if way in (CHUNK, FIRST):
             return self._run_chunks(part, FirstStep if way == FIRST else ChunkStep)
-        sequences = [sequence for sequence, _ in part.work]
-        states = [sequence.sampler for sequence in sequences]
-        store, fresh = sequences[0].lane.store, part.batch.new_pages
-        kind = kind_of(states)
+        sequences, fresh = [sequence for sequence, _ in part.work], part.batch.new_pages
+        kind, ahead = kind_of([sequence.sampler for sequence in sequences]), self._ahead
+        places = None if ahead is None else ahead.places(part.batch.store, sequences, fresh)
+        if ahead is None or places is None:
+            self.settle()
+            step, places = self._launch(part.batch.store, sequences, fresh, kind), list(range(len(sequences)))
+            whole = True
+        else:
+            step, self._ahead = ahead.step, None
+            whole = places == list(range(len(ahead.rows)))
+            self.steps_ahead += 1
+            if kind is not None and kind != Kind():
+                known = {at: numbers_of(sequence.sampler) for at, sequence in zip(places, sequences, strict=True)}
+                step.numbers.send_choices([known.get(at, BLANK) for at in range(step.rows)])
+        self.steps += 1
+        follow = self.runs_ahead and part.followed and whole and kind is not None and not self._calm
+        then = partial(self._go_ahead, step, sequences, fresh) if follow else None
+        self._calm = max(0, self._calm - 1)
+        return self._choose(step.numbers, places, sequences, kind, then)
+
+    def _launch(
+        self, store: PageStore, sequences: list[Sequence], fresh: list[list[int]], kind: Kind | None
+    ) -> StaticStep:
+        """Run a decode step up to its logits."""
         longest = max(len(s.row.pages) + len(pages) for s, pages in zip(sequences, fresh, strict=True))
         rows = bucket(len(sequences))
         step = self._step(StaticStep, store, rows, rows, longest, rows)
-        seals = seals_of(store, sequences, fresh)
-        step.fill(sequences, fresh, [BLANK if kind is None else numbers_of(state) for state in states])
+        seals = seals_of(store, [s.row for s in sequences], fresh)
+        step.fill(sequences, fresh, [BLANK if kind is None else numbers_of(s.sampler) for s in sequences])
         if seals and step.seals_first:
             self._seal(store, seals)
-        self.replayer.run("decode step", _key(store, step.rows, step.width), step.forward)
+        key = _key(store, step.rows, step.width)
+        self.replayer.run("decode step", key, step.forward, alike=key[1:-1])  # of any width
         if seals and not step.seals_first:
             self._seal(store, seals)
-        self.steps += 1
-        return self._choose(step.numbers, sequences, kind)
+        assert step.numbers.logits is not None
+        spoil(sequences, step.numbers.logits)
+        return step
+
+    def _go_ahead(self, step: StaticStep, sequences: list[Sequence], fresh: list[list[int]]) -> None:
+        """Launch the step behind one, if that is known and nothing is to be made for it."""
+        store, key = step.store, _key(step.store, step.rows, step.width)
+        rows = expect(step, sequences, fresh) if self.replayer.ready("decode step", key) else None
+        if rows is None:
+            return
+        longest = max(expected.pages + len(expected.granted) for expected in rows)
+        if self._bounds_of(store).width(step.rows, longest) != step.width:
+            return
+        seals = seals_of(store, [e.row for e in rows], [e.granted for e in rows], [e.pages for e in rows])
+        if seals:
+            sealed = self._seal(store, seals, only_ready=True)
+            if sealed is None:
+                return
+            step.extend(sealed.numbers)
+        self.replayer.run("decode step", key, step.forward)
+        self._ahead = Ahead(step, store.generation, rows)
+
+    def settle(self) -> None:
+        """Forget a step that runs ahead, once it has ended: what it reads may go."""
+        if self._ahead is not None:
+            self._ahead = None
+            wait(self._loaded.device)
 
     def _run_chunks(self, part: Part, how: type[ChunkStep]) -> Chosen:
+        self.settle()  # its logits may lie where these will
         granted = zip(part.work, part.batch.new_pages, strict=True)
         # Those whose prompt ends come first: the sampler's rows are the first ones.
         ordered = sorted(granted, key=lambda item: item[0][1] < item[0][0].pending)
@@ -279,7 +231,7 @@ class DecodeGraphs:
         rows, answers = chunk_rows(work)
         # Decoding follows, which reserves pages too: one more, so that the store does not grow for that.
         step = self._step(how, store, rows, answers, max(len(s.row.pages) for s, _ in work), len(work) + 1)
-        seals = seals_of(store, [sequence for sequence, _ in work], fresh)
+        seals = seals_of(store, [sequence.row for sequence, _ in work], fresh)
         step.fill_chunks(work, [BLANK if kind is None else numbers_of(state) for state in states])
         if seals:
             self._seal(store, seals)
@@ -291,43 +243,63 @@ class DecodeGraphs:
             passed = [sequence for sequence, _ in work[len(ending) :]]
             remember_soundness(passed, step.numbers.logits[len(ending) : len(work)])
         if ending:
-            return self._choose(step.numbers, ending, kind)
+            spoil(ending, step.numbers.logits)
+            return self._choose(step.numbers, list(range(len(ending))), ending, kind)
         wait(store.device)  # the next step may use the same buffers on the host
         return [], [], []
 
-    def _choose(self, numbers: Numbers, sequences: list[Sequence], kind: Kind | None) -> Chosen:
-        """Tokens of the first rows' logits; BROKEN for sequences of which an earlier chunk was not finite."""
+    def _choose(
+        self,
+        numbers: Numbers,
+        places: list[int],
+        sequences: list[Sequence],
+        kind: Kind | None,
+        then: Callable[[], None] | None = None,
+    ) -> Chosen:
+        """Tokens of sequences from the logits in their places; BROKEN for those whose logits are not finite. `then`:
+        what to launch before they are waited for, where the device chooses them; it may write over the logits."""
         assert numbers.logits is not None
-        states, logits = [sequence.sampler for sequence in sequences], numbers.logits[: len(sequences)]
-        spoil(sequences, logits)
-        chosen = self._sampled(numbers, logits, states, kind)
+        states = [sequence.sampler for sequence in sequences]
+        if kind is None:
+            chosen = sample(numbers.logits[: len(states)], states)
+        else:
+            chosen = self._sampled(numbers, places, states, kind, then)
         for sequence in sequences:
             sequence.sound = None
         return (sequences, *chosen)
 
     def _sampled(
-        self, numbers: Numbers, logits: torch.Tensor, states: list[SamplerState], kind: Kind | None
+        self,
+        numbers: Numbers,
+        places: list[int],
+        states: list[SamplerState],
+        kind: Kind,
+        then: Callable[[], None] | None,
     ) -> tuple[list[int], list[Logprob | None]]:
-        if kind is None:
-            return sample(logits, states)
-        memory, rows = self._memory_of(numbers, kind.penalised), numbers.rows
+        memory, rows, logits = self._memory_of(numbers, kind.penalised), numbers.rows, numbers.logits
+        assert logits is not None
         if memory is not None:
-            memory.follow(states)
+            memory.follow(dict(zip(places, states, strict=True)))
         out = self._chosen[rows]
         self.replayer.run("sampling", (0, rows, kind), lambda: choose(numbers, kind, memory, out))
-        tokens, right = fetch(out).tolist()  # the step's one wait
-        if not all(right[: len(states)]):
+        fetched = Fetched(out)
+        if then is not None:
+            if kind.filtered:  # the only kind whose choice may turn out to be none
+                logits = logits.clone()
+            then()
+        tokens, right = fetched.get().tolist()  # the step's one wait
+        if not all(right[at] for at in places):
+            self.settle()  # it went on from other tokens
+            self._calm = CALM_STEPS
             if memory is not None:
                 memory.forget()
-            return sample(logits, states)
-        del tokens[len(states) :]
+            return sample(logits[places], states)
+        tokens = [tokens[at] for at in places]
         for state, token in zip(states, tokens, strict=True):
             state.record(token)
         return tokens, [None] * len(states)
 
-    def _step(
-        self, kind: type[Step], store: PageStore, rows: int, answers: int, pages: int, sequences: int
-    ) -> Step:
+    def _step(self, kind: type[Step], store: PageStore, rows: int, answers: int, pages: int, sequences: int) -> Step:
         """The step of so many rows, `answers` of them with logits, each with up to `pages` pages."""
         width = self._bounds_of(store).width(rows, pages)
         found = self._steps.get((store.generation, kind, rows, width, answers))
@@ -343,15 +315,19 @@ class DecodeGraphs:
         assert isinstance(found, kind)
         return found
 
-    def _seal(self, store: PageStore, seals: list[tuple[int, int, int, int]]) -> None:
+    def _seal(self, store: PageStore, seals: list[Seal], *, only_ready: bool = False) -> SealStep | None:
+        """Encode pages. `only_ready`: nothing, and None, where that would be more than a replay."""
         pages = bucket(len(seals))
         key = _key(store, pages)
+        if only_ready and not self.replayer.ready("sealing of pages", key):
+            return None
         found = self._seals.get(key)
         if found is None:
             bound = most_pages(self._loaded.context_length, store.codebook.page_tokens)
             found = self._seals[key] = SealStep(store, pages, bound)
         found.fill(seals)
         self.replayer.run("sealing of pages", key, found.run)
+        return found
 
     def _memory_of(self, numbers: Numbers, wanted: bool) -> Memory | None:
         if not wanted:
@@ -364,6 +340,7 @@ class DecodeGraphs:
 
     def prune(self) -> None:
         """Forget steps over tensors that are gone."""
+        self.settle()
         live = {store.generation for store in self._stores()}
         self._steps = {key: step for key, step in self._steps.items() if key[0] in live}
         self._seals = {key: seal for key, seal in self._seals.items() if key[0] in live}
@@ -372,6 +349,7 @@ class DecodeGraphs:
 
     def clear(self) -> None:
         """Forget everything: the weights are somewhere else, or the memory is wanted."""
+        self.settle()
         for kept in (self._steps, self._seals, self._bounds, self._numbers, self._chosen, self._memory):
             kept.clear()  # type: ignore[attr-defined]
         self.replayer.clear()

@@ -41,6 +41,11 @@ class Runner:
             sampling, logits = self.run(part)
             return (sampling, *sample(logits, [s.sampler for s in sampling])) if sampling else ([], [], [])
 
+    def settle(self) -> None:
+        """Wait for whatever runs ahead of the engine: what it reads is to change."""
+        if self.graphs is not None:
+            self.graphs.settle()
+
     def trim(self, *, everything: bool = False) -> None:
         """Forget graphs over memory that was given back; `everything`: also those over the weights, which may move."""
         if self.graphs is not None:

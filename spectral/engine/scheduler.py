@@ -63,10 +63,12 @@ Work = list[tuple[Sequence, int]]
 
 @dataclass(slots=True)
 class Part:
-    """One forward over one store: (sequence, new tokens) in flattened order, and the store's batch for it."""
+    """One forward over one store: (sequence, new tokens) in flattened order, and the store's batch for it. `followed`:
+    as far as one can say, the next step's is the same sequences'."""
 
     work: list[tuple[Sequence, int]]
     batch: Any
+    followed: bool = False
 
 
 class Scheduler:
@@ -158,6 +160,7 @@ class Scheduler:
                     self._relieve(error)
                     searches = 0
                 continue
+            parts[0].followed = len(parts) == 1 and len(work) == len(self.running)
             self.fairness.spend(work)
             self._began = self.clock()
             return parts

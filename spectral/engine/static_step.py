@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -59,6 +59,33 @@ def most_pages(context: int, page_tokens: int) -> int:
     return table_width(context // page_tokens + 1)
 
 
+class Sent:
+    """Integers int64 [fields, n] that are sent to a device again and again, also before those sent last have arrived.
+
+    Attributes:
+        there: the tensor on the device.
+    """
+
+    def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
+        self.there = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._pinned = device.type == "cuda"
+        self._hosts = [torch.zeros(shape, dtype=torch.int64, pin_memory=self._pinned) for _ in range(2)]
+        self._read: list[torch.cuda.Event | None] = [None, None]
+
+    def send(self, columns: Rows[Rows[int]]) -> None:
+        """By column the fields' values; does not wait for the copy, only for the last but one."""
+        host, read = self._hosts[0], self._read[0]
+        if read is not None:
+            read.synchronize()
+        host.numpy().T[:] = columns
+        self.there.copy_(host, non_blocking=True)
+        if self._pinned:
+            read = self._read[0] = read or torch.cuda.Event()
+            read.record()
+        self._hosts.reverse()
+        self._read.reverse()
+
+
 class Numbers:
     """What rows are told of a step: one host and one device buffer, by field [rows] each.
 
@@ -85,6 +112,18 @@ class Numbers:
         self._integers.T[:] = integers
         self._floats.T[:] = floats
         self._device.copy_(self._host, non_blocking=True)
+
+    def send_choices(self, sampling: Rows[tuple[list[int], list[float]]]) -> None:
+        """By row top_k and choice, and floats, for the sampler; the other fields stay. As `send`."""
+        first = len(INTEGERS) - len(BLANK[0])
+        self._integers[first:].T[:] = [whole for whole, _ in sampling]
+        self._floats.T[:] = [real for _, real in sampling]
+        self._device[first:].copy_(self._host[first:], non_blocking=True)
+
+    def go_on(self, tokens: torch.Tensor) -> None:
+        """The rows' next step: the tokens [rows] that were chosen, one place further on. Launches only."""
+        torch.index_select(tokens, 0, self.field["source"], out=self.field["token"])
+        self.field["position"].add_(1)
 
 
 class StaticStep:
@@ -165,6 +204,13 @@ class StaticStep:
         self._array[at, known : known + len(found)] = found
         self._written[at] = row, len(row.pages)  # fresh ones are the row's only when the step is committed
         return bool(found)
+
+    def extend(self, seals: torch.Tensor) -> None:
+        """Let rows read pages that were sealed for them, each its last one: int64 [5, n], the fields of Seal. Launches
+        only."""
+        _, _, page, number, row = seals
+        self._pages[row, number] = page.int()
+        self.inputs.field["pages"][row] = number + 1
 
     def plans(self) -> dict[str, object]:
         """What spectral.attention asks for by kind of layer, made of the buffers on the device."""
@@ -251,52 +297,68 @@ def held_places(position: torch.Tensor, first: torch.Tensor, sinks: int, ring: i
     return recent | ((place < sinks) & (place <= position[:, None]))
 
 
+class Seal(NamedTuple):
+    """A page to be encoded: its row's slot, its first place there, its id, its number in the row, and the row of the
+    step that it belongs to."""
+
+    slot: int
+    place: int
+    page: int
+    number: int
+    row: int
+
+
 class SealStep:
     """Up to `pages` pages, encoded from what the windows hold, in all layers of one store. `bound`: more pages than a
-    row can have."""
+    row can have.
+
+    Attributes:
+        numbers: int64 [5, pages] on the device, the fields of Seal.
+    """
 
     def __init__(self, store: PageStore, pages: int, bound: int) -> None:
         self.store, self.pages, self.bound = store, pages, bound
         device = store.device
-        self._host = torch.zeros((4, pages), dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._device = torch.zeros((4, pages), dtype=torch.int64, device=device)
+        self._sent = Sent((len(Seal._fields), pages), device)
+        self.numbers = self._sent.there
         self._inside = torch.arange(store.codebook.page_tokens, device=device)
 
-    def fill(self, seals: list[tuple[int, int, int, int]]) -> None:
-        """By page: its row's slot, its first place there, its id, its index in the row. Spare ones do the last's."""
-        padded = seals + [seals[-1]] * (self.pages - len(seals))
-        self._host.numpy().T[:] = padded
-        self._device.copy_(self._host, non_blocking=True)
+    def fill(self, seals: list[Seal]) -> None:
+        """Tell the device which pages. Spare ones do the last's."""
+        self._sent.send(seals + [seals[-1]] * (self.pages - len(seals)))
 
     def run(self) -> None:
         """Encode them. Launches only."""
-        slot, place, page, index = self._device
+        slot, place, page, number, _ = self.numbers
         places = place[:, None] + self._inside
         slots = slot.repeat_interleave(places.shape[1])
-        spots = {torch.int64: (page, index), torch.int32: (page.int(), index.int())}
+        spots = {torch.int64: (page, number), torch.int32: (page.int(), number.int())}
 
         def seal(window: ExactWindow, codec: PageCodec, pool: torch.Tensor) -> None:
             kernels = codes_for(codec) is not None
             held = read_tokens(window, slots, places.view(-1), kernels)  # [H, n * P, d + dv]
             keys, values = held[:, :0].split([window.shape.key_dim, window.shape.value_dim], -1)
-            page, index = spots[torch.int32 if kernels else torch.int64]
-            encode_pages(codec, window, held, keys, values, index, self.bound, pool, page)
+            page, number = spots[torch.int32 if kernels else torch.int64]
+            encode_pages(codec, window, held, keys, values, number, self.bound, pool, page)
 
         layers = zip(self.store.windows, self.store.codebook.layers, self.store.pools, strict=True)
-        with abreast(self._device.device, SEALED_AT_ONCE) as run:
+        with abreast(self.numbers.device, SEALED_AT_ONCE) as run:
             for window, codec, pool in layers:
                 if codec is not None and pool is not None:
                     run(partial(seal, window, codec, pool))
 
 
-def seals_of(store: PageStore, sequences: Rows[Any], new_pages: list[list[int]]) -> list[tuple[int, int, int, int]]:
-    """The pages that a decode step grants, as SealStep wants them."""
+def seals_of(
+    store: PageStore, rows: Rows[Row], new_pages: Rows[list[int]], held: Rows[int] | None = None
+) -> list[Seal]:
+    """The pages that a step grants its rows. `held`: how many pages they have before it; None: as many as now."""
     book = store.codebook
     window = next((w for w, codec in zip(store.windows, book.layers, strict=True) if codec is not None), None)
     if window is None:
         return []
+    held = [len(row.pages) for row in rows] if held is None else held
     return [
-        (sequence.row.slot, window.index(window.sinks + number * book.page_tokens), page, number)
-        for sequence, pages in zip(sequences, new_pages, strict=True)
-        for number, page in enumerate(pages, start=len(sequence.row.pages))
+        Seal(row.slot, window.index(window.sinks + number * book.page_tokens), page, number, at)
+        for at, (row, pages, first) in enumerate(zip(rows, new_pages, held, strict=True))
+        for number, page in enumerate(pages, start=first)
     ]

@@ -26,10 +26,17 @@ class Letters:
 
 
 def tiny_engine(
-    family: str = "qwen3", *, setting: str = "test", window_bits: int = 8, decode: str | None = None, **limits: Any
+    family: str = "qwen3",
+    *,
+    setting: str = "test",
+    window_bits: int = 8,
+    decode: str | None = None,
+    ahead: bool = False,
+    **limits: Any,
 ) -> Engine:
     """A random model of three layers, checked after every step. At the setting "test" its cache is compressed, at
-    "apart" as well, with keys and values in units of their own, and at "flat" its pages are not transformed besides."""
+    "apart" as well, with keys and values in units of their own, and at "flat" its pages are not transformed besides.
+    `ahead`: its static steps run ahead, as captured ones do."""
     loaded = random_model(family)
     loaded.eos_token_ids, loaded.tokenizer = set(), Letters()
     book = None
@@ -38,7 +45,12 @@ def tiny_engine(
         book = random_codebook(loaded.shape, [6, 4, 2, 0], sinks=4, window=16, page=8, **how)
         book.setting = setting
     values = {"prefill_chunk": 32, "token_budget": 64, "max_concurrency": 4, **limits}
-    return Engine(loaded, codebook=book, setting=setting, limits=EngineLimits(**values), checked=True, decode=decode)
+    decode = "static" if ahead else decode
+    engine = Engine(loaded, codebook=book, setting=setting, limits=EngineLimits(**values), checked=True, decode=decode)
+    if ahead:
+        assert engine.runner.graphs is not None and not engine.runner.graphs.runs_ahead
+        engine.runner.graphs.runs_ahead = True
+    return engine
 
 
 def request(name: str, prompt: list[int], count: int = 20, *, sampling: Any = None, **more: Any) -> GenerateRequest:

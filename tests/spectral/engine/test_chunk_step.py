@@ -122,9 +122,9 @@ def first_logits(engine: Engine, tokens: list[int], monkeypatch: pytest.MonkeyPa
     else:
         choose = engine.runner.graphs._choose
 
-        def static(numbers: Any, sequences: Any, kind: Any) -> Any:
+        def static(numbers: Any, places: Any, sequences: Any, kind: Any) -> Any:
             found.extend(numbers.logits[: len(sequences)].clone())
-            return choose(numbers, sequences, kind)
+            return choose(numbers, places, sequences, kind)
 
         monkeypatch.setattr(engine.runner.graphs, "_choose", static)
     ask(engine, request("probe", tokens, 1))
@@ -242,11 +242,11 @@ def test_steps_that_break_off_and_requests_that_end_lose_nothing(
     engine.faults.victims = lambda error, work: []  # type: ignore[method-assign, assignment]
     own, calls = graphs(engine).replayer.run, []
 
-    def fails(what: str, key: Any, launch: Any) -> None:
+    def fails(what: str, key: Any, launch: Any, **more: Any) -> None:
         calls.append(what)
         if what == "chunk step" and calls.count(what) in (2, 5):
             raise RuntimeError("injected before")
-        own(what, key, launch)
+        own(what, key, launch, **more)
         if what == "chunk step" and calls.count(what) in (3, 6):
             raise RuntimeError("injected behind")
 

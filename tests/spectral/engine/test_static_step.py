@@ -11,7 +11,8 @@ import torch
 from spectral.engine import sampler, static_step
 from spectral.engine.device_sampler import Memory, choose, kind_of, numbers_of
 from spectral.engine.engine import Engine
-from spectral.engine.graphs import DecodeGraphs, Replayer, decode_choice
+from spectral.engine.graphs import DecodeGraphs, decode_choice
+from spectral.engine.replay import Replayer
 from spectral.engine.sampler import SamplerState, sample
 from spectral.engine.static_step import INTEGERS, Numbers, bucket, table_width
 from spectral.engine.types import SamplingParams
@@ -127,11 +128,11 @@ def test_an_error_behind_the_forward_changes_no_answer(
     engine.faults.victims = lambda error, work: []  # type: ignore[method-assign, assignment]
     own, calls = graphs(engine).replayer.run, []
 
-    def fails(what: str, key: Any, launch: Any) -> None:
+    def fails(what: str, key: Any, launch: Any, **more: Any) -> None:
         calls.append(what)
         if what == "sampling" and calls.count("sampling") in failing:
             raise RuntimeError("injected")
-        own(what, key, launch)
+        own(what, key, launch, **more)
 
     monkeypatch.setattr(graphs(engine).replayer, "run", fails)
     assert ask(engine, request("a", prompt(40, 1), 30))["a"] == wanted
@@ -160,7 +161,7 @@ def test_the_devices_sampler_chooses_as_the_other(shortlist: int, monkeypatch: p
         rows = [numbers_of(state) for state in second]
         rows += [rows[0]] * 2
         numbers.send([(*[0] * (len(INTEGERS) - 2), *whole) for whole, _ in rows], [tuple(real) for _, real in rows])
-        memory.follow(second)
+        memory.follow(dict(enumerate(second)))
         choose(numbers, kind, memory, out)
         tokens, right = out[:, :6].tolist()
         if not all(right):
@@ -280,6 +281,16 @@ def test_what_cannot_be_captured_is_launched_and_said_once(
     assert "step" not in replayer.refused and replayer.captures == 3
     assert [r.message.count("cannot be captured") for r in caplog.records] == [1]
     assert not captures.recording and not captures.released and captures.stream == "usual"
+
+
+def test_what_launches_known_kernels_is_captured_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    Captures(monkeypatch)
+    replayer, done = Replayer(torch.device("cpu"), capture=True), []
+    for width in (3, 4):
+        replayer.run("step", (1, 2, width), lambda: done.append(1), alike=(2,))
+    assert (len(done), replayer.captures, replayer.replays) == (2, 1, 1)
+    replayer.run("step", (1, 5, 4), lambda: done.append(1), alike=(5,))
+    assert (len(done), replayer.captures, replayer.replays) == (3, 1, 1)
 
 
 def test_a_capture_whose_end_fails_leaves_nothing_behind(

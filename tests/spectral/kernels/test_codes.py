@@ -8,7 +8,7 @@ import torch
 
 from spectral import code_dispatch, dispatch
 from spectral.codec import LayerCodec
-from spectral.engine.static_step import SealStep
+from spectral.engine.static_step import Seal, SealStep
 from spectral.errors import SettingError
 from spectral.kernels import check_codes, chunk
 from spectral.kernels.choices import forced
@@ -331,7 +331,8 @@ def test_pages_sealed_between_steps_are_the_references(
         pages = [row.pages[-1] for row in rows]
         step = SealStep(store, 4, 64)
         step.fill([
-            (row.slot, window.index(window.sinks + 16 * len(row.pages)), row.pages[-1], len(row.pages)) for row in rows
+            Seal(row.slot, window.index(window.sinks + 16 * len(row.pages)), row.pages[-1], len(row.pages), at)
+            for at, row in enumerate(rows)
         ])  # fmt: skip
         pool[pages] = 0
         step.run()
