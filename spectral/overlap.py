@@ -19,7 +19,7 @@ from spectral.few_rows import early_launches, is_captured
 GRAPHS_DRIVER = 12030
 """CUDA version of the first driver whose graphs hold such launches."""
 
-__all__ = ["early", "gdc_launch_dependents", "gdc_wait"]
+__all__ = ["alongside", "early", "gdc_launch_dependents", "gdc_wait"]
 
 
 def early(device: torch.device, rows: int) -> dict[str, Any]:
@@ -30,6 +30,16 @@ def early(device: torch.device, rows: int) -> dict[str, Any]:
         return {"EARLY": False}
     early_launches.used = True
     return {"EARLY": True, "launch_pdl": True}
+
+
+def alongside(device: torch.device) -> dict[str, Any]:
+    """What the launch of a kernel is told that needs nothing of the one before it, and has an ALONGSIDE: to begin as
+    soon as that one lets it, and to end after it, so that whatever is launched next comes after both. Empty where the
+    device cannot."""
+    if device.type != "cuda" or early_launches.stopped or not _able(device):
+        return {}
+    early_launches.used = True
+    return {"ALONGSIDE": True, "launch_pdl": True}
 
 
 @cache

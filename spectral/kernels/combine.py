@@ -6,6 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from spectral.overlap import gdc_launch_dependents
+
 
 @triton.jit(do_not_specialize=["blocks", "heads", "sequences"])
 def query_kernel(
@@ -74,9 +76,10 @@ def _scaled_side(high_ptr, low_ptr, scale_ptr, place, held, first, N: tl.constex
 
 
 @triton.jit
-def _attend(q, k, v, held, top, total, mixed, SOFTCAP: tl.constexpr):
-    """Online softmax over one tile: k [T, D], v [T, E] fp32, or fp16 like q."""
-    s = tl.dot(q, tl.trans(k), input_precision="tf32x3")
+def _attend(q, k, v, held, scale, top, total, mixed, SOFTCAP: tl.constexpr, EXACT: tl.constexpr):
+    """Online softmax over one tile: k [T, D], v [T, E] fp32, or 16 bits like q, whose products with k are scores over
+    scale. EXACT: weights are not rounded to 16 bits, but two such numbers."""
+    s = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
     if SOFTCAP > 0:
         z = tl.exp2(tl.abs(s) * (-2.8853900817779268 / SOFTCAP))
         s = tl.where(s < 0, -SOFTCAP, SOFTCAP) * (1 - z) / (1 + z)
@@ -85,13 +88,17 @@ def _attend(q, k, v, held, top, total, mixed, SOFTCAP: tl.constexpr):
     safe = tl.where(higher == float("-inf"), 0.0, higher)
     w = tl.exp2(s - safe[:, None])
     fac = tl.exp2(top - safe)
-    return higher, total * fac + tl.sum(w, 1), mixed * fac[:, None] + tl.dot(w.to(v.dtype), v, input_precision="tf32x3")
+    weight = w.to(v.dtype)
+    mixed = tl.dot(weight, v, mixed * fac[:, None], input_precision="tf32x3")
+    if EXACT:
+        mixed = tl.dot((w - weight.to(tl.float32)).to(v.dtype), v, mixed)
+    return higher, total * fac + tl.sum(w, 1), mixed
 
 
 @triton.jit
 def _stored_tile(
     sink_ptr, k_ptr, v_ptr, tile, own, seq, kv, kv_heads, sinks, ring, length, first, before, behind, d, e,
-    DIM: tl.constexpr, VDIM: tl.constexpr, BITS: tl.constexpr,
+    DIM: tl.constexpr, VDIM: tl.constexpr, BITS: tl.constexpr, SHORT: tl.constexpr,
 ):  # fmt: skip
     """Sixteen of the places that are held as numbers, new tokens behind them: keys, values, and which count."""
     W: tl.constexpr = DIM + VDIM
@@ -106,12 +113,14 @@ def _stored_tile(
         held = held | ((at >= sinks) & (at < stored) & ((at + behind) % ring < length - first))
     row = sink_ptr + (own * stored + at)[:, None] * W
     kept = (held & (at < stored))[:, None]  # what is not held may be an earlier row's NaN: 0 times it is no 0
-    k = tl.load(row + d[None, :], mask=kept & kd, other=0.0).to(tl.float32)
-    v = tl.load(row + DIM + e[None, :], mask=kept & ve, other=0.0).to(tl.float32)
     new = ((seq - back) * kv_heads + kv).to(tl.int64)[:, None]
-    k += tl.load(k_ptr + new * DIM + d[None, :], mask=fresh[:, None] & kd, other=0.0).to(tl.float32)
-    v += tl.load(v_ptr + new * VDIM + e[None, :], mask=fresh[:, None] & ve, other=0.0).to(tl.float32)
-    return k, v, held
+    k = tl.load(row + d[None, :], mask=kept & kd, other=0.0)
+    v = tl.load(row + DIM + e[None, :], mask=kept & ve, other=0.0)
+    new_k = tl.load(k_ptr + new * DIM + d[None, :], mask=fresh[:, None] & kd, other=0.0)
+    new_v = tl.load(v_ptr + new * VDIM + e[None, :], mask=fresh[:, None] & ve, other=0.0)
+    if not SHORT:
+        k, v, new_k, new_v = k.to(tl.float32), v.to(tl.float32), new_k.to(tl.float32), new_v.to(tl.float32)
+    return tl.where(fresh[:, None], new_k, k), tl.where(fresh[:, None], new_v, v), held
 
 
 @triton.jit(do_not_specialize=["heads", "kv_heads", "sinks", "ring"])
@@ -121,6 +130,7 @@ def window_kernel(
     q_row, heads, kv_heads, sinks, ring, scale,
     GROUP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, E: tl.constexpr, DIM: tl.constexpr, VDIM: tl.constexpr,
     BITS: tl.constexpr, SCALE: tl.constexpr, T: tl.constexpr, SOFTCAP: tl.constexpr, PARTS: tl.constexpr,
+    FIRST: tl.constexpr, SHORT: tl.constexpr,
 ):  # fmt: skip
     """Attention of one KV head's queries over one of PARTS parts of one row's exact window, its own new token and those
     of the rows before it that are of the same chunk.
@@ -130,7 +140,10 @@ def window_kernel(
     DIM or VDIM]. sum_ptr, top_ptr: fp32 [sequences, query heads, PARTS]; out_ptr: fp32 [sequences, query heads, PARTS,
     VDIM]: sums of weight times value, not divided. First the places that are held as numbers (sinks, the ring of 16
     bits, new tokens), 16 at a time; then a ring of integers, T at a time, which is all that parts after the first do.
+    FIRST: the next launch may begin beside it. SHORT: numbers and queries are of one type of 16 bits.
     """
+    if FIRST:
+        gdc_launch_dependents()
     W: tl.constexpr = DIM + VDIM
     kv = tl.program_id(0)
     seq = tl.program_id(1)
@@ -146,7 +159,8 @@ def window_kernel(
     head = seq * heads + kv * GROUP + g
     q = tl.load(
         q_ptr + head.to(tl.int64)[:, None] * q_row + d[None, :], mask=real[:, None] & (d < DIM)[None, :], other=0.0
-    ).to(tl.float32) * scale
+    )
+    exact = q if SHORT else q.to(tl.float32)
     top = tl.full([G], float("-inf"), tl.float32)
     total = tl.zeros([G], tl.float32)
     mixed = tl.zeros([G, E], tl.float32)
@@ -159,12 +173,12 @@ def window_kernel(
     for tile in range(begin, tiles, PARTS if BITS == 16 else 1):
         k, v, held = _stored_tile(
             sink_ptr, k_ptr, v_ptr, tile, own, seq, kv, kv_heads, sinks, ring, length, first, before, behind, d, e,
-            DIM, VDIM, BITS,
+            DIM, VDIM, BITS, SHORT,
         )  # fmt: skip
-        top, total, mixed = _attend(q, k, v, held, top, total, mixed, SOFTCAP)
+        top, total, mixed = _attend(exact, k, v, held, scale, top, total, mixed, SOFTCAP, SHORT)
     if BITS < 16:
         # Integers of 8 and 10 bits times a scale: fp16 loses a tenth of what the ring itself has lost, or less.
-        q = q.to(tl.float16)
+        q = (q.to(tl.float32) * scale).to(tl.float16)
         begin = part
         if PARTS > 1:
             begin = tl.where(part == 0, ring, part - 1)
@@ -174,7 +188,7 @@ def window_kernel(
             place = own * ring + tl.minimum(at, ring - 1)
             k = _scaled_side(high_ptr, low_ptr, scale_ptr, place, held, 0, D, DIM, W, BITS, SCALE).to(tl.float16)
             v = _scaled_side(high_ptr, low_ptr, scale_ptr, place, held, DIM, E, VDIM, W, BITS, SCALE).to(tl.float16)
-            top, total, mixed = _attend(q, k, v, held, top, total, mixed, SOFTCAP)
+            top, total, mixed = _attend(q, k, v, held, 1.0, top, total, mixed, SOFTCAP, False)
     place = head * PARTS + part
     tl.store(top_ptr + place, top, mask=real)
     tl.store(sum_ptr + place, total, mask=real)

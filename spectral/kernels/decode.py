@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from spectral.kernels.operands import (
 from spectral.kernels.recent_attention import read_window, window_parts
 from spectral.kernels.scoring import Asked, Sums, by_lane, flat_sums, sums_of_weights, weights
 from spectral.kernels.tables import QUAD_ORDER, LayerTables, layer_tables
+from spectral.overlap import alongside
 from spectral.windows import ExactWindow
 
 LOG2E = math.log2(math.e)
@@ -204,15 +206,19 @@ def decode_attention(
         look_back()
         out.copy_((mixed / total[..., None])[:, :, 0])
         return out
+    apart = alongside(query.device) if layer.flat and choices.window_early and parts == 1 else {}
     with Beside(query.device) as beside:
-        if choices.window_early:
+        if apart:  # a branch of a graph begins late; in one stream the window has its places before others take them
+            look_back(first=True)
+        elif choices.window_early:
             beside.begin()
         projected = (
-            _operands(layer, step, query, blocks, scale)
+            _operands(layer, step, query, blocks, scale, apart)
             if layer.flat
             else _project(layer, choices, query, blocks, scale)
         )
-        beside.run(look_back)
+        if not apart:
+            beside.run(look_back)
         asked = Asked(
             layer, choices, pool, step, *projected, layer.units(group), group, cap, layer.head_groups(group), blocks
         )
@@ -263,10 +269,11 @@ def _angles(layer: LayerKernels, blocks: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _operands(
-    layer: LayerKernels, step: StepTables, query: torch.Tensor, blocks: int, scale: float
+    layer: LayerKernels, step: StepTables, query: torch.Tensor, blocks: int, scale: float, apart: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries [B, Hq, d] as spectral.kernels.operands leaves them: fp16 [B, units, head groups, blocks, entries, 16,
-    16], and their products with what tokens without codes are, fp32 [B, blocks, Hq]."""
+    16], and their products with what tokens without codes are, fp32 [B, blocks, Hq]. `apart`: how the launch is to
+    begin beside the one before it, if it is."""
     codec, (rows, heads, dim) = layer.codec, query.shape
     group, units, parts = heads // codec.kv_heads, len(layer.unit_heads), layer.head_groups(heads // codec.kv_heads)
     cos, sin = _angles(layer, blocks)
@@ -278,12 +285,12 @@ def _operands(
     together, warps = tiles_of(dim, half), OPERAND_WARPS
     tiles = triton.cdiv(blocks * group, 16 * together)
     programs = triton.cdiv(tiles * rows, warps)
-    shares = shares_of(codec.kv_heads * programs, entries)
+    shares = shares_of(codec.kv_heads * programs, entries, codec.kv_heads * rows if apart else 0)
     operand_kernel[(programs, codec.kv_heads, shares)](
         query, cos, sin, layer.vectors, layer.key_basis, step.count, layer.places, out, shift,
         blocks, heads, units, entries, tiles, rows, shares, scale,
         GROUPS=parts, GROUP=group, DIM=dim, HALF=half, CHUNKS=lane_chunks(dim, half), PB=block_pages(codec),
-        TILES=together, WARPS=warps, **by_lane(warps),
+        TILES=together, WARPS=warps, **by_lane(warps), **(apart or {"ALONGSIDE": False}),
     )  # fmt: skip
     return out, shift
 

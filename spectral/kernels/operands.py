@@ -23,6 +23,7 @@ from spectral.kernels.staging import close_stage, copy_reused, held_four, stage,
 from spectral.kernels.tables import QUAD_ORDER, LayerTables
 from spectral.kernels.weights import over_quad
 from spectral.kernels.words import four_words
+from spectral.overlap import gdc_wait
 
 OPERAND_WARPS = 4
 
@@ -30,7 +31,8 @@ STAGES = tl.constexpr(4)
 """Entries of the matrix that a program has in shared memory."""
 
 BUSY = 264
-"""Programs that fill a GPU: with fewer, several share the entries of the same queries."""
+"""Programs that fill a GPU: with fewer, several share the entries of the same queries. Beside as many others half of
+them do."""
 
 
 def operands_fit(dim: int, half: int) -> bool:
@@ -214,7 +216,7 @@ def operand_kernel(
     q_ptr, cos_ptr, sin_ptr, vector_ptr, basis_ptr, count_ptr, place_ptr, out_ptr, shift_ptr,
     blocks, heads, units, entries, tiles, sequences, shares, scale,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, CHUNKS: tl.constexpr,
-    PB: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr,
+    PB: tl.constexpr, TILES: tl.constexpr, ALONGSIDE: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Queries of one KV head: a warp has 16 TILES of them of one sequence, by block and head, and a program a share of
     the entries.
@@ -223,7 +225,7 @@ def operand_kernel(
     heads, DIM]; basis_ptr: fp16, operand_basis; place_ptr: int32 [KV heads, 2]: unit, and its first KV head. out_ptr:
     fp16 [sequence, unit, head group, block, entry, 16 heads, 16]; shift_ptr: fp32 [sequence, block, query heads]:
     products of turned queries and the vector. All scores are in units of log2: `scale` holds the factor. tiles: what
-    all warps of the longest sequence have.
+    all warps of the longest sequence have. ALONGSIDE: launched beside the kernel before, it ends after that one.
     """
     STEPS: tl.constexpr = 4 * CHUNKS
     NBYTES: tl.constexpr = 512 * STEPS
@@ -245,9 +247,7 @@ def operand_kernel(
                 _ask_entry(ring, basis, tl.minimum(first + n, last - 1), n, i, NBYTES, WARPS)
         unit = tl.load(place_ptr + 2 * kv)
         before = (kv - tl.load(place_ptr + 2 * kv + 1)) * GROUP
-        a = ()
-        place = ()
-        held = ()
+        a, place, held = (), (), ()
         for k in tl.static_range(2 * TILES):
             m = tile * (16 * TILES) + 8 * k + g
             held = held + (m < rows,)
@@ -279,8 +279,12 @@ def operand_kernel(
                 c = _products(c, _row_words(a, k, STEPS, TILES), w, TILES, WARPS, FAST)
             for k in tl.static_range(2 * TILES):
                 tl.store(place[k] + n * 64, _row_sums(c, k, FAST), mask=held[k])
+    if ALONGSIDE:
+        gdc_wait()
 
 
-def shares_of(programs: int, entries: int) -> int:
-    """How many programs share the entries of the same queries, of `programs` that a launch has without."""
-    return max(1, min(BUSY // programs, entries))
+def shares_of(programs: int, entries: int, others: int = 0) -> int:
+    """How many programs share the entries of the same queries, of `programs` that a launch has without, beside so many
+    of another one."""
+    busy = BUSY // 2 if others >= BUSY // 2 else BUSY
+    return max(1, min(busy // programs, entries))

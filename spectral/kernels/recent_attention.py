@@ -9,6 +9,7 @@ import triton
 
 from spectral.kernels.choices import DecodeChoices
 from spectral.kernels.combine import window_kernel
+from spectral.kernels.scoring import interpreted
 from spectral.windows import ExactWindow, QuantizedWindow
 
 if TYPE_CHECKING:
@@ -33,9 +34,12 @@ def read_window(
     top: torch.Tensor,
     total: torch.Tensor,
     mixed: torch.Tensor,
+    *,
+    first: bool = False,
 ) -> None:
     """Over window and new tokens, fp32, by part of the window: into top and total the largest score and the sum of
-    weights [B, Hq, parts], into mixed the weighted sum of values [B, Hq, parts, dv]."""
+    weights [B, Hq, parts], into mixed the weighted sum of values [B, Hq, parts, dv]. `first`: the next launch may begin
+    beside this one."""
     rows, heads, dim = query.shape
     kv_heads, value_dim = key.shape[1], value.shape[2]
     bits, group = 16, 1
@@ -49,8 +53,20 @@ def read_window(
         GROUP=heads // kv_heads, G=max(16, triton.next_power_of_2(heads // kv_heads)),
         D=max(16, triton.next_power_of_2(dim)), E=max(16, triton.next_power_of_2(value_dim)), DIM=dim, VDIM=value_dim,
         BITS=bits, SCALE=group, T=_window_tile(choices, max(dim, value_dim)), SOFTCAP=cap, PARTS=parts,
-        num_warps=choices.window_warps,
+        FIRST=first, SHORT=_short(query, window), num_warps=choices.window_warps, **_registers(bits, choices),
     )  # fmt: skip
+
+
+def _registers(bits: int, choices: DecodeChoices) -> dict[str, int]:
+    """Registers a lane has at most: two of its programs leave a multiprocessor room for others, and nothing is spilled
+    (on GPUs from 8.0 to 12.0, with heads of up to 256)."""
+    return {"maxnreg": 168} if bits == 8 and choices.window_warps == 4 and not interpreted() else {}
+
+
+def _short(query: torch.Tensor, window: ExactWindow) -> bool:
+    """Whether products are those of 16-bit numbers (Triton's interpreter has none of bf16)."""
+    kinds = (torch.float16,) if interpreted() else (torch.float16, torch.bfloat16)
+    return query.dtype == window.store.dtype and query.dtype in kinds
 
 
 def _window_tile(choices: DecodeChoices, dim: int) -> int:

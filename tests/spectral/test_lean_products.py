@@ -207,6 +207,8 @@ def test_kernels_begin_early_where_a_graph_can_hold_it(monkeypatch: pytest.Monke
         with captured():
             assert overlap.early(cuda, 1) == ({"EARLY": True, "launch_pdl": True} if able else plain)
             assert overlap.early(cuda, 2) == plain and overlap.early(torch.device("cpu"), 1) == plain
+        assert overlap.alongside(cuda) == ({"ALONGSIDE": True, "launch_pdl": True} if able else {})
+        assert not overlap.alongside(torch.device("cpu"))
     overlap._able.cache_clear()
 
 
@@ -221,6 +223,7 @@ def test_what_cannot_be_captured_with_early_launches_is_without(
         assert overlap.early(torch.device("cuda", 0), 1)["EARLY"]
         assert launches.stop("the step cannot be captured") and not launches.stop("again")
         assert overlap.early(torch.device("cuda", 0), 1) == {"EARLY": False}
+        assert not overlap.alongside(torch.device("cuda", 0))
     assert caplog.text.count("one after another from now on: the step cannot be captured") == 1
 
 

@@ -107,3 +107,4 @@ def test_the_matrix_is_the_basis_times_what_fields_stand_for() -> None:
 
 def test_programs_share_entries_only_where_they_are_few() -> None:
     assert shares_of(8, 19) == 19 and shares_of(64, 19) == 4 and shares_of(1000, 19) == 1
+    assert shares_of(64, 19, 64) == 4 and shares_of(64, 19, 256) == 2, "beside as many others half of them fill a GPU"
