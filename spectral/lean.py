@@ -58,6 +58,7 @@ def _lean_gpu(model: Any, modules: list[Any]) -> dict[str, int]:
         "projections": sum([lean_projections(module) for module in modules]),
         "gates": sum([lean_gate(module) for module in modules]),
         "rotary": int(lean_rotary(model)),
+        "angles": sum([lean_angles(module) for module in modules]),
         "products": sum([lean_linear(module) for module in modules]),
         "layers": lean_layers(model),
     }
@@ -299,4 +300,34 @@ def lean_rotary(model: Any) -> bool:
 
     apply_rotary_pos_emb.original = original  # type: ignore[attr-defined]
     home.apply_rotary_pos_emb = apply_rotary_pos_emb  # type: ignore[attr-defined]
+    return True
+
+
+def lean_angles(module: Any) -> bool:
+    """A rotary embedding's cos and sin of positions in one launch, where its frequencies are always the same."""
+    from spectral import lean_kernels as kernels
+
+    inverse, scaling = getattr(module, "inv_freq", None), getattr(module, "attention_scaling", None)
+    if "RotaryEmbedding" not in type(module).__name__ or not isinstance(inverse, torch.Tensor) or inverse.ndim != 1:
+        return False
+    if not isinstance(scaling, (int, float)) or getattr(module, "rope_type", "default") in ("dynamic", "longrope"):
+        return False
+    last = int(getattr(module, "max_seq_len_cached", 4096)) - 1
+    position = torch.tensor([[0, 1, 2, 77, last // 3, last]], device=inverse.device)
+    original = module.forward
+
+    def forward(x: torch.Tensor, position_ids: torch.Tensor, *more: Any, **other: Any) -> Any:
+        if more or other or not _here(x) or position_ids.ndim != 2 or position_ids.shape[0] != 1:
+            return original(x, position_ids, *more, **other)
+        return kernels.angles(position_ids, module.inv_freq, float(module.attention_scaling), x.dtype)
+
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.zeros((), dtype=dtype, device=inverse.device)
+            found = kernels.angles(position, inverse, float(scaling), dtype)
+            if not all(same(want, ours) for want, ours in zip(original(x, position), found, strict=True)):
+                return False
+    except (TypeError, ValueError, RuntimeError):  # another signature
+        return False
+    module.forward = forward
     return True

@@ -104,6 +104,23 @@ def rotary_kernel(
 
 
 @triton.jit
+def angle_kernel(position_ptr, inverse_ptr, cos_ptr, sin_ptr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+                 SCALING: tl.constexpr):  # fmt: skip
+    """cos and sin of one token's position times HALF frequencies, times SCALING, twice one after another."""
+    token = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    mask = i < HALF
+    angle = tl.load(position_ptr + token).to(tl.float32) * tl.load(inverse_ptr + i, mask=mask, other=0.0)
+    kind = cos_ptr.dtype.element_ty
+    cos, sin = (tl.cos(angle) * SCALING).to(kind), (tl.sin(angle) * SCALING).to(kind)
+    at = token * (2 * HALF) + i
+    tl.store(cos_ptr + at, cos, mask=mask)
+    tl.store(cos_ptr + at + HALF, cos, mask=mask)
+    tl.store(sin_ptr + at, sin, mask=mask)
+    tl.store(sin_ptr + at + HALF, sin, mask=mask)
+
+
+@triton.jit
 def activated(gate, SILU: tl.constexpr):
     """silu(gate), or gelu(gate) by tanh."""
     if SILU:
@@ -169,6 +186,18 @@ def rotary(
         num_warps=1, **early(q.device, tokens),
     )  # fmt: skip
     return turned[0].transpose(1, 2), turned[1].transpose(1, 2)
+
+
+def angles(
+    position: torch.Tensor, inverse: torch.Tensor, scaling: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [1, N, d] of positions [1, N] times frequencies [d / 2], both halves alike, times scaling."""
+    position, inverse, half = position.contiguous(), inverse.float().contiguous(), inverse.shape[0]
+    cos, sin = (torch.empty((*position.shape, 2 * half), dtype=dtype, device=position.device) for _ in range(2))
+    angle_kernel[(position.numel(),)](
+        position, inverse, cos, sin, HALF=half, BLOCK=triton.next_power_of_2(half), SCALING=scaling, num_warps=1
+    )
+    return cos, sin
 
 
 def gated(x: torch.Tensor, kind: str) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch
 
 from spectral.attention import DecodePlan
 from spectral.dispatch import kernels_for
-from spectral.engine.static_step import BLANK, INTEGERS, Numbers, StaticStep, held_places, table_width
+from spectral.engine.static_step import BLANK, INTEGERS, Numbers, Small, StaticStep, held_places, table_width
 
 if TYPE_CHECKING:
     from spectral.engine.scheduler import Work
@@ -159,9 +159,14 @@ class ChunkStep(StaticStep):
         """As `StaticStep.wanted`: the chunks' last tokens."""
         return self.inputs.field["last"][: self._answers]
 
-    def tables(self, first: torch.Tensor) -> StepTables:
+    def places(self, sinks: int, ring: int) -> torch.Tensor:
+        """As `StaticStep.places`, of sinks too."""
+        position = self.inputs.field["position"]
+        return torch.where(position < sinks, position, super().places(sinks, ring))
+
+    def tables(self, small: Small, first: torch.Tensor) -> StepTables:
         """As `StaticStep.tables`."""
-        tables, before = super().tables(first), self.inputs.field["before"].int()
+        tables, before = super().tables(small, first), self.inputs.field["before"].int()
         tables.length, tables.before = tables.length - before, before
         return tables
 

@@ -7,6 +7,7 @@ and so does a row whose shortlist turns out too short, with the same random numb
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -111,9 +112,9 @@ def choose(numbers: Numbers, kind: Kind, memory: Memory | None, out: torch.Tenso
     field, size = numbers.field, logits.shape[1]
     if kind.penalised and memory is not None:
         logits = memory.adjusted(logits, numbers)
-    token = logits.argmax(-1)
-    good = sampler.sound(logits, token)
-    right = torch.ones_like(token)
+    largest, token = logits.max(-1)
+    good = largest.abs() < math.inf  # and not NaN, as `sampler.sound` has it
+    out[1].fill_(1)
     if kind.free or kind.filtered:
         uniform, choice = field["uniform"][:, None], field["choice"]
         tempered = logits / field["temperature"].float()[:, None]
@@ -127,9 +128,8 @@ def choose(numbers: Numbers, kind: Kind, memory: Memory | None, out: torch.Tenso
             kept, enough = nucleus(values, tempered.logsumexp(-1, keepdim=True), size, top_k, top_p, min_p)
             drawn = ids.gather(1, draw(kept, uniform)[:, None]).squeeze(-1)
             token = torch.where(choice == 2, drawn, token)
-            right = torch.where(choice == 2, enough.squeeze(-1).long(), right)
+            out[1].copy_((choice != 2) | enough.squeeze(-1) | ~good)
     if kind.penalised and memory is not None:
         memory.add(token)
-    out[0].copy_(torch.where(good, token, sampler.BROKEN))
-    out[1].copy_(torch.where(good, right, 1))
+    torch.where(good, token, numbers.broken, out=out[0])
     numbers.go_on(token)

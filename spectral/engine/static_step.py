@@ -21,6 +21,7 @@ from spectral.beside import abreast
 from spectral.code_dispatch import codes_for
 from spectral.codec import LayerCodec, PageCodec
 from spectral.dispatch import kernels_for
+from spectral.engine.sampler import BROKEN
 from spectral.few_rows import captured
 from spectral.hf import LoadedModel, attending
 from spectral.pages import PageStore, Row, StepBatch
@@ -86,6 +87,14 @@ class Sent:
         self._read.reverse()
 
 
+class Small(NamedTuple):
+    """Of Numbers what kernels read, as int32 [rows]."""
+
+    position: torch.Tensor
+    slot: torch.Tensor
+    pages: torch.Tensor
+
+
 class Numbers:
     """What rows are told of a step: one host and one device buffer, by field [rows] each.
 
@@ -104,6 +113,7 @@ class Numbers:
         self.field = dict(zip((*INTEGERS, *FLOATS), (*integers, *floats), strict=True))
         self._integers = self._host[: len(INTEGERS)].numpy()
         self._floats = self._host[len(INTEGERS) :].view(torch.float64).numpy()
+        self.broken = torch.tensor(BROKEN, device=device)
         self.logits: torch.Tensor | None = None
         """float32 [rows, V], from the first forward on: what the last one left."""
 
@@ -119,6 +129,11 @@ class Numbers:
         self._integers[first:].T[:] = [whole for whole, _ in sampling]
         self._floats.T[:] = [real for _, real in sampling]
         self._device[first:].copy_(self._host[first:], non_blocking=True)
+
+    def small(self) -> Small:
+        """As they are now. Launches only."""
+        first = INTEGERS.index(Small._fields[0])
+        return Small(*self._device[first : first + len(Small._fields)].int())
 
     def go_on(self, tokens: torch.Tensor) -> None:
         """The rows' next step: the tokens [rows] that were chosen, one place further on. Launches only."""
@@ -147,6 +162,11 @@ class StaticStep:
         self.seals_first = bool(store.codebook.window)
         """Without a window a page is full with the new token: it is sealed behind the step, and read from then on."""
         self._kinds = self._find_kinds(loaded)
+        self._firsts = {
+            name: torch.full((rows,), self.store.windows[layer].sinks, dtype=torch.int32, device=self._device)
+            for name, (layer, _, _) in self._kinds.items()
+        }
+        """By kind the oldest token that only the ring holds, where no page is."""
         self.by_kernels = any(codec is not None and codes_for(codec) is not None for codec in store.codebook.layers)
         """Whether the kernels that make pages run on this device."""
 
@@ -215,20 +235,20 @@ class StaticStep:
     def plans(self) -> dict[str, object]:
         """What spectral.attention asks for by kind of layer, made of the buffers on the device."""
         field = self.inputs.field
-        slot, position, pages = field["slot"], field["position"], field["pages"]
-        found: dict[str, object] = {}
+        small, found = self.inputs.small(), dict[str, object]()
         for name, (layer, by_kernels, by_reference) in self._kinds.items():
             window, codec = self.store.windows[layer], self.store.codebook.layers[layer]
             sinks, ring = window.sinks, window.ring
-            place = torch.where(position < sinks, position, sinks + (position - sinks) % ring)
-            first = sinks + pages * (0 if codec is None else codec.page_tokens)
+            first = self._firsts[name]
+            if codec is not None:
+                first = torch.add(first, small.pages, alpha=codec.page_tokens)
             table = self._pages if codec is not None else self._pages[:, :0]
             plan = DecodePlan(
-                slot=slot, write=place, table=table, seal_slot=None, seal_place=None,
+                slot=field["slot"], write=self.places(sinks, ring), table=table, seal_slot=None, seal_place=None,
                 seal_page=None, seal_index=None, rows=self._order, write_first=0, counts=[], firsts=[], lengths=[],
             )  # fmt: skip
             if by_kernels:
-                plan.step = self.tables(first)
+                plan.step = self.tables(small, first)
             if by_reference:
                 paged = 0 if codec is None else codec.page_tokens * self.width
                 held = self.held(plan, first, sinks, ring, codec is None)
@@ -240,13 +260,15 @@ class StaticStep:
             found[name] = plan
         return found
 
-    def tables(self, first: torch.Tensor) -> StepTables:
-        """What the kernels are told; `first`: [B] the oldest tokens that only the ring holds."""
+    def places(self, sinks: int, ring: int) -> torch.Tensor:
+        """Where the rows' new tokens, none of them a sink, lie in a window: [B]."""
+        return (self.inputs.field["position"] - sinks) % ring + sinks
+
+    def tables(self, small: Small, first: torch.Tensor) -> StepTables:
+        """What the kernels are told; `first`: int32 [B] the oldest tokens that only the ring holds."""
         from spectral.kernels.decode import StepTables
 
-        field = self.inputs.field
-        pages, slot, position = (field[name].int() for name in ("pages", "slot", "position"))
-        return StepTables(self._pages, pages, slot, position, first.int(), self._alone)
+        return StepTables(self._pages, small.pages, small.slot, small.position, first, self._alone)
 
     def held(self, plan: DecodePlan, first: torch.Tensor, sinks: int, ring: int, sliding: bool) -> torch.Tensor:
         """Places that rows may see behind their pages, for the reference: bool [B, sinks + ring]."""
@@ -280,7 +302,8 @@ class StaticStep:
         self, group: WindowGroup, first: int, slot: torch.Tensor, place: torch.Tensor, tokens: torch.Tensor
     ) -> None:
         """Write the rows' new tokens [n, B, H, d + dv] into n windows of a group, from `first` on."""
-        tokens = tokens.index_select(1, self.inputs.field["source"])
+        if self.rows > 1:  # a row by itself is no spare one
+            tokens = tokens.index_select(1, self.inputs.field["source"])
         group.write(first, slot, place, tokens, recent=True, kernels=self.by_kernels)
 
 

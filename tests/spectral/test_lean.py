@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from spectral import lean
 from spectral.lean_kernels import HeadNorm, gated, rms_norm, rotary
@@ -30,7 +31,7 @@ def test_whole_models_answer_as_before(family: str, restored: None, monkeypatch:
     monkeypatch.setattr(lean, "_here", lambda q: True)
     with torch.no_grad():
         wanted = model(ids).logits
-        for name in ("rms_norm", "rotary", "gated"):
+        for name in ("rms_norm", "rotary", "gated", "angles"):
             own = getattr(sys.modules["spectral.lean_kernels"], name)
 
             def counting(*args: Any, _own: Any = own, _name: str = name, **more: Any) -> Any:
@@ -48,8 +49,9 @@ def test_whole_models_answer_as_before(family: str, restored: None, monkeypatch:
     merged = family != "phi3"  # which has merged them itself
     # In float32, products of a few rows and sums in them are not ours (tests/spectral/test_lean_products.py).
     assert counts == {
-        "projections": layers * merged, "gates": layers * merged, "rotary": 1, "products": 0, "layers": 0
+        "projections": layers * merged, "gates": layers * merged, "rotary": 1, "angles": 1, "products": 0, "layers": 0
     }  # fmt: skip
+    assert calls.count("angles") == 1
     assert calls.count("rotary") == layers and calls.count("gated") == layers * merged
     assert calls.count("rms_norm") > 2 * layers
 
@@ -138,6 +140,33 @@ def test_norms_of_heads_within_their_rotation(plus_one: bool) -> None:
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(rotary(q, k, cos, sin, norms), wanted, strict=True))
     only = rotary(q, k, cos, sin, [None, norms[1]])
     assert torch.allclose(only[1], wanted[1], atol=1e-5) and torch.equal(only[0], rotary(q, k, cos, sin)[0])
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "default"}, {"rope_type": "linear", "factor": 4.0}, {
+    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}])  # fmt: skip
+def test_angles_of_long_texts(rope: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Far from 0 an angle is many turns: cos of a rounded one is another number."""
+    monkeypatch.setattr(lean, "_here", lambda x: True)
+    config = Qwen3Config(
+        head_dim=16, hidden_size=32, num_attention_heads=2, max_position_embeddings=1 << 20,
+        rope_parameters={"rope_theta": 1e6, **rope},
+    )  # fmt: skip
+    module = Qwen3RotaryEmbedding(config).to(DEVICE)
+    position = torch.tensor([[0, 5, 4095, 131071, (1 << 20) - 1]], device=DEVICE)
+    wanted = [module(torch.zeros((), dtype=kind, device=DEVICE), position) for kind in (torch.float32, torch.bfloat16)]
+    assert lean.lean_angles(module)
+    found = [module(torch.zeros((), dtype=kind, device=DEVICE), position) for kind in (torch.float32, torch.bfloat16)]
+    for want, ours in zip(wanted, found, strict=True):
+        assert all(torch.allclose(a.float(), b.float(), atol=2**-7) for a, b in zip(want, ours, strict=True))
+    assert torch.allclose(wanted[0][0], found[0][0], atol=1e-5)
+
+
+def test_angles_that_depend_on_the_length_stay_the_modules_own() -> None:
+    config = Qwen3Config(
+        head_dim=16, hidden_size=32, num_attention_heads=2, max_position_embeddings=64,
+        rope_parameters={"rope_theta": 1e4, "rope_type": "dynamic", "factor": 2.0},
+    )  # fmt: skip
+    assert not lean.lean_angles(Qwen3RotaryEmbedding(config)) and not lean.lean_angles(torch.nn.Linear(2, 2))
 
 
 def test_rotary_of_strided_heads_and_gates() -> None:
