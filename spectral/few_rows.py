@@ -1,5 +1,5 @@
 """Where products with weights are of a few rows and nothing launches them one by one: kernels of our own take them
-(spectral.lean_products). Elsewhere a library's product costs the host less."""
+(spectral.lean_products, spectral.lean_nibbles). Elsewhere a library's product costs the host less."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ def captured() -> Iterator[None]:
 
 
 _distrusted: list[str] = []
+"""Weights whose products are left to libraries."""
 
 
-def distrust(reason: str) -> None:
-    """From now on, in this process, libraries compute all products."""
-    if not _distrusted:
-        log.warning("products of a few rows are left to the library: %s", reason)
-    _distrusted.append(reason)
+def distrust(reason: str, weights: str = "16 bits") -> None:
+    """From now on, in this process, libraries compute all products with such weights."""
+    if weights not in _distrusted:
+        log.warning("products of a few rows with weights of %s are left to the library: %s", weights, reason)
+    _distrusted.append(weights)
 
 
 def is_captured() -> bool:
@@ -67,30 +68,35 @@ def _here(x: torch.Tensor) -> bool:
     return x.is_cuda
 
 
+def for_kernels(x: torch.Tensor, weights: str) -> bool:
+    """Whether x [..., K] is what kernels multiply, if they can those weights."""
+    if weights in _distrusted or not _CAPTURED.get() or not _here(x) or torch.is_grad_enabled():
+        return False
+    return 0 < x.numel() <= MOST_ROWS * x.shape[-1]
+
+
 def few(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether the product of x [..., K] with weight [N, K] is the kernels'."""
-    if _distrusted or not _CAPTURED.get() or not _here(x) or torch.is_grad_enabled():
-        return False
-    if not 0 < x.numel() <= MOST_ROWS * x.shape[-1]:
+    if not for_kernels(x, "16 bits"):
         return False
     from spectral.lean_products import fits
 
     return fits(weight) and x.dtype == weight.dtype
 
 
-def ask(wanted: Callable[[int], torch.Tensor], found: Callable[[int], torch.Tensor]) -> None:
+def ask(wanted: Callable[[int], torch.Tensor], found: Callable[[int], torch.Tensor], weights: str = "16 bits") -> None:
     """Compare the kernels' answers for one row and for three, on a device and of a shape that may be new to them. Where
-    they are wrong, or cannot be had, libraries compute all products from then on."""
+    they are wrong, or cannot be had, libraries compute all products with such weights from then on."""
     from spectral.lean import same
 
     try:
         with captured():
             right = all(same(wanted(rows), found(rows)) for rows in (1, 3))
     except Exception as failure:  # whatever a compiler or a driver raises
-        distrust(f"{type(failure).__name__}: {failure}".splitlines()[0][:200])
+        distrust(f"{type(failure).__name__}: {failure}".splitlines()[0][:200], weights)
     else:
         if not right:
-            distrust("they are wrong")
+            distrust("they are wrong", weights)
 
 
 def linear(

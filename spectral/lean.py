@@ -6,7 +6,8 @@ each (spectral.lean_kernels), and projections of the same input one matrix produ
 model costs as many microseconds as it has operations, RMS norms take as few as possible.
 
 Every replacement is asked first: only where it answers as the module does, is the module's forward replaced. Modules
-that are quantized, or that something else has put its hooks on, stay as they are.
+that something else has put its hooks on stay as they are, and so do quantized ones, but for products of a few rows with
+weights of four bits (spectral.lean_four_bits).
 """
 
 from __future__ import annotations
@@ -52,14 +53,15 @@ def lean(model: Any) -> list[str]:
 
 
 def _lean_gpu(model: Any, modules: list[Any]) -> dict[str, int]:
+    from spectral import lean_four_bits
     from spectral.lean_layers import lean_layers, lean_linear
 
     return {
         "projections": sum([lean_projections(module) for module in modules]),
-        "gates": sum([lean_gate(module) for module in modules]),
+        "gates": sum([lean_gate(module) or lean_four_bits.lean_gate(module) for module in modules]),
         "rotary": int(lean_rotary(model)),
         "angles": sum([lean_angles(module) for module in modules]),
-        "products": sum([lean_linear(module) for module in modules]),
+        "products": sum([lean_linear(module) or lean_four_bits.lean_linear(module) for module in modules]),
         "layers": lean_layers(model),
     }
 
@@ -225,6 +227,15 @@ def lean_projections(module: Any) -> bool:
     return True
 
 
+def gate_kind(activation: Callable[[torch.Tensor], torch.Tensor], like: torch.Tensor) -> str | None:
+    """Which of the kernels' activations this is, on a tensor's device and in its dtype."""
+    from spectral.lean_kernels import gated
+
+    probe = sample(2, 2 * 64, like=like) * 3
+    own = activation(probe[:, :64]) * probe[:, 64:]
+    return next((kind for kind in ("silu", "gelu_tanh") if same(own, gated(probe, kind))), None)
+
+
 def lean_gate(module: Any) -> bool:
     """down(act(gate x) * up x): gate and up as one matrix product, the rest as one launch."""
     from spectral import lean_kernels as kernels
@@ -238,9 +249,7 @@ def lean_gate(module: Any) -> bool:
         return False
     x = sample(1, 3, linears[0].in_features, like=linears[0].weight)
     wanted = module(x)
-    probe = sample(2, 2 * 64, like=linears[0].weight) * 3
-    own = module.act_fn(probe[:, :64]) * probe[:, 64:]
-    kind = next((kind for kind in ("silu", "gelu_tanh") if same(own, kernels.gated(probe, kind))), None)
+    kind = gate_kind(module.act_fn, x)
     if kind is None:
         return False
     whole, bias = merge(*linears)

@@ -37,11 +37,19 @@ def lean_linear(module: Any) -> bool:
 
 
 class Product:
-    """A linear layer's forward, and what it is to be added to."""
+    """A linear layer's forward, and what it is to be added to. Of layers with weights of 16 bits; others derive."""
 
-    def __init__(self, module: torch.nn.Linear) -> None:
+    def __init__(self, module: Any) -> None:
         self._module = module
         self._residual: torch.Tensor | None = None
+
+    def few(self, x: torch.Tensor) -> bool:
+        """Whether the product of x [..., K] is the kernels'."""
+        return few(x, self._module.weight)
+
+    def _answer(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        """residual + the layer's own, whoever computes it."""
+        return linear(x, self._module.weight, self._module.bias, residual)
 
     @contextmanager
     def adding(self, residual: torch.Tensor) -> Iterator[None]:
@@ -56,7 +64,7 @@ class Product:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         residual, self._residual = self._residual, None
-        return linear(x, self._module.weight, self._module.bias, residual)
+        return self._answer(x, residual)
 
 
 def lean_layers(model: Any) -> int:
@@ -136,7 +144,7 @@ class LeanLayer:
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **more: Any) -> Any:
         layer, h = self._layer, hidden_states
-        if args or not few(h, layer.self_attn.o_proj.weight):
+        if args or not layer.self_attn.o_proj.forward.few(h):
             return self._own(h, *args, **more)
         token = lean.HEADS.set({})
         try:

@@ -23,7 +23,7 @@ GATES = {"": 0, "silu": 1, "gelu_tanh": 2}
 
 
 @triton.jit
-def _finished(sums, bias_ptr, residual_ptr, out_ptr, m, rows, outputs, TALL: tl.constexpr, EVEN: tl.constexpr,
+def finished(sums, bias_ptr, residual_ptr, out_ptr, m, rows, outputs, TALL: tl.constexpr, EVEN: tl.constexpr,
               BIAS: tl.constexpr, GATE: tl.constexpr, RESIDUAL: tl.constexpr):  # fmt: skip
     """Store what a program's products sums [TALL, rows] become, rounded where a model rounds; m: their rows."""
     kind: tl.constexpr = out_ptr.dtype.element_ty
@@ -88,7 +88,7 @@ def row_kernel(
         sums += w.to(tl.float32) * x.to(tl.float32)[None, :]
         w = following
     found = tl.sum(sums, 1)[:, None]
-    _finished(found, bias_ptr, residual_ptr, out_ptr, tl.arange(0, 1), 1, outputs, TALL, EVEN, BIAS, GATE, RESIDUAL)
+    finished(found, bias_ptr, residual_ptr, out_ptr, tl.arange(0, 1), 1, outputs, TALL, EVEN, BIAS, GATE, RESIDUAL)
 
 
 @triton.jit(do_not_specialize=["rows", "outputs"])
@@ -113,7 +113,7 @@ def rows_kernel(
             w = tl.load(w_line + at, mask=inside[None, :], other=0.0, eviction_policy="evict_first")
             x = tl.load(x_row + at, mask=here & inside[:, None], other=0.0)
         sums = tl.dot(w, x, sums)
-    _finished(sums, bias_ptr, residual_ptr, out_ptr, m, rows, outputs, TALL, EVEN, BIAS, GATE, RESIDUAL)
+    finished(sums, bias_ptr, residual_ptr, out_ptr, m, rows, outputs, TALL, EVEN, BIAS, GATE, RESIDUAL)
 
 
 def fits(weight: torch.Tensor) -> bool:
@@ -147,7 +147,7 @@ def product(
         raise ValueError(f"x must be 1 to {MOST_ROWS} rows of {weight.shape[1]} {weight.dtype}, got {list(x.shape)}")
     outputs = weight.shape[0] // 2 if gate else weight.shape[0]
     out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
-    x = _aligned(x)
+    x = aligned(x)
     if residual is not None:
         residual = residual.contiguous()
         if residual.shape != out.shape or residual.dtype != out.dtype:
@@ -166,7 +166,7 @@ def product(
     return out
 
 
-def _aligned(x: torch.Tensor) -> torch.Tensor:
+def aligned(x: torch.Tensor) -> torch.Tensor:
     """Contiguous, from a multiple of 16 bytes on: anything else is another kernel, and slower."""
     x = x.contiguous()
     return x.clone() if x.data_ptr() % 16 else x
