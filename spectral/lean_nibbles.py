@@ -87,19 +87,28 @@ def product(
             raise ValueError(f"residual must be {out.dtype} {list(out.shape)}, got {list(residual.shape)}")
     if bool(gate) != (opened is not None) or (gate and bias is not None):
         raise ValueError("a gate has what it opens, and no bias")
-    tile = _tile(nibbles, bool(gate))
-    lines = 16 * tile["TILES"] // (2 if gate else 1)
+    tile = dict(_tile(bool(gate)))
+    registers, lines, blocks = tile.pop("REGISTERS"), 16 * tile["TILES"] // (2 if gate else 1), nibbles.size // BLOCK
+    step = 4 if blocks >= 4 else 1
     grid = (triton.cdiv(nibbles.outputs, lines),)
     nibbles_kernel[grid](
         x, nibbles.code, *nibbles.pointers(), *(opened or nibbles).pointers(),
         x if bias is None else bias, x if residual is None else residual, out, rows, nibbles.outputs,
-        SIZE=nibbles.size, FACTOR=FACTORS[nibbles.kind], NESTED=nibbles.absmax.dtype == torch.uint8, **tile,
-        EVEN=nibbles.outputs % lines == 0, BIAS=bias is not None, GATE=GATES[gate], RESIDUAL=residual is not None,
-        FAST=not interpreted(), num_warps=tile["WARPS"], num_stages=1, **early(x.device, rows),
+        triton.cdiv(blocks, step * tile["WARPS"]), SIZE=nibbles.size, STEP=step, FACTOR=FACTORS[nibbles.kind], NESTED=nibbles.absmax.dtype == torch.uint8,
+        **tile, EVEN=nibbles.outputs % lines == 0, BIAS=bias is not None, GATE=GATES[gate], RESIDUAL=residual is not None,
+        num_warps=tile["WARPS"], num_stages=1, **_fast(registers), **early(x.device, rows),
     )  # fmt: skip
     return out
 
 
-def _tile(nibbles: Nibbles, gate: bool) -> dict[str, int]:
-    """What a program has in hand: sixteens of lines, warps that share them."""
-    return {"TILES": 2 if gate or nibbles.outputs >= 8192 else 1, "WARPS": 8}
+def _tile(gate: bool) -> dict[str, int]:
+    """What a program has in hand: sixteens of lines, warps that share them, whether all are asked for at once, and
+    registers of a lane: without a limit the compiler uses fewer, and asks for bytes when they are needed."""
+    if gate:
+        return {"TILES": 2, "WARPS": 4, "AHEAD": 1, "REGISTERS": 128}
+    return {"TILES": 1, "WARPS": 8, "AHEAD": 1, "REGISTERS": 80}
+
+
+def _fast(registers: int) -> dict[str, int | bool]:
+    """How a kernel is launched that is written by lane."""
+    return {"FAST": False} if interpreted() else {"FAST": True, "maxnreg": registers}

@@ -83,7 +83,7 @@ def _line_words(at, there, BLOCKS: tl.constexpr, FAST: tl.constexpr):
     zero."""
     if FAST:
         return tl.inline_asm_elementwise(
-            _weights_text(BLOCKS), _loaded(2 * BLOCKS, 1), [at, there], dtype=_words(2 * BLOCKS), is_pure=True, pack=1
+            _weights_text(BLOCKS), _loaded(2 * BLOCKS, 1), [at, there], dtype=_words(2 * BLOCKS), is_pure=False, pack=1
         )
     else:
         out = ()
@@ -94,7 +94,8 @@ def _line_words(at, there, BLOCKS: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def _row_words(at, BLOCK_NUMBER: tl.constexpr, FAST: tl.constexpr):
-    """A lane's eight words of a block of row g. They are others' numbers: nothing may ask for them early."""
+    """A lane's eight words of a block of row g. They are another kernel's numbers: nothing may ask for them before it
+    has ended."""
     if FAST:
         return tl.inline_asm_elementwise(
             _numbers_text(BLOCK_NUMBER), _loaded(8, 0), [at], dtype=_words(8), is_pure=False, pack=1
@@ -104,6 +105,21 @@ def _row_words(at, BLOCK_NUMBER: tl.constexpr, FAST: tl.constexpr):
         for n in tl.static_range(8):
             out = out + (tl.load((at + (128 * BLOCK_NUMBER + 4 * n)).to(tl.pointer_type(tl.int32))),)
         return out
+
+
+@triton.jit
+def _ahead(w_ptr, outputs, lane, LINES: tl.constexpr, SIZE: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr):
+    """Ask for all of a program's lines, as far as the second-level cache: a lane holds but the next few blocks."""
+    PIECES: tl.constexpr = (SIZE // 2 + 127) // 128
+    if FAST:
+        for i in tl.static_range((LINES * PIECES + 32 * WARPS - 1) // (32 * WARPS)):
+            piece = tl.minimum(lane + i * (32 * WARPS), LINES * PIECES - 1)
+            line = tl.minimum(tl.program_id(0) * LINES + piece // PIECES, outputs - 1)
+            place = w_ptr + line.to(tl.int64) * (SIZE // 2) + piece % PIECES * 128
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1];\nmov.b32 $0, 0;", "=r,l", [place.to(tl.int64)],
+                dtype=tl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -224,27 +240,26 @@ def _factors(
     return out
 
 
-@triton.jit(do_not_specialize=["rows", "outputs"])
+@triton.jit(do_not_specialize=["rows", "outputs", "rounds"])
 def nibbles_kernel(
     x_ptr, code_ptr, w_ptr, absmax_ptr, outer_ptr, outer_code_ptr, offset_ptr,
     up_ptr, up_absmax_ptr, up_outer_ptr, up_outer_code_ptr, up_offset_ptr,
-    bias_ptr, residual_ptr, out_ptr, rows, outputs,
-    SIZE: tl.constexpr, FACTOR: tl.constexpr, NESTED: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
-    EVEN: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr, RESIDUAL: tl.constexpr, EARLY: tl.constexpr,
-    FAST: tl.constexpr,
+    bias_ptr, residual_ptr, out_ptr, rows, outputs, rounds,
+    SIZE: tl.constexpr, STEP: tl.constexpr, FACTOR: tl.constexpr, NESTED: tl.constexpr, TILES: tl.constexpr,
+    WARPS: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr, RESIDUAL: tl.constexpr,
+    EARLY: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Outputs of up to eight rows: x [rows, SIZE], weights as spectral.lean_nibbles.Nibbles has them (GATE: gates, then
     `up_`, what they open), residual and out [rows, outputs].
 
-    TILES times 16 lines; each warp takes every WARPS-th step of a few blocks, the next one on its way. EARLY: as
-    spectral.lean_products.row_kernel has it.
+    TILES times 16 lines; each warp takes every WARPS-th step of STEP blocks (four, or one of lines that have fewer),
+    `rounds` of them (an argument, so that the loop stays one: what is asked for ahead is moved to its use otherwise),
+    the next one on its way. AHEAD: all are asked for at once (see `_ahead`). EARLY: as spectral.lean_products.row_kernel has it.
     """
     if EARLY:
         gdc_launch_dependents()
     KIND: tl.constexpr = x_ptr.dtype.element_ty
     PER_LINE: tl.constexpr = SIZE // 64
-    STEP: tl.constexpr = 4 if PER_LINE >= 4 else 1
-    ROUNDS: tl.constexpr = (PER_LINE + STEP * WARPS - 1) // (STEP * WARPS)
     EACH: tl.constexpr = TILES // 2 if GATE > 0 else TILES
     LINES: tl.constexpr = 2 * EACH
     lane = tl.arange(0, 32 * WARPS)
@@ -256,6 +271,10 @@ def nibbles_kernel(
             line = tl.minimum(line, outputs - 1)
         lines = lines + (line,)
     wanted = warp * STEP
+    if AHEAD:
+        _ahead(w_ptr, outputs, lane, 16 * EACH, SIZE, WARPS, FAST)
+        if GATE > 0:
+            _ahead(up_ptr, outputs, lane, 16 * EACH, SIZE, WARPS, FAST)
     mine = _asked(w_ptr, absmax_ptr, outer_ptr, lines, wanted, t, SIZE, STEP, NESTED, FAST)
     if GATE > 0:
         opened = _asked(up_ptr, up_absmax_ptr, up_outer_ptr, lines, wanted, t, SIZE, STEP, NESTED, FAST)
@@ -266,7 +285,7 @@ def nibbles_kernel(
     sums = ()
     for _ in tl.static_range(4 * TILES):
         sums = sums + (tl.zeros([32 * WARPS], tl.float32),)
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         x_step = (x_line + tl.minimum(wanted, PER_LINE - STEP) * 64).to(tl.int64)
         factors = _factors(mine, outer_code_ptr, offset_ptr, wanted, t, LINES, SIZE, STEP, NESTED)
         words = take(mine, 0, 2 * STEP * LINES)

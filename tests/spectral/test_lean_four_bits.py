@@ -115,7 +115,8 @@ def test_gates_open_what_has_weights_of_its_own(outputs: int, rows: int, nested:
 @pytest.mark.parametrize("warps", [1, 4])
 def test_programs_of_any_size_answer_the_same(tiles: int, warps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     nibbles, x = random_nibbles(70, 576, nested=True), sample(2, 576)
-    monkeypatch.setattr(lean_nibbles, "_tile", lambda nibbles, gate: {"TILES": tiles, "WARPS": warps})
+    tile = {"TILES": tiles, "WARPS": warps, "AHEAD": 0, "REGISTERS": 128}
+    monkeypatch.setattr(lean_nibbles, "_tile", lambda gate: tile)
     assert close(product(x, nibbles), F.linear(x.double(), opened(nibbles)).to(DTYPE))
 
 
