@@ -57,7 +57,7 @@ def _lean_gpu(model: Any, modules: list[Any]) -> dict[str, int]:
     from spectral.lean_layers import lean_layers, lean_linear
 
     return {
-        "projections": sum([lean_projections(module) for module in modules]),
+        "projections": sum([lean_projections(module) or lean_four_bits.lean_projections(module) for module in modules]),
         "gates": sum([lean_gate(module) or lean_four_bits.lean_gate(module) for module in modules]),
         "rotary": int(lean_rotary(model)),
         "angles": sum([lean_angles(module) for module in modules]),
@@ -189,27 +189,37 @@ class Shared:
     ) -> None:
         self._linears = linears
         self._sizes = [x.out_features for x in linears]
-        self._whole, self._bias = merge(*linears, lay=lay)
         self._input: torch.Tensor | None = None
         self._left: dict[int, torch.Tensor] = {}
         self.product: torch.Tensor | None = None
+        self._join(lay)
+
+    def _join(self, lay: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
+        """Make one of them."""
+        self._whole, self._bias = merge(*self._linears, lay=lay)
+
+    def _all(self, x: torch.Tensor) -> torch.Tensor:
+        """All of them, of this input, side by side."""
+        return linear(x, self._whole, self._bias)
+
+    def _own(self, x: torch.Tensor, number: int) -> torch.Tensor:
+        """One of them."""
+        return linear(x, self._linears[number].weight, self._linears[number].bias)
 
     def parts(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """All of them, of this input."""
-        return linear(x, self._whole, self._bias).split_with_sizes(self._sizes, -1)
+        return self._all(x).split_with_sizes(self._sizes, -1)
 
     def __call__(self, x: torch.Tensor, *, number: int) -> torch.Tensor:
         if number == 0:
-            self.product = linear(x, self._whole, self._bias)
+            self.product = self._all(x)
             parts = self.product.split_with_sizes(self._sizes, -1)
             self._input, self._left = x, dict(enumerate(parts[1:], start=1))
             return parts[0]
         found = self._left.pop(number, None) if self._input is x else None
         if not self._left:
             self._input = self.product = None
-        if found is None:
-            return linear(x, self._linears[number].weight, self._linears[number].bias)
-        return found
+        return self._own(x, number) if found is None else found
 
 
 def lean_projections(module: Any) -> bool:

@@ -6,6 +6,7 @@ model's storages go to host memory and come back elsewhere.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from spectral import lean
 from spectral.few_rows import ask, for_kernels
 from spectral.lean_layers import Product
-from spectral.lean_nibbles import BLOCK, OUTER, Nibbles, fits, product
+from spectral.lean_nibbles import BLOCK, LINES, OUTER, Nibbles, alike, fits, product
 
 WEIGHTS = "4 bits"
 """As spectral.few_rows calls them."""
@@ -36,12 +37,13 @@ def nibbles_of(module: Any, dtype: torch.dtype) -> Nibbles | None:
     return found if (found.outputs, found.size) == (module.out_features, module.in_features) and fits(found) else None
 
 
-def known(module: Any) -> bool:
+def quantized(module: Any) -> bool:
     """Whether this is a layer of bitsandbytes' with weights of four bits, which nothing was done to."""
     kind = type(module)
     if kind.__name__ not in NAMES or kind.__module__.partition(".")[0] != "bitsandbytes":
         return False
-    return not hasattr(module, "_hf_hook") and "forward" not in vars(module)
+    untouched = not hasattr(module, "_hf_hook") and "forward" not in vars(module)
+    return untouched and getattr(module.weight, "quant_state", None) is not None
 
 
 def _inputs(module: Any) -> torch.Tensor:
@@ -67,14 +69,15 @@ class FourBitProduct(Product):
     def _answer(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         nibbles = self.nibbles(x)
         if nibbles is not None:
-            return product(x, nibbles, self._module.bias, residual=residual)
+            bias = self._module.bias
+            return product(x, (nibbles,), None if bias is None else (bias,), residual=residual)
         found: torch.Tensor = self._own(x)
         return found if residual is None else residual + found
 
 
 def lean_linear(module: Any) -> bool:
     """A product of a few rows by kernels of our own, in a layer that nothing was done to."""
-    if not known(module) or getattr(module.weight, "quant_state", None) is None:
+    if not quantized(module):
         return False
     x = _inputs(module)
     if nibbles_of(module, x.dtype) is None:
@@ -85,19 +88,66 @@ def lean_linear(module: Any) -> bool:
     return True
 
 
+class SharedFourBits(lean.Shared):
+    """Projections of one input as one launch, where a step is captured; their weights stay where they are."""
+
+    def _join(self, lay: Any) -> None:
+        self._products = [FourBitProduct(one) for one in self._linears]
+
+    def few(self, x: torch.Tensor) -> bool:
+        """Whether their product with x [..., K] is the kernels'."""
+        return all(one.few(x) for one in self._products)
+
+    def _all(self, x: torch.Tensor) -> torch.Tensor:
+        weights = [one.nibbles(x) for one in self._products]
+        biases = [one.bias for one in self._linears if one.bias is not None]
+        return product(x, tuple(one for one in weights if one is not None), tuple(biases) or None)
+
+    def _own(self, x: torch.Tensor, number: int) -> torch.Tensor:
+        return self._products[number](x)
+
+    def __call__(self, x: torch.Tensor, *, number: int) -> torch.Tensor:
+        if number == 0 and not self.few(x):
+            self._input, self._left = None, {}
+            return self._own(x, number)
+        return super().__call__(x, number=number)
+
+
+def lean_projections(module: Any) -> bool:
+    """q, k and v of one input as one launch, where a step is captured."""
+    linears: tuple[Any, ...] = tuple(getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj"))
+    if not all(map(quantized, linears)) or len({one.bias is None for one in linears}) != 1:
+        return False
+    x = _inputs(linears[0])
+    weights = [nibbles_of(one, x.dtype) for one in linears]
+    fitting = [one for one in weights if one is not None and one.outputs % LINES == 0]
+    if len(fitting) < len(linears) or not alike(*fitting):
+        return False
+    shared = SharedFourBits(linears)
+    wanted = torch.cat([one(x) for one in linears], -1)
+
+    def found(rows: int) -> torch.Tensor:
+        part = x[:, :rows]
+        return torch.cat([shared(part, number=number) for number in range(len(linears))], -1)
+
+    ask(lambda rows: wanted[:, :rows], found, WEIGHTS)
+    for number, own in enumerate(linears):
+        own.forward = partial(shared, number=number)
+    return True
+
+
 def lean_gate(module: Any) -> bool:
     """down(act(gate x) * up x): gate, up and what lies between them as one launch, where a step is captured."""
     ends: list[Any] = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    if not all(map(known, ends)) or not callable(getattr(module, "act_fn", None)) or hasattr(module, "_hf_hook"):
+    if not all(map(quantized, ends)) or not callable(getattr(module, "act_fn", None)) or hasattr(module, "_hf_hook"):
         return False
-    gate, up = (FourBitProduct(end) for end in ends[:2])
-    down = ends[2]
-    if any(end.bias is not None or getattr(end.weight, "quant_state", None) is None for end in ends[:2]):
+    if any(end.bias is not None for end in ends[:2]) or ends[0].out_features != ends[1].out_features:
         return False
+    (gate, up), down = (FourBitProduct(end) for end in ends[:2]), ends[2]
     x = _inputs(ends[0])
     first, second = (nibbles_of(end, x.dtype) for end in ends[:2])
     kind = lean.gate_kind(module.act_fn, x)
-    if first is None or second is None or kind is None or not _alike(first, second):
+    if first is None or second is None or kind is None or not alike(first, second):
         return False
     original = module.forward
 
@@ -105,16 +155,10 @@ def lean_gate(module: Any) -> bool:
         first, second = gate.nibbles(x), up.nibbles(x)
         if first is None or second is None:
             return original(x)  # type: ignore[no-any-return]
-        return down(product(x, first, opened=second, gate=kind))  # type: ignore[no-any-return]
+        return down(product(x, (first, second), gate=kind))  # type: ignore[no-any-return]
 
     wanted = original(x)
     ask(lambda rows: wanted[:, :rows], lambda rows: forward(x[:, :rows]), WEIGHTS)
     module.forward = forward
     return True
 
-
-def _alike(first: Nibbles, second: Nibbles) -> bool:
-    """Whether a kernel can go through both at once."""
-    return (first.outputs, first.size, first.kind, first.absmax.dtype) == (
-        second.outputs, second.size, second.kind, second.absmax.dtype,
-    )  # fmt: skip

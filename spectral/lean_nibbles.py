@@ -17,6 +17,8 @@ BLOCK = 64
 """Numbers of a line that have a factor of their own."""
 OUTER = 256
 """Factors that have a factor of their own, where they are bytes."""
+LINES = 16
+"""Outputs of a program, where several matrices have one product."""
 FACTORS = {"nf4": 1.437006, "fp4": 12.0}
 """What codes are multiplied with before they are rounded. In bfloat16 nf4's codes are then wrong by .06 % in the mean
 instead of .11 (bitsandbytes' weights by .12), fp4's not at all."""
@@ -39,10 +41,10 @@ class Nibbles(NamedTuple):
     outer_code: torch.Tensor | None = None
     offset: torch.Tensor | None = None
 
-    def pointers(self) -> tuple[torch.Tensor, ...]:
-        """What a kernel reads of them; where there are no outer factors, something in their place."""
-        outer = (self.outer, self.outer_code, self.offset)
-        return self.weight, self.absmax, *(self.absmax if x is None else x for x in outer)
+    def pointers(self, bias: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """What a kernel reads; in the place of what there is not, something else."""
+        more = (self.outer, self.outer_code, self.offset, bias)
+        return self.weight, self.absmax, *(self.absmax if x is None else x for x in more)
 
 
 def fits(nibbles: Nibbles) -> bool:
@@ -57,55 +59,76 @@ def fits(nibbles: Nibbles) -> bool:
     return right and nibbles.weight.data_ptr() % 16 == 0 and all(x.is_contiguous() for x in tensors)
 
 
+def alike(*weights: Nibbles) -> bool:
+    """Whether a kernel can go through all of these at once."""
+    return len({(one.size, one.kind, one.absmax.dtype, one.weight.device) for one in weights}) == 1
+
+
 def product(
     x: torch.Tensor,
-    nibbles: Nibbles,
-    bias: torch.Tensor | None = None,
+    weights: tuple[Nibbles, ...],
+    biases: tuple[torch.Tensor, ...] | None = None,
     *,
-    opened: Nibbles | None = None,
     gate: str = "",
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """residual + x weight^T + bias, of 1 to MOST_ROWS rows, weights as `fits` wants them.
+    """residual + x weight^T + bias, of 1 to MOST_ROWS rows.
 
     Args:
         x: [..., size], bfloat16 or float16.
-        gate: "silu" or "gelu_tanh": act(x weight^T) * x opened^T instead of the product, without a bias.
+        weights: as `fits` wants them, one or `alike`. Without a gate three are possible, of multiples of LINES outputs:
+            the answer has all of theirs.
+        gate: "silu" or "gelu_tanh": act(x first^T) * x second^T of two weights of one shape, without biases.
         residual: what is added, of the answer's shape.
 
     Returns:
         [..., outputs], in x's dtype, rounded between these steps as a model does that takes them one by one.
     """
-    rows = x.numel() // x.shape[-1]
-    if not 0 < rows <= MOST_ROWS or x.shape[-1] != nibbles.size or x.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"x must be 1 to {MOST_ROWS} rows of {nibbles.size} 16-bit numbers, got {list(x.shape)}")
-    out = torch.empty((*x.shape[:-1], nibbles.outputs), dtype=x.dtype, device=x.device)
+    first = weights[0]
+    rows, blocks = x.numel() // x.shape[-1], first.size // BLOCK
+    if not 0 < rows <= MOST_ROWS or x.shape[-1] != first.size or x.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"x must be 1 to {MOST_ROWS} rows of {first.size} 16-bit numbers, got {list(x.shape)}")
+    _check(weights, biases, gate)
+    outputs = first.outputs if gate else sum(one.outputs for one in weights)
+    out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
     x = aligned(x)
     if residual is not None:
         residual = residual.contiguous()
         if residual.shape != out.shape or residual.dtype != out.dtype:
             raise ValueError(f"residual must be {out.dtype} {list(out.shape)}, got {list(residual.shape)}")
-    if bool(gate) != (opened is not None) or (gate and bias is not None):
-        raise ValueError("a gate has what it opens, and no bias")
     tile = dict(_tile(bool(gate)))
-    registers, lines, blocks = tile.pop("REGISTERS"), 16 * tile["TILES"] // (2 if gate else 1), nibbles.size // BLOCK
-    step = 4 if blocks >= 4 else 1
-    grid = (triton.cdiv(nibbles.outputs, lines),)
+    registers, lines, step = tile.pop("REGISTERS"), 16 * tile["TILES"] // (2 if gate else 1), 4 if blocks >= 4 else 1
+    matrices = [one.pointers(None if biases is None else biases[n]) for n, one in enumerate(weights)]
+    matrices += [matrices[0]] * (3 - len(matrices))
+    grid = (triton.cdiv(outputs, lines),)
+    begins = first.outputs // lines, (first.outputs + weights[len(weights) // 2].outputs) // lines
     nibbles_kernel[grid](
-        x, nibbles.code, *nibbles.pointers(), *(opened or nibbles).pointers(),
-        x if bias is None else bias, x if residual is None else residual, out, rows, nibbles.outputs,
-        triton.cdiv(blocks, step * tile["WARPS"]), SIZE=nibbles.size, STEP=step, FACTOR=FACTORS[nibbles.kind], NESTED=nibbles.absmax.dtype == torch.uint8,
-        **tile, EVEN=nibbles.outputs % lines == 0, BIAS=bias is not None, GATE=GATES[gate], RESIDUAL=residual is not None,
-        num_warps=tile["WARPS"], num_stages=1, **_fast(registers), **early(x.device, rows),
+        x, first.code, *matrices[0], *matrices[1], *matrices[2], x if residual is None else residual, out, rows,
+        outputs, triton.cdiv(blocks, step * tile["WARPS"]), *begins,
+        SIZE=first.size, STEP=step, FACTOR=FACTORS[first.kind], NESTED=first.absmax.dtype == torch.uint8,
+        SEVERAL=len(weights) == 3, **tile, EVEN=outputs % lines == 0, BIAS=biases is not None, GATE=GATES[gate],
+        RESIDUAL=residual is not None, num_warps=tile["WARPS"], num_stages=1, **_fast(registers),
+        **early(x.device, rows),
     )  # fmt: skip
     return out
+
+
+def _check(weights: tuple[Nibbles, ...], biases: tuple[torch.Tensor, ...] | None, gate: str) -> None:
+    """Raises ValueError for what is not one product."""
+    if gate:
+        right = len(weights) == 2 and weights[0].outputs == weights[1].outputs and biases is None
+    else:
+        right = len(weights) == 1 or (len(weights) == 3 and not any(one.outputs % LINES for one in weights))
+        right = right and (biases is None or len(biases) == len(weights))
+    if not right or not alike(*weights):
+        raise ValueError(f"weights are not of one product: {[(x.outputs, x.size) for x in weights]}, gate {gate!r}")
 
 
 def _tile(gate: bool) -> dict[str, int]:
     """What a program has in hand: sixteens of lines, warps that share them, whether all are asked for at once, and
     registers of a lane: without a limit the compiler uses fewer, and asks for bytes when they are needed."""
     if gate:
-        return {"TILES": 2, "WARPS": 4, "AHEAD": 1, "REGISTERS": 128}
+        return {"TILES": 2, "WARPS": 4, "AHEAD": 1, "REGISTERS": 168}
     return {"TILES": 1, "WARPS": 8, "AHEAD": 1, "REGISTERS": 80}
 
 

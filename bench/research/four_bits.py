@@ -7,7 +7,8 @@ second-level cache does not hold, one after another in a graph: microseconds of 
 replays. "floor": its packed bytes and factors at the bandwidth of a copy. "gate": gate and up with what lies between
 them. Single rows begin before the product before them has ended, as in a model; "launched late" are those that do not.
 Errors are the largest difference to the product in fp32 with bitsandbytes' own opened weights, relative to its largest
-number. `--tiles` also tries what a program of spectral.kernels.nibbles has in hand.
+number. "qkv": three layers in one launch of ours, three of bitsandbytes. `--tiles` also tries what a program of
+spectral.kernels.nibbles has in hand.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ from spectral import few_rows, lean_nibbles  # noqa: E402
 from spectral.lean_four_bits import nibbles_of  # noqa: E402
 from spectral.provenance import provenance  # noqa: E402
 
-SHAPES = {"q": (4096, 4096), "k": (1024, 4096), "up": (12288, 4096), "down": (4096, 12288), "gate": (12288, 4096)}
+SHAPES = {
+    "q": [(4096, 4096)], "k": [(1024, 4096)], "up": [(12288, 4096)], "down": [(4096, 12288)],
+    "qkv": [(4096, 4096), (1024, 4096), (1024, 4096)], "gate": [(12288, 4096), (12288, 4096)],
+}
 HELD_BYTES = 192 << 20
 """Of copies: several times what a GPU's second-level cache holds."""
 NAMES = ("TILES", "WARPS", "AHEAD", "REGISTERS")
@@ -48,7 +52,7 @@ def layer(outputs: int, size: int, kind: str, nested: bool) -> Any:
     made = bitsandbytes.nn.Linear4bit(64, 64, bias=False, compute_dtype=DTYPE, quant_type=kind)
     made.in_features, made.out_features = size, outputs
     weight = torch.randn(outputs, size, device="cuda", dtype=DTYPE) / size**0.5
-    made.weight = bitsandbytes.nn.Params4bit(weight, quant_type=kind, compress_statistics=nested).to("cuda")
+    made.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type=kind, compress_statistics=nested).to("cuda")
     return made
 
 
@@ -64,40 +68,39 @@ def microseconds(products: list[Callable[[], torch.Tensor]]) -> float:
 
 
 class Shape:
-    """Copies of a layer (of two, for a gate), and their products."""
+    """Copies of a layer, or of those that have one product, and their products."""
 
     def __init__(self, name: str, kind: str, nested: bool) -> None:
-        self.name, (outputs, size) = name, SHAPES[name]
-        self.gated = name == "gate"
-        count = max(2, -(-HELD_BYTES // (outputs * size // 2)))
-        self.layers = [layer(outputs, size, kind, nested) for _ in range(count)]
-        self.nibbles = [nibbles_of(one, DTYPE) for one in self.layers]
-        tensors = [x for x in self.nibbles[0][3:] if x is not None]
-        self.nbytes = sum(x.nbytes for x in tensors) * (1 + self.gated)
-        self.x = torch.randn(8, size, device="cuda", dtype=DTYPE)
+        self.name, self.gated = name, name == "gate"
+        self.copies = max(2, -(-HELD_BYTES // (sum(n * k for n, k in SHAPES[name]) // 2)))
+        self.layers = [[layer(n, k, kind, nested) for n, k in SHAPES[name]] for _ in range(self.copies)]
+        self.nibbles = [tuple(nibbles_of(one, DTYPE) for one in layers) for layers in self.layers]
+        self.nbytes = sum(x.nbytes for one in self.nibbles[0] for x in one if isinstance(x, torch.Tensor))
+        self.x = torch.randn(8, SHAPES[name][0][1], device="cuda", dtype=DTYPE)
 
-    def own(self, rows: int, first: int = 0) -> torch.Tensor:
-        if self.gated:
-            pair = self.nibbles[first], self.nibbles[first + 1]
-            return lean_nibbles.product(self.x[:rows], pair[0], opened=pair[1], gate="silu")
-        return lean_nibbles.product(self.x[:rows], self.nibbles[first])
+    def own(self, rows: int, copy: int) -> torch.Tensor:
+        return lean_nibbles.product(self.x[:rows], self.nibbles[copy], gate="silu" if self.gated else "")
 
-    def theirs(self, rows: int, first: int = 0) -> torch.Tensor:
-        found = self.layers[first](self.x[:rows])
-        return F.silu(found) * self.layers[first + 1](self.x[:rows]) if self.gated else found
+    def _joined(self, found: list[torch.Tensor]) -> torch.Tensor:
+        return F.silu(found[0]) * found[1] if self.gated else torch.cat(found, -1)
 
-    def exact(self, rows: int) -> torch.Tensor:
+    def theirs(self, rows: int, copy: int) -> torch.Tensor:
+        found = [one(self.x[:rows]) for one in self.layers[copy]]
+        return self._joined(found) if self.gated else found[0]
+
+    def wanted(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """bitsandbytes' answer, and that in fp32 with its opened weights."""
         opened = [bitsandbytes.functional.dequantize_4bit(one.weight.data, one.weight.quant_state).float()
-                  for one in self.layers[: 1 + self.gated]]  # fmt: skip
-        found = [self.x[:rows].float() @ weight.T for weight in opened]
-        return F.silu(found[0]) * found[1] if self.gated else found[0]
+                  for one in self.layers[0]]  # fmt: skip
+        exact = self._joined([self.x[:rows].float() @ weight.T for weight in opened])
+        return self._joined([one(self.x[:rows]) for one in self.layers[0]]), exact
 
     def measure(self, rows: int, product: Callable[[int, int], torch.Tensor]) -> dict[str, Any]:
-        wanted = self.exact(rows)
+        theirs, exact = self.wanted(rows)
         with few_rows.captured():
-            error = (product(rows, 0).float() - wanted).abs().max() / wanted.abs().max()
-        starts = range(0, len(self.layers) - self.gated, 1 + self.gated)
-        us = microseconds([lambda first=first: product(rows, first) for first in starts])
+            found = theirs if product == self.theirs else product(rows, 0)
+        error = (found.float() - exact).abs().max() / exact.abs().max()
+        us = microseconds([lambda copy=copy: product(rows, copy) for copy in range(self.copies)])
         return {"us": round(us, 2), "error": round(float(error), 5), "tb_per_s": round(self.nbytes / us / 1e6, 3)}
 
 
@@ -135,7 +138,7 @@ def main() -> None:
                 found.append(row)
                 for values in TILES if options.tiles else ():
                     tile = dict(zip(NAMES, values, strict=True))
-                    if shape.gated and tile["TILES"] < 2:
+                    if (shape.gated and tile["TILES"] < 2) or (name == "qkv" and tile["TILES"] > 1):
                         continue
                     usual, lean_nibbles._tile = lean_nibbles._tile, lambda gate, tile=tile: tile
                     found.append({"shape": name, "rows": rows, "tile": tile, "own": shape.measure(rows, shape.own)})

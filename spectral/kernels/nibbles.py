@@ -19,6 +19,9 @@ from spectral.kernels.staging import hold_four, stage
 from spectral.lean_products import finished
 from spectral.overlap import gdc_launch_dependents, gdc_wait
 
+MEMBERS = tl.constexpr(6)
+"""Pointers of a matrix: weights, factors, these ones' own factors, codes and offset, bias."""
+
 
 @triton.constexpr_function
 def _weights_text(blocks):
@@ -108,13 +111,15 @@ def _row_words(at, BLOCK_NUMBER: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
-def _ahead(w_ptr, outputs, lane, LINES: tl.constexpr, SIZE: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr):
-    """Ask for all of a program's lines, as far as the second-level cache: a lane holds but the next few blocks."""
+def _ahead(
+    w_ptr, first, outputs, lane, LINES: tl.constexpr, SIZE: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr
+):  # fmt: skip
+    """Ask for LINES lines from `first` on, as far as the second-level cache: a lane holds but the next few blocks."""
     PIECES: tl.constexpr = (SIZE // 2 + 127) // 128
     if FAST:
         for i in tl.static_range((LINES * PIECES + 32 * WARPS - 1) // (32 * WARPS)):
             piece = tl.minimum(lane + i * (32 * WARPS), LINES * PIECES - 1)
-            line = tl.minimum(tl.program_id(0) * LINES + piece // PIECES, outputs - 1)
+            line = tl.minimum(first + piece // PIECES, outputs - 1)
             place = w_ptr + line.to(tl.int64) * (SIZE // 2) + piece % PIECES * 128
             tl.inline_asm_elementwise(
                 "prefetch.global.L2 [$1];\nmov.b32 $0, 0;", "=r,l", [place.to(tl.int64)],
@@ -201,83 +206,102 @@ def _block(
 
 @triton.jit
 def _asked(
-    w_ptr, absmax_ptr, outer_ptr, lines, wanted, t, SIZE: tl.constexpr, STEP: tl.constexpr, NESTED: tl.constexpr,
+    matrices, lines, wanted, t, SETS: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, NESTED: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
-    """What a lane asks for of STEP blocks from block `wanted` on: its words of each of its lines, then of each the
-    factor of a block as it is stored, and where that is a byte this one's own."""
+    """What a lane asks for of STEP blocks from block `wanted` on: its words of each of its lines of SETS matrices, then
+    of each the factor of a block as it is stored, and where that is a byte this one's own."""
     PER_LINE: tl.constexpr = SIZE // 64
     at = tl.minimum(wanted, PER_LINE - STEP)
     there = (wanted < PER_LINE).to(tl.int32)
     words, factors, outer = (), (), ()
-    for n in tl.static_range(len(lines)):
-        place = w_ptr + lines[n].to(tl.int64) * (SIZE // 2) + (at * 32 + t * 8)
+    for n in tl.static_range(SETS * len(lines)):
+        line = lines[n % len(lines)]
+        matrix = take(matrices, n // len(lines) * MEMBERS, MEMBERS)
+        place = matrix[0] + line.to(tl.int64) * (SIZE // 2) + (at * 32 + t * 8)
         words = words + _line_words(place.to(tl.int64), there, STEP, FAST)
-        number = lines[n] * PER_LINE + tl.minimum(at + t, PER_LINE - 1)
-        factors = factors + (tl.load(absmax_ptr + number, mask=there != 0),)
+        number = line * PER_LINE + tl.minimum(at + t, PER_LINE - 1)
+        factors = factors + (tl.load(matrix[1] + number, mask=there != 0),)
         if NESTED:
-            outer = outer + (tl.load(outer_ptr + number // 256, mask=there != 0),)
+            outer = outer + (tl.load(matrix[2] + number // 256, mask=there != 0),)
     return words + factors + outer
 
 
 @triton.jit
 def _factors(
-    asked, outer_code_ptr, offset_ptr, wanted, t, LINES: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr,
+    asked, matrices, wanted, t, LINES: tl.constexpr, SETS: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr,
     NESTED: tl.constexpr,
 ):  # fmt: skip
     """A lane's factors of its lines; zero of blocks that are not its step's."""
     PER_LINE: tl.constexpr = SIZE // 64
     block = tl.minimum(wanted, PER_LINE - STEP) + t
     real = (block >= wanted) & (block < PER_LINE)
-    FIRST: tl.constexpr = 2 * STEP * LINES
+    FIRST: tl.constexpr = 2 * STEP * LINES * SETS
     out = ()
-    for n in tl.static_range(LINES):
+    for n in tl.static_range(SETS * LINES):
         factor = asked[FIRST + n]
         if NESTED:
-            factor = tl.load(outer_code_ptr + factor.to(tl.int32), mask=real) * asked[FIRST + LINES + n]
-            factor += tl.load(offset_ptr)
+            matrix = take(matrices, n // LINES * MEMBERS, MEMBERS)
+            factor = tl.load(matrix[3] + factor.to(tl.int32), mask=real) * asked[FIRST + SETS * LINES + n]
+            factor += tl.load(matrix[4])
         out = out + (tl.where(real, factor, 0.0),)
     return out
 
 
-@triton.jit(do_not_specialize=["rows", "outputs", "rounds"])
+@triton.jit
+def _either(matrices, other: tl.constexpr, chosen):
+    """The first matrix, or where `chosen` the one with number `other`, which comes first then."""
+    out = ()
+    for n in tl.static_range(MEMBERS):
+        out = out + (tl.where(chosen, matrices[other * MEMBERS + n], matrices[n]),)
+    return out + take(matrices, MEMBERS, 2 * MEMBERS)
+
+
+@triton.jit(do_not_specialize=["rows", "outputs", "rounds", "second", "third"])
 def nibbles_kernel(
-    x_ptr, code_ptr, w_ptr, absmax_ptr, outer_ptr, outer_code_ptr, offset_ptr,
-    up_ptr, up_absmax_ptr, up_outer_ptr, up_outer_code_ptr, up_offset_ptr,
-    bias_ptr, residual_ptr, out_ptr, rows, outputs, rounds,
-    SIZE: tl.constexpr, STEP: tl.constexpr, FACTOR: tl.constexpr, NESTED: tl.constexpr, TILES: tl.constexpr,
-    WARPS: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr, RESIDUAL: tl.constexpr,
-    EARLY: tl.constexpr, FAST: tl.constexpr,
+    x_ptr, code_ptr,
+    w_ptr, absmax_ptr, outer_ptr, outer_code_ptr, offset_ptr, bias_ptr,
+    w2_ptr, absmax2_ptr, outer2_ptr, outer_code2_ptr, offset2_ptr, bias2_ptr,
+    w3_ptr, absmax3_ptr, outer3_ptr, outer_code3_ptr, offset3_ptr, bias3_ptr,
+    residual_ptr, out_ptr, rows, outputs, rounds, second, third,
+    SIZE: tl.constexpr, STEP: tl.constexpr, FACTOR: tl.constexpr, NESTED: tl.constexpr, SEVERAL: tl.constexpr,
+    TILES: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr,
+    GATE: tl.constexpr, RESIDUAL: tl.constexpr, EARLY: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of up to eight rows: x [rows, SIZE], weights as spectral.lean_nibbles.Nibbles has them (GATE: gates, then
-    `up_`, what they open), residual and out [rows, outputs].
+    """Outputs of up to eight rows: x [rows, SIZE], weights as spectral.lean_nibbles.Nibbles has them, residual and out
+    [rows, outputs]. GATE: of a matrix of gates and a second one of what they open. SEVERAL: of three matrices, the
+    second and the third from programs `second` and `third` on.
 
     TILES times 16 lines; each warp takes every WARPS-th step of STEP blocks (four, or one of lines that have fewer),
     `rounds` of them (an argument, so that the loop stays one: what is asked for ahead is moved to its use otherwise),
-    the next one on its way. AHEAD: all are asked for at once (see `_ahead`). EARLY: as spectral.lean_products.row_kernel has it.
+    the next one on its way. AHEAD: all are asked for at once (see `_ahead`). EARLY: as
+    spectral.lean_products.row_kernel has it.
     """
     if EARLY:
         gdc_launch_dependents()
     KIND: tl.constexpr = x_ptr.dtype.element_ty
-    PER_LINE: tl.constexpr = SIZE // 64
-    EACH: tl.constexpr = TILES // 2 if GATE > 0 else TILES
-    LINES: tl.constexpr = 2 * EACH
+    SETS: tl.constexpr = 2 if GATE > 0 else 1
+    LINES: tl.constexpr = 2 * TILES // SETS
+    matrices = (
+        w_ptr, absmax_ptr, outer_ptr, outer_code_ptr, offset_ptr, bias_ptr, w2_ptr, absmax2_ptr, outer2_ptr,
+        outer_code2_ptr, offset2_ptr, bias2_ptr, w3_ptr, absmax3_ptr, outer3_ptr, outer_code3_ptr, offset3_ptr,
+        bias3_ptr,
+    )  # fmt: skip
+    program, begin = tl.program_id(0), 0
+    if SEVERAL:
+        begin = tl.where(program < third, tl.where(program < second, 0, second), third)
+        matrices = _either(_either(matrices, 1, program >= second), 2, program >= third)
+    first = (program - begin) * (8 * LINES)
     lane = tl.arange(0, 32 * WARPS)
-    g, t, warp = lane % 32 // 4, lane % 4, lane // 32
+    g, t, wanted = lane % 32 // 4, lane % 4, lane // 32 * STEP
     lines = ()
     for n in tl.static_range(LINES):
-        line = tl.program_id(0) * (16 * EACH) + 8 * n + g
-        if not EVEN:
-            line = tl.minimum(line, outputs - 1)
-        lines = lines + (line,)
-    wanted = warp * STEP
+        line = first + 8 * n + g
+        lines = lines + ((line if EVEN else tl.minimum(line, outputs - 1)),)
     if AHEAD:
-        _ahead(w_ptr, outputs, lane, 16 * EACH, SIZE, WARPS, FAST)
-        if GATE > 0:
-            _ahead(up_ptr, outputs, lane, 16 * EACH, SIZE, WARPS, FAST)
-    mine = _asked(w_ptr, absmax_ptr, outer_ptr, lines, wanted, t, SIZE, STEP, NESTED, FAST)
-    if GATE > 0:
-        opened = _asked(up_ptr, up_absmax_ptr, up_outer_ptr, lines, wanted, t, SIZE, STEP, NESTED, FAST)
+        for n in tl.static_range(SETS):
+            _ahead(matrices[n * MEMBERS], first, outputs, lane, 8 * LINES, SIZE, WARPS, FAST)
+    asked = _asked(matrices, lines, wanted, t, SETS, SIZE, STEP, NESTED, FAST)
     table = _table(code_ptr, lane, KIND, FACTOR, WARPS, FAST)
     if EARLY:
         gdc_wait()
@@ -286,32 +310,35 @@ def nibbles_kernel(
     for _ in tl.static_range(4 * TILES):
         sums = sums + (tl.zeros([32 * WARPS], tl.float32),)
     for _ in range(rounds):
-        x_step = (x_line + tl.minimum(wanted, PER_LINE - STEP) * 64).to(tl.int64)
-        factors = _factors(mine, outer_code_ptr, offset_ptr, wanted, t, LINES, SIZE, STEP, NESTED)
-        words = take(mine, 0, 2 * STEP * LINES)
-        if GATE > 0:
-            factors = factors + _factors(
-                opened, up_outer_code_ptr, up_offset_ptr, wanted, t, LINES, SIZE, STEP, NESTED
-            )  # fmt: skip
-            words = words + take(opened, 0, 2 * STEP * LINES)
+        x_step = (x_line + tl.minimum(wanted, SIZE // 64 - STEP) * 64).to(tl.int64)
+        factors = _factors(asked, matrices, wanted, t, LINES, SETS, SIZE, STEP, NESTED)
+        words = take(asked, 0, 4 * STEP * TILES)
         wanted += STEP * WARPS
-        mine = _asked(w_ptr, absmax_ptr, outer_ptr, lines, wanted, t, SIZE, STEP, NESTED, FAST)
-        if GATE > 0:
-            opened = _asked(up_ptr, up_absmax_ptr, up_outer_ptr, lines, wanted, t, SIZE, STEP, NESTED, FAST)
-        for j in tl.static_range(STEP):
-            x = _row_words(x_step, j, FAST)
-            for m in tl.static_range(TILES):
-                near = take(words, 4 * STEP * m + 2 * j, 2)
-                far = take(words, 4 * STEP * m + 2 * STEP + 2 * j, 2)
-                added = _block(
-                    take(sums, 4 * m, 4), near, far, x, factors[2 * m], factors[2 * m + 1], table, code_ptr, j,
-                    KIND, FACTOR, WARPS, FAST,
-                )  # fmt: skip
-                sums = replace(sums, added, 4 * m, 4 * TILES)
-    found = _together(sums, TILES, WARPS) * (1.0 / FACTOR)
+        asked = _asked(matrices, lines, wanted, t, SETS, SIZE, STEP, NESTED, FAST)
+        sums = _step(sums, words, factors, x_step, table, code_ptr, KIND, STEP, FACTOR, TILES, WARPS, FAST)
     finished(
-        found, bias_ptr, residual_ptr, out_ptr, tl.arange(0, 8), rows, outputs, 16 * TILES, EVEN, BIAS, GATE, RESIDUAL
-    )
+        _together(sums, TILES, WARPS) * (1.0 / FACTOR), matrices[MEMBERS - 1] - begin * (8 * LINES), residual_ptr,
+        out_ptr, tl.arange(0, 8), rows, outputs, 16 * TILES, EVEN, BIAS, GATE, RESIDUAL,
+    )  # fmt: skip
+
+
+@triton.jit
+def _step(
+    sums, words, factors, x_step, table, code_ptr, KIND: tl.constexpr, STEP: tl.constexpr, FACTOR: tl.constexpr,
+    TILES: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Add the products of STEP blocks to a lane's sums, four a tile."""
+    for j in tl.static_range(STEP):
+        x = _row_words(x_step, j, FAST)
+        for m in tl.static_range(TILES):
+            near = take(words, 4 * STEP * m + 2 * j, 2)
+            far = take(words, 4 * STEP * m + 2 * STEP + 2 * j, 2)
+            added = _block(
+                take(sums, 4 * m, 4), near, far, x, factors[2 * m], factors[2 * m + 1], table, code_ptr, j, KIND,
+                FACTOR, WARPS, FAST,
+            )  # fmt: skip
+            sums = replace(sums, added, 4 * m, 4 * TILES)
+    return sums
 
 
 @triton.jit

@@ -77,9 +77,9 @@ def test_products_are_those_with_weights_that_were_opened(outputs: int, size: in
     nibbles = random_nibbles(outputs, size, nested=nested)
     x, bias, residual = sample(1, rows, size), sample(outputs, seed=2), sample(1, rows, outputs, seed=3)
     wanted = F.linear(x.double(), opened(nibbles))
-    assert close(product(x, nibbles), wanted.to(DTYPE))
-    assert close(product(x, nibbles, bias), (wanted + bias.double()).to(DTYPE))
-    assert close(product(x, nibbles, bias, residual=residual), (wanted + bias.double()).to(DTYPE) + residual)
+    assert close(product(x, (nibbles,)), wanted.to(DTYPE))
+    assert close(product(x, (nibbles,), (bias,)), (wanted + bias.double()).to(DTYPE))
+    assert close(product(x, (nibbles,), (bias,), residual=residual), (wanted + bias.double()).to(DTYPE) + residual)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
@@ -88,7 +88,7 @@ def test_both_kinds_of_codes_in_both_kinds_of_numbers(rows: int, kind: str) -> N
     nibbles = random_nibbles(24, 256, kind)
     for dtype, part in ((torch.float16, 2**-9), (torch.bfloat16, 2**-6)):  # the interpreter cuts off, a GPU rounds
         x = sample(rows, 256, dtype=dtype)
-        assert close(product(x, nibbles), F.linear(x.double(), opened(nibbles)).to(dtype), part)
+        assert close(product(x, (nibbles,)), F.linear(x.double(), opened(nibbles)).to(dtype), part)
 
 
 def test_all_bytes_stand_for_their_two_codes() -> None:
@@ -96,7 +96,7 @@ def test_all_bytes_stand_for_their_two_codes() -> None:
     nibbles = random_nibbles(4, 128)._replace(weight=packed, absmax=torch.ones(8, device=DEVICE))
     for k in range(0, 128, 8):
         rows = torch.eye(128, device=DEVICE, dtype=DTYPE)[k : k + 8]
-        assert close(product(rows, nibbles), opened(nibbles)[:, k : k + 8].t().to(DTYPE), 2**-10)
+        assert close(product(rows, (nibbles,)), opened(nibbles)[:, k : k + 8].t().to(DTYPE), 2**-10)
 
 
 @pytest.mark.parametrize("kind", ["silu", "gelu_tanh"])
@@ -107,8 +107,18 @@ def test_gates_open_what_has_weights_of_its_own(outputs: int, rows: int, nested:
     first, second = (F.linear(x.double(), opened(w)).to(DTYPE) for w in (gate, up))
     act = F.silu(first.float()) if kind == "silu" else F.gelu(first.float(), approximate="tanh")
     wanted = act.to(DTYPE) * second
-    assert close(product(x, gate, opened=up, gate=kind), wanted, 2**-8)
-    assert close(product(x, gate, opened=up, gate=kind, residual=residual), wanted + residual, 2**-8)
+    assert close(product(x, (gate, up), gate=kind), wanted, 2**-8)
+    assert close(product(x, (gate, up), gate=kind, residual=residual), wanted + residual, 2**-8)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_three_matrices_have_one_product(rows: int, nested: bool) -> None:
+    weights = tuple(random_nibbles(16 * n, 192, nested=nested, seed=n) for n in (3, 1, 2))
+    x, biases = sample(rows, 192), tuple(sample(one.outputs, seed=one.outputs) for one in weights)
+    wanted = torch.cat([F.linear(x.double(), opened(one)) for one in weights], -1)
+    assert close(product(x, weights), wanted.to(DTYPE))
+    assert close(product(x, weights, biases), (wanted + torch.cat(biases).double()).to(DTYPE))
 
 
 @pytest.mark.parametrize("tiles", [2, 4])
@@ -117,7 +127,7 @@ def test_programs_of_any_size_answer_the_same(tiles: int, warps: int, monkeypatc
     nibbles, x = random_nibbles(70, 576, nested=True), sample(2, 576)
     tile = {"TILES": tiles, "WARPS": warps, "AHEAD": 0, "REGISTERS": 128}
     monkeypatch.setattr(lean_nibbles, "_tile", lambda gate: tile)
-    assert close(product(x, nibbles), F.linear(x.double(), opened(nibbles)).to(DTYPE))
+    assert close(product(x, (nibbles,)), F.linear(x.double(), opened(nibbles)).to(DTYPE))
 
 
 def test_what_does_not_fit_is_said() -> None:
@@ -128,17 +138,23 @@ def test_what_does_not_fit_is_said() -> None:
     assert not fits(nibbles._replace(absmax=nibbles.absmax.to(torch.uint8))), "bytes without what they stand for"
     for x in (sample(9, 128), sample(1, 64), sample(1, 128).float()):
         with pytest.raises(ValueError, match=r"x must be 1 to 8 rows of 128"):
-            product(x, nibbles)
+            product(x, (nibbles,))
     with pytest.raises(ValueError, match="residual must be"):
-        product(sample(1, 128), nibbles, residual=sample(1, 9))
-    with pytest.raises(ValueError, match="has what it opens, and no bias"):
-        product(sample(1, 128), nibbles, gate="silu")
+        product(sample(1, 128), (nibbles,), residual=sample(1, 9))
+    more = random_nibbles(16, 128), random_nibbles(16, 128, nested=True), random_nibbles(16, 192)
+    for weights in ((nibbles, nibbles), (nibbles,) * 3, (more[0], more[0], more[1]), (more[0], more[2], more[0])):
+        with pytest.raises(ValueError, match="weights are not of one product"):
+            product(sample(1, 128), weights)
+    for weights, biases in (((nibbles,), None), ((nibbles, more[0]), None), ((nibbles,) * 2, (sample(8),) * 2)):
+        with pytest.raises(ValueError, match="weights are not of one product"):
+            product(sample(1, 128), weights, biases, gate="silu")
 
 
 class Linear4bit(torch.nn.Linear):
     """As bitsandbytes' layer holds its weights, from random bytes."""
 
     def __init__(self, size: int, outputs: int, bias: bool = False, nested: bool = False, seed: int = 1) -> None:
+        torch.manual_seed(seed)
         super().__init__(size, outputs, bias=bias, device=DEVICE, dtype=DTYPE)
         found = random_nibbles(outputs, size, nested=nested, seed=seed)
         self.weight = torch.nn.Parameter(found.weight, requires_grad=False)
@@ -246,22 +262,44 @@ def test_captured_models_answer_as_before(monkeypatch: pytest.MonkeyPatch) -> No
     model, ids = quantized(), torch.tensor([[5, 9, 3]], device=DEVICE)
     one, all_ = model(ids[:, :1]).logits, model(ids).logits
     counts = lean._lean_gpu(model, [*model.modules()])
-    assert counts == {"projections": 0, "gates": 2, "rotary": 1, "products": 2 * 7 + 1, "layers": 2}
-    asked: list[tuple[bool, bool]] = []
+    assert counts == {"projections": 2, "gates": 2, "rotary": 1, "products": 2 * 4 + 1, "layers": 2}
+    asked: list[tuple[int, bool, bool]] = []
     real = lean_four_bits.product
 
     def counting(*args: Any, **more: Any) -> torch.Tensor:
-        asked.append((more.get("residual") is not None, bool(more.get("gate"))))
+        asked.append((len(args[1]), more.get("residual") is not None, bool(more.get("gate"))))
         return real(*args, **more)
 
     monkeypatch.setattr(lean_four_bits, "product", counting)
     with captured():
         found = model(ids[:, :1]).logits, model(ids).logits
     assert close(found[0], one, 2**-7) and close(found[1], all_, 2**-7)
-    layer = [(False, False)] * 3 + [(True, False), (False, True), (True, False)]
-    assert asked == layer * 4, "queries, keys, values, their sum, a gate and its sum: of two layers, twice"
+    layer = [(3, False, False), (1, True, False), (2, False, True), (1, True, False)]
+    assert asked == layer * 4, "projections, their sum, a gate and its sum: of two layers, twice"
     asked.clear()
     assert close(model(ids).logits, all_) and not asked, "outside of a capture nothing is"
+
+
+@torch.no_grad()
+def test_projections_of_other_inputs_are_their_own() -> None:
+    names = ("q_proj", "k_proj", "v_proj")
+    parent: Any = torch.nn.Module()
+    for number, name in enumerate(names):
+        setattr(parent, name, Linear4bit(128, 16 * (3 - number), bias=True, seed=number))
+    x, other = sample(1, 3, 128), sample(1, 3, 128, seed=5)
+    wanted = [getattr(parent, name)(x) for name in names]
+    others = [getattr(parent, name)(other) for name in names]
+    assert lean_four_bits.lean_projections(parent) and not lean_four_bits.lean_projections(parent), "once"
+    with captured():
+        assert close(parent.q_proj(x), wanted[0]) and close(parent.v_proj(other), others[2])
+        assert close(parent.k_proj(x), wanted[1]) and close(parent.v_proj(x), wanted[2])
+        parent.q_proj(x)
+    assert torch.equal(parent.q_proj(other), others[0]), "nothing is captured"
+    assert torch.equal(parent.k_proj(x), wanted[1]), "what was left of a step that broke off is not taken"
+    uneven = torch.nn.Module()
+    for name, outputs in zip(names, (48, 8, 8), strict=True):
+        setattr(uneven, name, Linear4bit(128, outputs))
+    assert not lean_four_bits.lean_projections(uneven) and lean_four_bits.lean_linear(uneven.q_proj)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
@@ -280,4 +318,4 @@ def test_weights_are_what_bitsandbytes_says(kind: str, nested: bool) -> None:
     assert close(opened(nibbles).float(), theirs, 1e-6)
     for rows in (1, 3):
         x = sample(rows, 192)
-        assert close(product(x, nibbles), F.linear(x.double(), theirs.double()).to(DTYPE))
+        assert close(product(x, (nibbles,)), F.linear(x.double(), theirs.double()).to(DTYPE))
