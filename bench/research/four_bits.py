@@ -52,7 +52,9 @@ def layer(outputs: int, size: int, kind: str, nested: bool) -> Any:
     made = bitsandbytes.nn.Linear4bit(64, 64, bias=False, compute_dtype=DTYPE, quant_type=kind)
     made.in_features, made.out_features = size, outputs
     weight = torch.randn(outputs, size, device="cuda", dtype=DTYPE) / size**0.5
-    made.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type=kind, compress_statistics=nested).to("cuda")
+    made.weight = bitsandbytes.nn.Params4bit(
+        weight, requires_grad=False, quant_type=kind, compress_statistics=nested
+    ).to("cuda")
     return made
 
 
