@@ -96,18 +96,18 @@ def product(
         residual = residual.contiguous()
         if residual.shape != out.shape or residual.dtype != out.dtype:
             raise ValueError(f"residual must be {out.dtype} {list(out.shape)}, got {list(residual.shape)}")
-    tile = dict(_tile(bool(gate)))
+    tile = dict(_tile(bool(gate), rows == 1))
     registers, lines, step = tile.pop("REGISTERS"), 16 * tile["TILES"] // (2 if gate else 1), 4 if blocks >= 4 else 1
     matrices = [one.pointers(None if biases is None else biases[n]) for n, one in enumerate(weights)]
     matrices += [matrices[0]] * (3 - len(matrices))
     grid = (triton.cdiv(outputs, lines),)
     begins = first.outputs // lines, (first.outputs + weights[len(weights) // 2].outputs) // lines
+    found = {"SIZE": first.size, "STEP": step, "SINGLE": rows == 1 and step > 1, "FACTOR": FACTORS[first.kind]}
+    found |= {"NESTED": first.absmax.dtype == torch.uint8, "SEVERAL": len(weights) == 3, "BIAS": biases is not None}
     nibbles_kernel[grid](
         x, first.code, *matrices[0], *matrices[1], *matrices[2], x if residual is None else residual, out, rows,
-        outputs, triton.cdiv(blocks, step * tile["WARPS"]), *begins,
-        SIZE=first.size, STEP=step, FACTOR=FACTORS[first.kind], NESTED=first.absmax.dtype == torch.uint8,
-        SEVERAL=len(weights) == 3, **tile, EVEN=outputs % lines == 0, BIAS=biases is not None, GATE=GATES[gate],
-        RESIDUAL=residual is not None, num_warps=tile["WARPS"], num_stages=1, **_fast(registers),
+        outputs, triton.cdiv(blocks, step * tile["WARPS"]), *begins, **found, **tile, EVEN=outputs % lines == 0,
+        GATE=GATES[gate], RESIDUAL=residual is not None, num_warps=tile["WARPS"], num_stages=1, **_fast(registers),
         **early(x.device, rows),
     )  # fmt: skip
     return out
@@ -124,12 +124,12 @@ def _check(weights: tuple[Nibbles, ...], biases: tuple[torch.Tensor, ...] | None
         raise ValueError(f"weights are not of one product: {[(x.outputs, x.size) for x in weights]}, gate {gate!r}")
 
 
-def _tile(gate: bool) -> dict[str, int]:
+def _tile(gate: bool, single: bool) -> dict[str, int]:
     """What a program has in hand: sixteens of lines, warps that share them, whether all are asked for at once, and
     registers of a lane: without a limit the compiler uses fewer, and asks for bytes when they are needed."""
     if gate:
         return {"TILES": 2, "WARPS": 4, "AHEAD": 1, "REGISTERS": 168}
-    return {"TILES": 1, "WARPS": 8, "AHEAD": 1, "REGISTERS": 80}
+    return {"TILES": 1, "WARPS": 8, "AHEAD": 1, "REGISTERS": 128 if single else 80}
 
 
 def _fast(registers: int) -> dict[str, int | bool]:

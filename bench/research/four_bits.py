@@ -142,7 +142,7 @@ def main() -> None:
                     tile = dict(zip(NAMES, values, strict=True))
                     if (shape.gated and tile["TILES"] < 2) or (name == "qkv" and tile["TILES"] > 1):
                         continue
-                    usual, lean_nibbles._tile = lean_nibbles._tile, lambda gate, tile=tile: tile
+                    usual, lean_nibbles._tile = lean_nibbles._tile, lambda gate, single, tile=tile: tile
                     found.append({"shape": name, "rows": rows, "tile": tile, "own": shape.measure(rows, shape.own)})
                     lean_nibbles._tile = usual
                     print(f"    {json.dumps(tile)} {found[-1]['own']['us']}", flush=True)
