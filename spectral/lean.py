@@ -74,6 +74,15 @@ def same(wanted: torch.Tensor, found: torch.Tensor) -> bool:
     return bool(error <= TOLERANCE.get(wanted.dtype, 0.0) * wanted.float().abs().max())
 
 
+def close(wanted: torch.Tensor, found: torch.Tensor) -> bool:
+    """As `same`, of all numbers together: where both have rounded weights too, each in its own way, the largest
+    difference of many numbers is no measure."""
+    if wanted.shape != found.shape or wanted.dtype != found.dtype:
+        return False
+    error = (wanted.float() - found.float()).norm()
+    return bool(error <= 2 * TOLERANCE.get(wanted.dtype, 0.0) * wanted.float().norm())
+
+
 HEADS: ContextVar[dict[int, Any] | None] = ContextVar("spectral_heads", default=None)
 """Norms of queries' and keys' heads that are left to the rotary embedding, by the address of what they are of; None
 where they are not."""

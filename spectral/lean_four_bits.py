@@ -83,7 +83,7 @@ def lean_linear(module: Any) -> bool:
     if nibbles_of(module, x.dtype) is None:
         return False
     own = FourBitProduct(module)
-    ask(lambda rows: module(x[:, :rows]), lambda rows: own(x[:, :rows]), WEIGHTS)
+    ask(lambda rows: module(x[:, :rows]), lambda rows: own(x[:, :rows]), WEIGHTS, lean.close)
     module.forward = own
     return True
 
@@ -130,7 +130,7 @@ def lean_projections(module: Any) -> bool:
         part = x[:, :rows]
         return torch.cat([shared(part, number=number) for number in range(len(linears))], -1)
 
-    ask(lambda rows: wanted[:, :rows], found, WEIGHTS)
+    ask(lambda rows: wanted[:, :rows], found, WEIGHTS, lean.close)
     for number, own in enumerate(linears):
         own.forward = partial(shared, number=number)
     return True
@@ -158,7 +158,7 @@ def lean_gate(module: Any) -> bool:
         return down(product(x, (first, second), gate=kind))  # type: ignore[no-any-return]
 
     wanted = original(x)
-    ask(lambda rows: wanted[:, :rows], lambda rows: forward(x[:, :rows]), WEIGHTS)
+    ask(lambda rows: wanted[:, :rows], lambda rows: forward(x[:, :rows]), WEIGHTS, lean.close)
     module.forward = forward
     return True
 

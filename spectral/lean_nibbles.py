@@ -96,7 +96,7 @@ def product(
         residual = residual.contiguous()
         if residual.shape != out.shape or residual.dtype != out.dtype:
             raise ValueError(f"residual must be {out.dtype} {list(out.shape)}, got {list(residual.shape)}")
-    tile = dict(_tile(bool(gate), rows == 1))
+    tile = dict(_tile(outputs, bool(gate), rows == 1))
     registers, lines, step = tile.pop("REGISTERS"), 16 * tile["TILES"] // (2 if gate else 1), 4 if blocks >= 4 else 1
     matrices = [one.pointers(None if biases is None else biases[n]) for n, one in enumerate(weights)]
     matrices += [matrices[0]] * (3 - len(matrices))
@@ -124,12 +124,13 @@ def _check(weights: tuple[Nibbles, ...], biases: tuple[torch.Tensor, ...] | None
         raise ValueError(f"weights are not of one product: {[(x.outputs, x.size) for x in weights]}, gate {gate!r}")
 
 
-def _tile(gate: bool, single: bool) -> dict[str, int]:
-    """What a program has in hand: sixteens of lines, warps that share them, whether all are asked for at once, and
-    registers of a lane: without a limit the compiler uses fewer, and asks for bytes when they are needed."""
+def _tile(outputs: int, gate: bool, single: bool) -> dict[str, int]:
+    """What a program has in hand, as it was fastest on an H200 (bench/research/four_bits.py): sixteens of lines, warps
+    that share them (a single row's programs of few lines are too few for four), and registers of a lane: without a
+    limit the compiler uses fewer, and asks for bytes when they are needed."""
     if gate:
-        return {"TILES": 2, "WARPS": 4, "AHEAD": 1, "REGISTERS": 168}
-    return {"TILES": 1, "WARPS": 8, "AHEAD": 1, "REGISTERS": 128 if single else 80}
+        return {"TILES": 2, "WARPS": 4, "REGISTERS": 168}
+    return {"TILES": 1, "WARPS": 8 if single and outputs <= 8192 else 4, "REGISTERS": 128}
 
 
 def _fast(registers: int) -> dict[str, int | bool]:

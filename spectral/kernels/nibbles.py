@@ -24,23 +24,6 @@ MEMBERS = tl.constexpr(6)
 
 
 @triton.jit
-def _ahead(
-    w_ptr, first, outputs, lane, LINES: tl.constexpr, SIZE: tl.constexpr, WARPS: tl.constexpr, FAST: tl.constexpr
-):  # fmt: skip
-    """Ask for LINES lines from `first` on, as far as the second-level cache: a lane holds but the next few blocks."""
-    PIECES: tl.constexpr = (SIZE // 2 + 127) // 128
-    if FAST:
-        for i in tl.static_range((LINES * PIECES + 32 * WARPS - 1) // (32 * WARPS)):
-            piece = tl.minimum(lane + i * (32 * WARPS), LINES * PIECES - 1)
-            line = tl.minimum(first + piece // PIECES, outputs - 1)
-            place = w_ptr + line.to(tl.int64) * (SIZE // 2) + piece % PIECES * 128
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1];\nmov.b32 $0, 0;", "=r,l", [place.to(tl.int64)],
-                dtype=tl.int32, is_pure=False, pack=1,
-            )  # fmt: skip
-
-
-@triton.jit
 def _asked(
     matrices, lines, wanted, t, SETS: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, NESTED: tl.constexpr,
     FAST: tl.constexpr,
@@ -101,7 +84,7 @@ def nibbles_kernel(
     w3_ptr, absmax3_ptr, outer3_ptr, outer_code3_ptr, offset3_ptr, bias3_ptr,
     residual_ptr, out_ptr, rows, outputs, rounds, second, third,
     SIZE: tl.constexpr, STEP: tl.constexpr, SINGLE: tl.constexpr, FACTOR: tl.constexpr, NESTED: tl.constexpr,
-    SEVERAL: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
+    SEVERAL: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr,
     BIAS: tl.constexpr, GATE: tl.constexpr, RESIDUAL: tl.constexpr, EARLY: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Outputs of up to eight rows: x [rows, SIZE], weights as spectral.lean_nibbles.Nibbles has them, residual and out
@@ -110,7 +93,7 @@ def nibbles_kernel(
 
     TILES times 16 lines; each warp takes every WARPS-th step of STEP blocks (four, or one of lines that have fewer),
     `rounds` of them (an argument, so that the loop stays one: what is asked for ahead is moved to its use otherwise),
-    the next one on its way. AHEAD: all are asked for at once (see `_ahead`). EARLY: as
+    the next one on its way. EARLY: as
     spectral.lean_products.row_kernel has it.
     """
     if EARLY:
@@ -134,9 +117,6 @@ def nibbles_kernel(
     for n in tl.static_range(LINES):
         line = first + 8 * n + g
         lines = lines + ((line if EVEN else tl.minimum(line, outputs - 1)),)
-    if AHEAD:
-        for n in tl.static_range(SETS):
-            _ahead(matrices[n * MEMBERS], first, outputs, lane, 8 * LINES, SIZE, WARPS, FAST)
     asked = _asked(matrices, lines, wanted, t, SETS, SIZE, STEP, NESTED, FAST)
     table = table_of(code_ptr, lane, KIND, FACTOR, WARPS, FAST)
     if EARLY:

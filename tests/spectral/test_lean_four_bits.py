@@ -129,8 +129,8 @@ def test_programs_of_any_size_answer_the_same(
     tiles: int, warps: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nibbles, x = random_nibbles(70, 576, nested=True), sample(rows, 576)
-    tile = {"TILES": tiles, "WARPS": warps, "AHEAD": 0, "REGISTERS": 128}
-    monkeypatch.setattr(lean_nibbles, "_tile", lambda gate, single: tile)
+    tile = {"TILES": tiles, "WARPS": warps, "REGISTERS": 128}
+    monkeypatch.setattr(lean_nibbles, "_tile", lambda *_: tile)
     assert close(product(x, (nibbles,)), F.linear(x.double(), opened(nibbles)).to(DTYPE))
 
 
@@ -266,7 +266,7 @@ def test_captured_models_answer_as_before(monkeypatch: pytest.MonkeyPatch) -> No
     model, ids = quantized(), torch.tensor([[5, 9, 3]], device=DEVICE)
     one, all_ = model(ids[:, :1]).logits, model(ids).logits
     counts = lean._lean_gpu(model, [*model.modules()])
-    assert counts == {"projections": 2, "gates": 2, "rotary": 1, "products": 2 * 4 + 1, "layers": 2}
+    assert counts == {"projections": 2, "gates": 2, "rotary": 1, "angles": 1, "products": 2 * 4 + 1, "layers": 2}
     asked: list[tuple[int, bool, bool]] = []
     real = lean_four_bits.product
 
