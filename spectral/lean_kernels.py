@@ -103,7 +103,7 @@ def rotary_kernel(
     tl.store(out + HALF + i, second.to(kind), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["position_ptr"])
 def angle_kernel(position_ptr, inverse_ptr, cos_ptr, sin_ptr, HALF: tl.constexpr, BLOCK: tl.constexpr,
                  SCALING: tl.constexpr):  # fmt: skip
     """cos and sin of one token's position times HALF frequencies, times SCALING, twice one after another."""

@@ -188,7 +188,8 @@ class DecodeGraphs:
         if seals and step.seals_first:
             self._seal(store, seals)
         key = _key(store, step.rows, step.width)
-        self.replayer.run("decode step", key, step.forward, alike=key[1:-1])  # of any width
+        alike = (*key[1:-1], bool(step.width))  # of any width, once there are pages
+        self.replayer.run("decode step", key, step.forward, alike)
         if seals and not step.seals_first:
             self._seal(store, seals)
         assert step.numbers.logits is not None

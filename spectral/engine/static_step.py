@@ -113,6 +113,8 @@ class Numbers:
         self.field = dict(zip((*INTEGERS, *FLOATS), (*integers, *floats), strict=True))
         self._integers = self._host[: len(INTEGERS)].numpy()
         self._floats = self._host[len(INTEGERS) :].view(torch.float64).numpy()
+        # Each field from a multiple of 16 bytes on: kernels are compiled for that, whatever the number of rows.
+        self._small = torch.zeros((len(Small._fields), -(-rows // 4) * 4), dtype=torch.int32, device=device)
         self.broken = torch.tensor(BROKEN, device=device)
         self.logits: torch.Tensor | None = None
         """float32 [rows, V], from the first forward on: what the last one left."""
@@ -133,7 +135,8 @@ class Numbers:
     def small(self) -> Small:
         """As they are now. Launches only."""
         first = INTEGERS.index(Small._fields[0])
-        return Small(*self._device[first : first + len(Small._fields)].int())
+        self._small[:, : self.rows].copy_(self._device[first : first + len(Small._fields)])
+        return Small(*self._small[:, : self.rows])
 
     def go_on(self, tokens: torch.Tensor) -> None:
         """The rows' next step: the tokens [rows] that were chosen, one place further on. Launches only."""

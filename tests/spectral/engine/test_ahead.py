@@ -34,9 +34,9 @@ def counted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     replayer, seen = graphs(engine).replayer, Counter[str]()
     own = replayer.run
 
-    def run(what: str, key: Any, launch: Callable[[], None], **more: Any) -> None:
+    def run(what: str, key: Any, launch: Callable[[], None], *more: Any) -> None:
         seen[what] += 1
-        own(what, key, launch, **more)
+        own(what, key, launch, *more)
 
     monkeypatch.setattr(replayer, "run", run)
     return seen

@@ -242,11 +242,11 @@ def test_steps_that_break_off_and_requests_that_end_lose_nothing(
     engine.faults.victims = lambda error, work: []  # type: ignore[method-assign, assignment]
     own, calls = graphs(engine).replayer.run, []
 
-    def fails(what: str, key: Any, launch: Any, **more: Any) -> None:
+    def fails(what: str, key: Any, launch: Any, *more: Any) -> None:
         calls.append(what)
         if what == "chunk step" and calls.count(what) in (2, 5):
             raise RuntimeError("injected before")
-        own(what, key, launch, **more)
+        own(what, key, launch, *more)
         if what == "chunk step" and calls.count(what) in (3, 6):
             raise RuntimeError("injected behind")
 

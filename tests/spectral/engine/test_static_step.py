@@ -128,11 +128,11 @@ def test_an_error_behind_the_forward_changes_no_answer(
     engine.faults.victims = lambda error, work: []  # type: ignore[method-assign, assignment]
     own, calls = graphs(engine).replayer.run, []
 
-    def fails(what: str, key: Any, launch: Any, **more: Any) -> None:
+    def fails(what: str, key: Any, launch: Any, *more: Any) -> None:
         calls.append(what)
         if what == "sampling" and calls.count("sampling") in failing:
             raise RuntimeError("injected")
-        own(what, key, launch, **more)
+        own(what, key, launch, *more)
 
     monkeypatch.setattr(graphs(engine).replayer, "run", fails)
     assert ask(engine, request("a", prompt(40, 1), 30))["a"] == wanted
@@ -181,6 +181,17 @@ def test_what_the_devices_sampler_leaves_to_the_other() -> None:
     assert kind_of([SamplerState(SamplingParams(typical_p=0.5), [])]) is None
     greedy = kind_of([SamplerState(SamplingParams(temperature=0, top_k=5000), [])])
     assert greedy is not None and not (greedy.free or greedy.filtered or greedy.penalised)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 16])
+def test_what_kernels_are_told_lies_alike_for_any_number_of_rows(rows: int) -> None:
+    """Other addresses are other kernels, compiled within somebody's request."""
+    numbers = Numbers(rows, torch.device("cpu"))
+    numbers.send([[100 * row + n for n in range(len(INTEGERS))] for row in range(rows)], [[0.0] * 7] * rows)
+    small = numbers.small()
+    for name, field in small._asdict().items():
+        assert field.data_ptr() % 16 == 0 and field.dtype == torch.int32
+        assert field.tolist() == numbers.field[name].tolist() and field[-1] == 100 * rows - 100 + INTEGERS.index(name)
 
 
 def test_buckets_and_modes(monkeypatch: pytest.MonkeyPatch) -> None:
