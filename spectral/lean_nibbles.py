@@ -9,8 +9,8 @@ import triton
 
 from spectral.few_rows import MOST_ROWS
 from spectral.kernels.nibbles import nibbles_kernel
-from spectral.kernels.scoring import interpreted
-from spectral.lean_products import GATES, aligned
+from spectral.kernels.scoring import by_lane
+from spectral.lean_products import GATES, operands
 from spectral.overlap import early
 
 BLOCK = 64
@@ -90,12 +90,7 @@ def product(
         raise ValueError(f"x must be 1 to {MOST_ROWS} rows of {first.size} 16-bit numbers, got {list(x.shape)}")
     _check(weights, biases, gate)
     outputs = first.outputs if gate else sum(one.outputs for one in weights)
-    out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
-    x = aligned(x)
-    if residual is not None:
-        residual = residual.contiguous()
-        if residual.shape != out.shape or residual.dtype != out.dtype:
-            raise ValueError(f"residual must be {out.dtype} {list(out.shape)}, got {list(residual.shape)}")
+    x, residual, out = operands(x, outputs, residual)
     tile = dict(_tile(outputs, bool(gate), rows == 1))
     registers, lines, step = tile.pop("REGISTERS"), 16 * tile["TILES"] // (2 if gate else 1), 4 if blocks >= 4 else 1
     matrices = [one.pointers(None if biases is None else biases[n]) for n, one in enumerate(weights)]
@@ -107,8 +102,7 @@ def product(
     nibbles_kernel[grid](
         x, first.code, *matrices[0], *matrices[1], *matrices[2], x if residual is None else residual, out, rows,
         outputs, triton.cdiv(blocks, step * tile["WARPS"]), *begins, **found, **tile, EVEN=outputs % lines == 0,
-        GATE=GATES[gate], RESIDUAL=residual is not None, num_warps=tile["WARPS"], num_stages=1, **_fast(registers),
-        **early(x.device, rows),
+        GATE=GATES[gate], RESIDUAL=residual is not None, **by_lane(tile["WARPS"], registers), **early(x.device, rows),
     )  # fmt: skip
     return out
 
@@ -131,8 +125,3 @@ def _tile(outputs: int, gate: bool, single: bool) -> dict[str, int]:
     if gate:
         return {"TILES": 2, "WARPS": 4, "REGISTERS": 168}
     return {"TILES": 1, "WARPS": 8 if single and outputs <= 8192 else 4, "REGISTERS": 128}
-
-
-def _fast(registers: int) -> dict[str, int | bool]:
-    """How a kernel is launched that is written by lane."""
-    return {"FAST": False} if interpreted() else {"FAST": True, "maxnreg": registers}

@@ -146,12 +146,7 @@ def product(
     if not 0 < rows <= MOST_ROWS or size != weight.shape[1] or x.dtype != weight.dtype:
         raise ValueError(f"x must be 1 to {MOST_ROWS} rows of {weight.shape[1]} {weight.dtype}, got {list(x.shape)}")
     outputs = weight.shape[0] // 2 if gate else weight.shape[0]
-    out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
-    x = aligned(x)
-    if residual is not None:
-        residual = residual.contiguous()
-        if residual.shape != out.shape or residual.dtype != out.dtype:
-            raise ValueError(f"residual must be {out.dtype} {list(out.shape)}, got {list(residual.shape)}")
+    x, residual, out = operands(x, outputs, residual)
     found = {"K": size, "BIAS": bias is not None, "GATE": GATES[gate], "RESIDUAL": residual is not None}
     tile = _row_tile(size) if rows == 1 else _rows_tile(bool(gate))
     each = tile["TALL"] // 2 if gate else tile["TALL"]
@@ -166,10 +161,20 @@ def product(
     return out
 
 
-def aligned(x: torch.Tensor) -> torch.Tensor:
-    """Contiguous, from a multiple of 16 bytes on: anything else is another kernel, and slower."""
+def operands(
+    x: torch.Tensor, outputs: int, residual: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """x and what is added as kernels read them, and where the answer [..., outputs] goes. Raises ValueError for what
+    cannot be added."""
+    out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
     x = x.contiguous()
-    return x.clone() if x.data_ptr() % 16 else x
+    if x.data_ptr() % 16:  # anything but multiples of 16 bytes is another kernel, and slower
+        x = x.clone()
+    if residual is not None:
+        residual = residual.contiguous()
+        if residual.shape != out.shape or residual.dtype != out.dtype:
+            raise ValueError(f"residual must be {out.dtype} {list(out.shape)}, got {list(residual.shape)}")
+    return x, residual, out
 
 
 def _row_tile(size: int) -> dict[str, int]:

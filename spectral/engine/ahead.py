@@ -60,11 +60,13 @@ class Ahead:
         if store is not self.step.store or store.generation != self.generation:
             return None
         known = {expected.sequence: at for at, expected in enumerate(self.rows)}
-        places = [known.get(sequence) for sequence in sequences]
-        for at, pages in zip(places, granted, strict=True):
+        places = []
+        for sequence, pages in zip(sequences, granted, strict=True):
+            at = known.get(sequence)
             if at is None or not self.rows[at].meets(pages):
                 return None
-        return [at for at in places if at is not None]
+            places.append(at)
+        return places
 
 
 def expect(step: StaticStep, sequences: Rows[Sequence], fresh: Rows[list[int]]) -> list[Expected] | None:

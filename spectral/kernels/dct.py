@@ -85,12 +85,14 @@ def dct(x, SIZE: tl.constexpr, INVERSE: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def stacked(x, SIZE: tl.constexpr):
-    """A tuple of [n] as [n, SIZE]."""
+    """A tuple of SIZE tensors of one shape, side by side in a last axis."""
     if SIZE == 1:
-        return x[0][:, None]
+        return tl.expand_dims(x[0], -1)
+    elif SIZE == 2:
+        return tl.join(x[0], x[1])
     else:
         both = tl.join(stacked(x[0::2], SIZE // 2), stacked(x[1::2], SIZE // 2))
-        return tl.reshape(both, [x[0].shape[0], SIZE])
+        return tl.reshape(both, x[0].shape + [SIZE])
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from spectral.kernels.dct import stacked
 from spectral.kernels.lanes import replace, take
 from spectral.kernels.nibble_lanes import block, line_words, pair, row_words, table_of, two_of_row
 from spectral.lean_products import finished
@@ -93,8 +94,7 @@ def nibbles_kernel(
 
     TILES times 16 lines; each warp takes every WARPS-th step of STEP blocks (four, or one of lines that have fewer),
     `rounds` of them (an argument, so that the loop stays one: what is asked for ahead is moved to its use otherwise),
-    the next one on its way. EARLY: as
-    spectral.lean_products.row_kernel has it.
+    the next one on its way. EARLY: as spectral.lean_products.row_kernel has it.
     """
     if EARLY:
         gdc_launch_dependents()
@@ -176,23 +176,12 @@ def _step(
 def _together(sums, SINGLE: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr):
     """A tuple of a lane's sums as [lines, 8 rows], or [lines, 1]: of all warps."""
     if SINGLE:
-        whole = tl.reshape(stacked_last(sums, 2 * TILES), [WARPS, 8, 4, 2 * TILES])
+        whole = tl.reshape(stacked(sums, 2 * TILES), [WARPS, 8, 4, 2 * TILES])
         return tl.reshape(tl.permute(tl.sum(tl.sum(whole, 2), 0), (1, 0)), [16 * TILES, 1])
     else:
         pairs = ()
         for n in tl.static_range(2 * TILES):
             pairs = pairs + (tl.reshape(tl.join(sums[2 * n], sums[2 * n + 1]), [WARPS, 8, 4, 2]),)
-        whole = stacked_last(pairs, 2 * TILES)  # [warp, g, t, column, tile and half]
+        whole = stacked(pairs, 2 * TILES)  # [warp, g, t, column, tile and half]
         whole = tl.sum(tl.reshape(whole, [WARPS, 8, 8, 2 * TILES]), 0)
         return tl.reshape(tl.permute(whole, (2, 0, 1)), [16 * TILES, 8])
-
-
-@triton.jit
-def stacked_last(x, COUNT: tl.constexpr):
-    """COUNT tensors as one, side by side in a last axis."""
-    if COUNT == 1:
-        return x[0]
-    else:
-        half: tl.constexpr = COUNT // 2
-        both = tl.join(stacked_last(x[0::2], half), stacked_last(x[1::2], half))
-        return both if COUNT == 2 else tl.reshape(both, x[0].shape + [COUNT])

@@ -39,10 +39,10 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def by_lane(warps: int) -> dict[str, Any]:
-    """How kernels are launched that are written by lane: as many registers as leave sixteen warps room."""
+def by_lane(warps: int, registers: int = 128) -> dict[str, Any]:
+    """How kernels are launched that are written by lane; as many registers as leave sixteen warps room, or others."""
     fast = not interpreted()
-    return {"FAST": fast, "num_warps": warps, "num_stages": 1, **({"maxnreg": 128} if fast else {})}
+    return {"FAST": fast, "num_warps": warps, "num_stages": 1, **({"maxnreg": registers} if fast else {})}
 
 
 @dataclass

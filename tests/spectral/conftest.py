@@ -29,3 +29,14 @@ def restored() -> Any:
     yield
     for name, module in homes.items():
         module.apply_rotary_pos_emb = kept[name]
+
+
+@pytest.fixture
+def kernels_here(monkeypatch: pytest.MonkeyPatch, restored: None) -> None:
+    """Kernels of products of a few rows serve this device, and nothing is held against them."""
+    from spectral import few_rows, lean, overlap
+
+    monkeypatch.setattr(few_rows, "_here", lambda x: True)
+    monkeypatch.setattr(lean, "_here", lambda x: True)
+    monkeypatch.setattr(few_rows, "_distrusted", [])
+    monkeypatch.setattr(overlap, "early_launches", few_rows.EarlyLaunches())

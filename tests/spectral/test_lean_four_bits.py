@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from spectral import few_rows, lean, lean_four_bits, lean_layers, lean_nibbles, overlap
+from spectral import few_rows, lean, lean_four_bits, lean_layers, lean_nibbles
 from spectral.few_rows import captured
 from spectral.lean_nibbles import Nibbles, fits, product
+from tests.spectral.few_rows_helpers import DEVICE, DTYPE, close, sample
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPE = torch.float16
+pytestmark = pytest.mark.usefixtures("kernels_here")
 
 NF4 = [
     -1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036, 0.0,
@@ -23,24 +23,6 @@ NF4 = [
 ]  # fmt: skip
 FP4 = [x / 12 for x in (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3)]
 CODES = {"nf4": NF4, "fp4": FP4}
-
-
-@pytest.fixture(autouse=True)
-def here(monkeypatch: pytest.MonkeyPatch, restored: None) -> None:
-    """Kernels serve this device."""
-    monkeypatch.setattr(few_rows, "_here", lambda x: True)
-    monkeypatch.setattr(lean, "_here", lambda x: True)
-    monkeypatch.setattr(few_rows, "_distrusted", [])
-    monkeypatch.setattr(overlap, "early_launches", few_rows.EarlyLaunches())
-
-
-def sample(*shape: int, seed: int = 0, dtype: torch.dtype = DTYPE) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
-
-
-def close(found: torch.Tensor, wanted: torch.Tensor, part: float = 2**-9) -> bool:
-    assert found.shape == wanted.shape and found.dtype == wanted.dtype
-    return bool((found.double() - wanted.double()).abs().max() <= part * wanted.double().abs().max())
 
 
 def random_nibbles(outputs: int, size: int, kind: str = "nf4", nested: bool = False, seed: int = 1) -> Nibbles:

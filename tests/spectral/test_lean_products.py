@@ -13,30 +13,10 @@ from transformers import AutoModelForCausalLM
 from spectral import few_rows, lean, lean_layers, lean_products, overlap
 from spectral.few_rows import captured, few, linear
 from spectral.lean_products import fits, product
+from tests.spectral.few_rows_helpers import DEVICE, DTYPE, close, sample
 from tests.spectral.helpers import FAMILIES
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPE = torch.float16
-"""Triton's interpreter multiplies no matrices in bfloat16."""
-
-
-def sample(*shape: int, seed: int = 0, dtype: torch.dtype = DTYPE) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
-
-
-def close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """But for a rounding of fp16, or two."""
-    assert found.shape == wanted.shape and found.dtype == wanted.dtype
-    return bool((found.double() - wanted.double()).abs().max() <= 2**-9 * wanted.double().abs().max())
-
-
-@pytest.fixture(autouse=True)
-def here(monkeypatch: pytest.MonkeyPatch, restored: None) -> None:
-    """Kernels serve this device."""
-    monkeypatch.setattr(few_rows, "_here", lambda x: True)
-    monkeypatch.setattr(lean, "_here", lambda x: True)
-    monkeypatch.setattr(few_rows, "_distrusted", [])
-    monkeypatch.setattr(overlap, "early_launches", few_rows.EarlyLaunches())
+pytestmark = pytest.mark.usefixtures("kernels_here")
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8])
