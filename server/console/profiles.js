@@ -7,14 +7,24 @@ const REFERENCE = "2048";
 let listing = null;
 let shown = "";
 const following = new Set();
+const turns = { list: 0, facts: 0, differences: 0 };
 
 const path = (rest = "") => `/admin/profiles/${named(byId("profile-model").value)}${rest}`;
 const short = (sha) => (sha ? sha.slice(0, 12) : "");
 
+/** What was asked for, or null where more of the same was asked for meanwhile: answers come in any order. */
+async function newest(what, asked) {
+  const turn = ++turns[what];
+  const answer = await asked;
+  return turn === turns[what] ? answer : null;
+}
+
 /** Read the list again; shows the profile in use the first time. */
 export async function refresh() {
   if (!byId("profile-model").value) return;
-  listing = await get(path());
+  const found = await newest("list", get(path()));
+  if (!found) return;
+  listing = found;
   drawVersions();
   const wanted = listing.active ?? (listing.shipped ? "shipped" : "");
   if (!shown && wanted) await show(wanted);
@@ -53,7 +63,8 @@ function drawVersions() {
 
 async function compare(name) {
   const active = listing.active ?? "shipped";
-  const found = await get(path(`/diff?a=${active}&b=${name}`));
+  const found = await newest("differences", get(path(`/diff?a=${active}&b=${name}`)));
+  if (!found) return;
   const rows = found.differences.map((row) => el("tr", {}, el("th", { scope: "row" }, row.field),
     el("td", {}, JSON.stringify(row.old)), el("td", {}, JSON.stringify(row.new))));
   byId("facts").replaceChildren(el("h3", {}, `In use against ${short(found.b)}`), el("div", { class: "scroll" }, el("table", {},
@@ -62,7 +73,8 @@ async function compare(name) {
 
 async function show(name) {
   shown = name;
-  const facts = await get(path(`/versions/${name}`));
+  const facts = await newest("facts", get(path(`/versions/${name}`)));
+  if (!facts) return;
   const marks = facts.ladder.map((row) => ({ x: row.bytes_per_token[REFERENCE], y: row.kl_mean, text: row.name, now: row.name === facts.default }))
     .filter((mark) => mark.y > 0);
   byId("rd-title").textContent = `Quality against bytes: ${facts.model}`;
@@ -127,15 +139,18 @@ async function watch(id) {
 export function updateProfiles(models) {
   const before = byId("profile-model").value;
   options(byId("profile-model"), Object.keys(models));
-  if (byId("profile-model").value !== before) act(null, refresh);
+  if (byId("profile-model").value !== before) another();
+}
+
+function another() {
+  shown = "";
+  for (const what of Object.keys(turns)) turns[what] += 1; // what is under way is the model's before
+  byId("facts").replaceChildren();
+  act(null, refresh);
 }
 
 export function startProfiles() {
-  byId("profile-model").addEventListener("change", () => {
-    shown = "";
-    byId("facts").replaceChildren();
-    act(null, refresh);
-  });
+  byId("profile-model").addEventListener("change", another);
   byId("rollback").addEventListener("click", (event) => act(event.target, async () => { await post(path("/rollback")); await refresh(); }));
   byId("build").addEventListener("click", (event) => act(event.target, async () => { watch((await post(path("/build"))).id); }));
   byId("file").addEventListener("change", async (event) => {

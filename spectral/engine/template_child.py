@@ -4,7 +4,7 @@ A template comes with a model, so it is a stranger's program. It runs in Jinja's
 internals, and in this process, which can be bounded where a sandbox cannot: no loop, power, repetition or format width
 takes more memory or time than the operating system gives it. It has no files, sockets or secrets.
 
-Messages on standard input and output: JSON behind a 4-byte big-endian length. Names and behaviour that templates find
+Messages on standard input and output: JSON behind a 4-byte big-endian length; an empty one says that it has begun. Names and behaviour that templates find
 are those of transformers (`transformers.utils.chat_template_utils`), which templates are written for.
 """
 
@@ -108,10 +108,12 @@ def answer(compiled: Any, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def serve(source: BinaryIO, target: BinaryIO) -> None:
-    """Answer until the other side closes its end."""
+    """Say that it has begun, then answer until the other side closes its end."""
     compiled = lru_cache(maxsize=8)(environment().from_string)
     compiled("{{ messages }}").render(messages=[])  # what rendering imports is imported before the limits
     _limit()
+    target.write(LENGTH.pack(0))
+    target.flush()
     while True:
         head = source.read(LENGTH.size)
         if len(head) < LENGTH.size:

@@ -27,6 +27,8 @@ log = logging.getLogger("spectral.templates")
 
 SECONDS = 5.0
 """Longest time of one rendering, on the wall."""
+START_SECONDS = 30.0
+"""Longest time that the process may take to say that it has begun: on a busy machine that is no template's doing."""
 SLOW_SECONDS = 0.05
 """From here on a template's prompts are better prepared beside the engine than between its steps."""
 MOST_TEXT, MOST_GROWTH = 1 << 20, 8
@@ -51,6 +53,7 @@ class Renderer:
         self._seconds = seconds
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._said_ready = False
         self._recent_s = 0.0  # of a rendering lately; a slow one is forgotten after a few dozen fast ones
 
     @property
@@ -69,13 +72,7 @@ class Renderer:
         most = MOST_TEXT + MOST_GROWTH * len(shown)
         asked = f'{{"template": {json.dumps(template)}, "most": {most}, "variables": {shown}}}'.encode("ascii")
         with self._lock:
-            fresh = self._process is None or self._process.poll() is not None
-            began = time.monotonic()
-            try:
-                answer = self._ask(asked, began + self._seconds * (2 if fresh else 1))  # with time for its start
-            finally:
-                took = 0.0 if fresh and self._process is not None else time.monotonic() - began
-                self._recent_s = max(took, 0.9 * self._recent_s)
+            answer = self._ask(asked)
         if "text" not in answer:
             raise TemplateFailed(str(answer.get("error")), str(answer.get("message")))
         return str(answer["text"])
@@ -85,20 +82,29 @@ class Renderer:
         with self._lock:
             self._end()
 
-    def _ask(self, asked: bytes, until: float) -> dict[str, Any]:
+    def _ask(self, asked: bytes) -> dict[str, Any]:
         process = self._running()
         assert process.stdin is not None and process.stdout is not None
+        source, target = process.stdout.fileno(), process.stdin.fileno()
+        late, began = f"its process did not start within {START_SECONDS:g} s", None
         try:
-            self._write(process.stdin.fileno(), LENGTH.pack(len(asked)) + asked, until)
-            size = LENGTH.unpack(self._read(process.stdout.fileno(), LENGTH.size, until))[0]
-            found: dict[str, Any] = json.loads(self._read(process.stdout.fileno(), size, until))
+            if not self._said_ready:
+                self._read(source, LENGTH.size, time.monotonic() + START_SECONDS)
+                self._said_ready = True
+            late, began = f"it took more than {self._seconds:g} s", time.monotonic()
+            self._write(target, LENGTH.pack(len(asked)) + asked, began + self._seconds)
+            size = LENGTH.unpack(self._read(source, LENGTH.size, began + self._seconds))[0]
+            found: dict[str, Any] = json.loads(self._read(source, size, began + self._seconds))
             return found
         except TimeoutError:
             self._end()
-            raise TemplateFailed("Timeout", f"it took more than {self._seconds:g} s") from None
+            raise TemplateFailed("Timeout", late) from None
         except OSError:
             self._end()
             raise TemplateFailed("Died", "the process that rendered it ended") from None
+        finally:
+            if began is not None:
+                self._recent_s = max(time.monotonic() - began, 0.9 * self._recent_s)
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
@@ -119,6 +125,7 @@ class Renderer:
 
     def _end(self) -> None:
         process, self._process = self._process, None
+        self._said_ready = False
         if process is None:
             return
         process.kill()

@@ -221,6 +221,27 @@ def test_a_good_and_a_bad_profile_are_dropped(page: Any, tmp_path: Path, console
     page.locator("#versions tr", has_text="upload").wait_for(state="detached")
 
 
+def test_the_profile_asked_for_last_is_shown(page: Any, tmp_path: Path, console: Running) -> None:
+    other = dataclasses.replace(SpectralProfile.load(SHIPPED), model="another").save(tmp_path / "other").read_bytes()
+    kind = {"Content-Type": "application/octet-stream"}
+    stored = console.client.put("/admin/profiles/demo-7m", content=other, headers=kind)
+    assert stored.status_code == 201, stored.text
+    held: list[Any] = []
+    page.route("**/versions/shipped", lambda route: held.append(route))
+    with page.expect_request("**/versions/shipped"):  # the one in use, which the page asks for by itself
+        page.reload()
+    page.locator("#versions tr", has_text="upload").get_by_role("button", name="Show").click()
+    title = page.locator("#rd-title")
+    title.filter(has_text="another").wait_for()
+    with page.expect_response("**/versions/shipped"):
+        held.pop().continue_()
+    page.locator("#versions tr", has_text="upload").get_by_role("button", name="Compare").click()
+    page.get_by_role("rowheader", name="model", exact=True).wait_for()  # by now the late answer has been read
+    assert "another" in title.inner_text()
+    page.locator("#versions tr", has_text="upload").get_by_role("button", name="Delete").click()
+    page.locator("#versions tr", has_text="upload").wait_for(state="detached")
+
+
 def drop(page: Any, file: Path) -> None:
     """What a person does who drags a file onto the page."""
     script = """([name, data]) => {

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from spectral.engine import templates
 from spectral.engine.chat import encode_chat
 from spectral.engine.templates import Renderer, TemplateFailed, render_chat
 from spectral.engine.types import Message
@@ -98,6 +99,7 @@ def test_a_template_renders_as_in_transformers(
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_template_is_ended(renderer: Renderer, name: str, tmp_path: Path) -> None:
     left = tmp_path / "was-here"
+    assert renderer.render("begun", {}) == "begun"  # after another one was ended: its start is not the template's time
     began = time.monotonic()
     with pytest.raises(TemplateFailed) as caught:
         text = renderer.render(HOSTILE[name], {"messages": [{"role": "user"}], "path": str(left)})
@@ -133,6 +135,19 @@ def test_a_request_is_told_and_the_next_one_served(tokenizer: Any, monkeypatch: 
         with pytest.raises(RequestError, match="refuses these messages: division by zero"):
             encode_chat(tokenizer, [Message("user", "hi", {})])
     assert encode_chat(tokenizer, [Message("user", "hi", {})])
+
+
+def test_a_slow_start_is_not_the_templates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    child = tmp_path / "child.py"
+    begin = f"runpy.run_path({str(templates._CHILD)!r}, run_name='__main__')"
+    child.write_text(f"import runpy, time\ntime.sleep(1.5)\n{begin}\n")
+    monkeypatch.setattr(templates, "_CHILD", child)
+    with contextlib.closing(Renderer(seconds=0.5)) as late:
+        assert late.render("{{ 1 + 1 }}", {}) == "2" and not late.slow
+        late.close()
+        monkeypatch.setattr(templates, "START_SECONDS", 0.2)
+        with pytest.raises(TemplateFailed, match=r"its process did not start within 0\.2 s"):
+            late.render("{{ 1 + 1 }}", {})
 
 
 def test_slow_renderings_are_noticed_and_forgotten(renderer: Renderer) -> None:
