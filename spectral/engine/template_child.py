@@ -4,8 +4,9 @@ A template comes with a model, so it is a stranger's program. It runs in Jinja's
 internals, and in this process, which can be bounded where a sandbox cannot: no loop, power, repetition or format width
 takes more memory or time than the operating system gives it. It has no files, sockets or secrets.
 
-Messages on standard input and output: JSON behind a 4-byte big-endian length; an empty one says that it has begun. Names and behaviour that templates find
-are those of transformers (`transformers.utils.chat_template_utils`), which templates are written for.
+Messages on standard input and output: JSON behind a 4-byte big-endian length; an empty one says that it has begun.
+Names and behaviour that templates find are those of transformers (`transformers.utils.chat_template_utils`), which
+templates are written for.
 """
 
 from __future__ import annotations
