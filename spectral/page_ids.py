@@ -10,6 +10,7 @@ class PageIds:
 
     def __init__(self) -> None:
         self._owners: list[int] = []
+        self._taken: list[int] = []
         self._free: list[int] = []
         self._foreseen: dict[int, list[int]] = {}
 
@@ -32,8 +33,17 @@ class PageIds:
         """Free ids, now with one owner each; there must be enough."""
         taken = [self._free.pop() for _ in range(count)]
         for page in taken:
-            self._owners[page] = 1
+            self._own(page)
         return taken
+
+    def _own(self, page: int) -> None:
+        self._owners[page] = 1
+        self._taken[page] += 1
+
+    def times_taken(self, pages: Iterable[int]) -> list[int]:
+        """How often each of them stopped being free: who knows it, and finds it as it was, knows that nobody else had
+        the page meanwhile."""
+        return [self._taken[page] for page in pages]
 
     def foresee(self, needs: Mapping[int, int]) -> dict[int, list[int]] | None:
         """Free ids that `grant` will give to keys with these needs, if nobody has taken them by then; None where there
@@ -60,7 +70,7 @@ class PageIds:
             while self._free[at] != page:  # what was next to be taken is near the end
                 at -= 1
             del self._free[at]
-            self._owners[page] = 1
+            self._own(page)
         return True
 
     def share(self, pages: Iterable[int]) -> None:
@@ -84,12 +94,15 @@ class PageIds:
     def grow(self, capacity: int) -> None:
         """More ids, free."""
         self._free[:0] = range(capacity - 1, self.capacity - 1, -1)
-        self._owners += [0] * (capacity - self.capacity)
+        new = [0] * (capacity - self.capacity)
+        self._owners += new
+        self._taken += new
 
     def compact(self) -> list[int]:
         """Forget all free ids and number the others anew. Returns the old id of each new one, in ascending order."""
         kept = [page for page, owners in enumerate(self._owners) if owners]
         self._owners = [self._owners[page] for page in kept]
+        self._taken = [self._taken[page] for page in kept]
         self._free = []
         return kept
 

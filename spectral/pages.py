@@ -21,7 +21,7 @@ import torch
 from spectral.codec import Codebook
 from spectral.errors import CacheError, OutOfPages
 from spectral.page_ids import PageIds
-from spectral.pools import exact_codebook, grow, remake, squeeze_fill
+from spectral.pools import copied, exact_codebook, grow, remake, squeeze_fill
 from spectral.shapes import LayerShape, ModelShape
 from spectral.step_batch import StepBatch
 from spectral.windows import ExactWindow, WindowGroup, coarser_windows, make_window
@@ -29,10 +29,6 @@ from spectral.windows import ExactWindow, WindowGroup, coarser_windows, make_win
 _generations = itertools.count(1)
 
 __all__ = ["Hold", "LayerShape", "ModelShape", "PageStore", "Row", "StepBatch", "exact_codebook"]
-
-
-def _copied(layer: int, pages: torch.Tensor, out: torch.Tensor) -> None:
-    out.copy_(pages)
 
 
 @dataclass
@@ -107,6 +103,7 @@ class PageStore:
         self._free_slots: list[int] = []
         self._rows: dict[int, Row] = {}
         self._holds: set[Hold] = set()
+        self._begun: set[StepBatch] = set()  # neither committed nor aborted
         self._page_nbytes = book.page_nbytes()
         self._slot_nbytes = sum(window.slot_nbytes for window in self.windows)
 
@@ -149,7 +146,9 @@ class PageStore:
             # A row that was cut may have more pages than its length asks for: they are whole, so they stay.
             needs[row.slot] = max(0, self.pages_at(row.length + count) - len(row.pages))
         self._have(sum(needs.values()))
-        return StepBatch(self, work, list(self._ids.grant(needs).values()))
+        batch = StepBatch(self, work, list(self._ids.grant(needs).values()))
+        self._begun.add(batch)
+        return batch
 
     def foresee(self, rows: Sequence[Row], needs: Sequence[int]) -> list[list[int]] | None:
         """Free pages that `begin` will grant to rows that then need so many, if they still are free; None where there
@@ -220,6 +219,10 @@ class PageStore:
     def _release(self, pages: list[int]) -> None:
         self._ids.release(pages)
 
+    def times_taken(self, pages: Iterable[int]) -> list[int]:
+        """See `PageIds`."""
+        return self._ids.times_taken(pages)
+
     def _spare(self) -> int | None:
         """Bytes that may still be allocated; None for no limit."""
         return None if self.max_bytes is None else self.max_bytes - self.nbytes - self._elsewhere()
@@ -273,7 +276,7 @@ class PageStore:
             self.generation = next(_generations)
         if self._ids.free:
             sizes = [0 if pool is None else pool.shape[1] for pool in self.pools]
-            remake(self.pools, self._pack(), sizes, _copied)
+            remake(self.pools, self._pack(), sizes, copied)
         if self._free_slots:
             slots = sorted(self._rows)
             for group in self.groups:
@@ -290,24 +293,22 @@ class PageStore:
             return None
         kept = self._ids.compact()
         place = {old: new for new, old in enumerate(kept)}
-        for owner in self._owners():
-            owner.pages[:] = [place[page] for page in owner.pages]
+        granted = [pages for batch in self._begun for pages in batch.new_pages]
+        for pages in (*(owner.pages for owner in self._owners()), *granted):
+            pages[:] = [place[page] for page in pages]
         return torch.tensor(kept, dtype=torch.long, device=self.device)
 
     def squeeze(self, codebook: Codebook) -> int:
         """Re-encode everything held at a coarser setting of the same profile, between two steps. Returns bytes freed.
 
-        Rows and lengths stay; unused pages are given up. Layer by layer, see `remake`; what is wrong with a setting
-        shows before anything is changed. Raises CacheError for a setting that is not coarser, or of another profile or
-        exact window.
+        Rows and lengths stay; unused pages are given up. Layer by layer, see `remake`. Raises CacheError, with nothing
+        changed, for a setting that is not coarser, or of another profile or exact window.
         """
         old, new = self.codebook, codebook
         kept = [(b.profile_hash, b.sinks, b.window, b.page_tokens) for b in (old, new)]
         if old.setting == "exact" or new.setting == "exact" or kept[0] != kept[1]:
-            raise CacheError(
-                f"a cache at {old.setting!r} cannot be squeezed to {new.setting!r}: "
-                "both must be settings of one profile"
-            )
+            names = f"{old.setting!r} cannot be squeezed to {new.setting!r}"
+            raise CacheError(f"a cache at {names}: both must be settings of one profile")
         if new.page_nbytes() >= old.page_nbytes() or new.window_bits > old.window_bits:
             raise CacheError(f"{new.setting!r} is not coarser than {old.setting!r}: a cache can only be squeezed")
         before, fill = self.nbytes, squeeze_fill(old.layers, new.layers)
@@ -383,8 +384,9 @@ class PageStore:
         return (self.pages_at(context) * self._page_nbytes + self._slot_nbytes) / context
 
     def check(self) -> None:
-        """Assert the store's invariants: every page's owners are counted right, every slot has one owner, lengths match
-        page counts, and the bytes are those of the tensors."""
+        """Assert the store's invariants, between two steps: every page's owners are counted right, every slot has one
+        owner, lengths match page counts, and the bytes are those of the tensors."""
+        assert not self._begun, "a step was neither committed nor aborted"
         self._ids.check(page for owner in self._owners() for page in owner.pages)
         slots = list(self._rows) + self._free_slots
         assert sorted(slots) == list(range(self.slot_capacity)), "a slot is lost or owned twice"

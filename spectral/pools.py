@@ -58,6 +58,11 @@ class _Old:
         _Old.left += sum(pool.numel() for pool in self._kept)
 
 
+def copied(layer: int, pages: torch.Tensor, out: torch.Tensor) -> None:
+    """A Fill that leaves pages as they are."""
+    out.copy_(pages)
+
+
 def remake(pools: Pools, kept: torch.Tensor | None, sizes: list[int], fill: Fill) -> None:
     """In place: every pool becomes one with the pages `kept` (ascending; None: all), each of the layer's `sizes` bytes.
 

@@ -85,6 +85,7 @@ class StepBatch:
         if self.done:
             raise CacheError("this step was committed or aborted already")
         self.done = True
+        self.store._begun.discard(self)
 
 
 def _together(kept: list[tuple[int, tuple[torch.Tensor, ...]]]) -> torch.Tensor:

@@ -12,7 +12,7 @@ ran ahead has done no harm:
 * The new token went to the one place of the window that a row has to spare, where the same token, or another, will be
   written when that step is made.
 * Pages that became full went to free ones (`PageStore.foresee`): `begin` grants these if they still are free, and they
-  belong to nobody until then.
+  belong to nobody until then. Where anybody else had one of them meanwhile, the step is made anew.
 * Whatever else runs on the GPU from then on is behind it on the same stream. Memory that streams do not order (tables
   made on other threads, weights that move) is given up only after `DecodeGraphs.settle`.
 """
@@ -32,19 +32,21 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Expected:
     """What the next step asks of a sequence: its row with `length` tokens and `pages` pages before it, and the pages
-    that are granted for it."""
+    that are granted for it, of which each was `taken` so often then."""
 
     sequence: Sequence
     row: Row
     length: int
     pages: int
     granted: list[int]
+    taken: list[int]
 
-    def meets(self, granted: list[int]) -> bool:
+    def meets(self, granted: list[int], taken: list[int]) -> bool:
         """Whether the sequence's next step is this one."""
         row = self.sequence.row
         now = row is self.row and row.open and row.length == self.length and len(row.pages) == self.pages
-        return now and granted == self.granted
+        # Somebody else may have had such a page in between, written into it and given it back.
+        return now and granted == self.granted and taken == [times + 1 for times in self.taken]
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Ahead:
         places = []
         for sequence, pages in zip(sequences, granted, strict=True):
             at = known.get(sequence)
-            if at is None or not self.rows[at].meets(pages):
+            if at is None or not self.rows[at].meets(pages, store.times_taken(pages)):
                 return None
             places.append(at)
         return places
@@ -87,4 +89,6 @@ def expect(step: StaticStep, sequences: Rows[Sequence], fresh: Rows[list[int]]) 
     if granted is None:
         return None
     found = zip(sequences, rows, pages, granted, strict=True)
-    return [Expected(sequence, row, row.length + 1, held, new) for sequence, row, held, new in found]
+    return [
+        Expected(sequence, row, row.length + 1, held, new, store.times_taken(new)) for sequence, row, held, new in found
+    ]

@@ -251,8 +251,7 @@ class Engine:
             for sequence in self.faults.victims(error, part.work):
                 self._fail(sequence.request_id, error)
             for (sequence, count), pages in zip(part.work, part.batch.new_pages, strict=True):
-                # Whose oldest window tokens may have been written over before they became a page has lost them.
-                lost = count > 1 or (self.runner.unsure and bool(pages))
+                lost = count > 1 or self.runner.lost(part.batch.store, pages)
                 if lost and sequence in self.scheduler.running and sequence.row.length:
                     self.scheduler.restart(sequence)
             return

@@ -103,6 +103,8 @@ class DecodeGraphs:
         self._known = 0
         self.runs_ahead = mode == "graph"
         self._ahead: Ahead | None = None
+        self.wrote_ahead = False
+        """Whether the last step launched what runs ahead of it: then windows may hold tokens beyond their rows'."""
         self._calm = 0
         self.steps = self.chunk_steps = self.steps_ahead = 0
 
@@ -149,6 +151,7 @@ class DecodeGraphs:
     def run(self, part: Part) -> Chosen:
         """One step of a part that `fits`: the sequences that get a token, the tokens, and log probabilities where
         wanted."""
+        self.wrote_ahead = False
         count = len(self._stores())
         if count < self._known:  # what steps of a store that has ended hold is to go: its setting's tables
             self.prune()
@@ -285,9 +288,7 @@ class DecodeGraphs:
         self.replayer.run("sampling", (0, rows, kind), lambda: choose(numbers, kind, memory, out))
         fetched = Fetched(out)
         if then is not None:
-            if kind.filtered:  # the only kind whose choice may turn out to be none
-                logits = logits.clone()
-            then()
+            logits = self._before(then, logits, keep=kind.filtered)
         tokens, right = fetched.get().tolist()  # the step's one wait
         if not all(right[at] for at in places):
             self.settle()  # it went on from other tokens
@@ -299,6 +300,19 @@ class DecodeGraphs:
         for state, token in zip(states, tokens, strict=True):
             state.record(token)
         return tokens, [None] * len(states)
+
+    def _before(self, then: Callable[[], None], logits: torch.Tensor, *, keep: bool) -> torch.Tensor:
+        """Launch what runs ahead, which writes over the logits; those that were, in other memory if they are to `keep`:
+        where tokens may have to be chosen once more."""
+        try:
+            logits = logits.clone() if keep else logits
+            self.wrote_ahead = True
+            then()
+        except torch.OutOfMemoryError:  # this step has its tokens nevertheless
+            wait(self._loaded.device)
+            self._ahead, self._calm = None, CALM_STEPS
+            log.warning("no memory to run a step ahead; the next %d do not", CALM_STEPS)
+        return logits
 
     def _step(self, kind: type[Step], store: PageStore, rows: int, answers: int, pages: int, sequences: int) -> Step:
         """The step of so many rows, `answers` of them with logits, each with up to `pages` pages."""

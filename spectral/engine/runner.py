@@ -13,6 +13,7 @@ from spectral.engine.scheduler import Part
 from spectral.engine.sequence import Sequence
 from spectral.hf import LoadedModel, attending
 from spectral.lean_cpu import lean_decoding
+from spectral.pages import PageStore
 
 
 class Runner:
@@ -20,8 +21,7 @@ class Runner:
 
     def __init__(self, loaded: LoadedModel, graphs: DecodeGraphs | None = None) -> None:
         self.graphs = graphs
-        self.unsure = False
-        """A decode step, or one of short chunks, broke off after it may have written into windows."""
+        self._unsure = False  # a decode step, or one of short chunks, broke off: it may have written into windows
         self._model = loaded.model
         lean_decoding(loaded.model)
         self._device = loaded.device
@@ -31,15 +31,24 @@ class Runner:
     def step(self, part: Part) -> Chosen:
         """One forward and what it leads to: the sequences that get a token now, the tokens, and their log
         probabilities where wanted."""
-        self.unsure = False
+        self._unsure = False
         with torch.inference_mode(), launching(self._device):
             if self.graphs is not None and self.graphs.fits(part):
-                self.unsure = True
+                self._unsure = True
                 chosen = self.graphs.run(part)
-                self.unsure = False
+                self._unsure = False
                 return chosen
             sampling, logits = self.run(part)
             return (sampling, *sample(logits, [s.sampler for s in sampling])) if sampling else ([], [], [])
+
+    def lost(self, store: PageStore, granted: list[int]) -> bool:
+        """Whether a row of a step that broke off, with one token and so granted pages, may have lost what it held: its
+        oldest tokens were written over before they became a page, or a window without a place to spare, as those of
+        sliding layers are, has a token of the step that ran ahead."""
+        if not self._unsure:
+            return False
+        ahead = self.graphs is not None and self.graphs.wrote_ahead
+        return bool(granted) or (ahead and any(codec is None for codec in store.codebook.layers))
 
     def settle(self) -> None:
         """Wait for whatever runs ahead of the engine: what it reads is to change."""

@@ -157,9 +157,11 @@ def sample(logits: torch.Tensor, states: Sequence[SamplerState]) -> tuple[list[i
     if filtered:
         _fill(tokens, filtered, _nucleus(_tempered(work, filtered, states), [states[i] for i in filtered]))
     tokens = [token if fine else BROKEN for token, fine in zip(tokens, good, strict=True)]
-    for state, token in zip(states, tokens, strict=True):
+    wanted = [s.params.logprobs for s in states]
+    logprobs = [_logprob(raw[i], token, most) for i, (token, most) in enumerate(zip(tokens, wanted, strict=True))]
+    for state, token in zip(states, tokens, strict=True):  # last: a step that breaks off before is made once more
         state.record(token)
-    return tokens, [_logprob(raw[i], t, s.params.logprobs) for i, (t, s) in enumerate(zip(tokens, states, strict=True))]
+    return tokens, logprobs
 
 
 def _fill(tokens: list[int], rows: list[int], chosen: torch.Tensor) -> None:

@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 import torch
 
+from spectral.engine import sampler
 from spectral.engine.engine import Engine
 from spectral.engine.faults import DeviceLost, is_out_of_memory, is_sticky
 from spectral.engine.lease import set_lease
-from spectral.engine.types import Event, Failed, Finished
+from spectral.engine.scheduler import Part
+from spectral.engine.types import EngineLimits, Event, Failed, Finished
 from spectral.errors import OutOfPages
 from tests.spectral.engine.engine_helpers import answer, ask, request, tiny_engine
+from tests.spectral.engine.test_engine_stateful import LOADED, Ladder
 
 PROMPT = [5 + i % 80 for i in range(60)]
 
@@ -99,6 +102,79 @@ def test_the_second_time_in_a_row_only_the_newest_request_fails(monkeypatch: pyt
     assert {event.request_id for event in events if isinstance(event, Finished)} == {"old", "middle"}
     assert len(answer(events, "old")) == 20
     engine.check()
+
+
+def later_parts_have_pages(engine: Engine, monkeypatch: pytest.MonkeyPatch, error: Exception) -> list[int]:
+    """The first of a step's parts fails, once, where a later one has been granted pages; how many."""
+    own, schedule = engine.runner.step, engine.scheduler.schedule
+    parts: list[Part] = []
+    granted: list[int] = []
+
+    def scheduled() -> list[Part]:
+        parts[:] = schedule()
+        return [*parts]
+
+    def step(part: Part) -> Any:
+        pages = sum(len(new) for later in parts[1:] for new in later.batch.new_pages)
+        if part is parts[0] and pages and not granted:
+            granted.append(pages)
+            raise error
+        return own(part)
+
+    monkeypatch.setattr(engine.scheduler, "schedule", scheduled)
+    monkeypatch.setattr(engine.runner, "step", step)
+    return granted
+
+
+def test_memory_that_is_packed_between_two_parts_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages that are granted to a part which has not run yet get other numbers as any others do."""
+    asked = request("x", PROMPT[:30], 60), request("y", [7 + i * 3 % 70 for i in range(130)], 60)
+
+    def run(*failing: Exception) -> dict[str, list[int]]:
+        engine = tiny_engine(decode="static")
+        ask(engine, *[request(f"p{i}", PROMPT[i:], 9) for i in range(3)])
+        granted = [later_parts_have_pages(engine, monkeypatch, error) for error in failing]
+        found = ask(engine, *asked)
+        assert all(granted) and engine.faults.count == len(failing)
+        return found
+
+    assert run(out_of_memory()) == run()
+
+
+def test_a_store_that_ends_between_two_parts_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both choices of a request at a setting that is no longer the current one, in two parts; the first part fails."""
+    engine = Engine(LOADED, codebook=Ladder().codebook("coarse"), setting="coarse", profile=Ladder(), checked=True,
+                    decode="static", limits=EngineLimits(prefill_chunk=32, token_budget=64, max_concurrency=4))  # type: ignore[arg-type]  # fmt: skip
+    engine.submit(request("w", PROMPT[:10], 60))
+    engine.submit(request("r", [5 + i * 7 % 80 for i in range(100)], 30, sampling={"n": 2}))
+    engine.step()
+    engine.cancel("w")
+    engine.set_setting("fine")
+    granted = later_parts_have_pages(engine, monkeypatch, ValueError("the model failed"))
+    events = run(engine)
+    assert [event.request_id for event in events if isinstance(event, Failed)] == ["r"] and granted
+    assert len(engine.lanes.all) == 1
+    assert len(ask(engine, request("a", PROMPT))["a"]) == 20
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 1.0, "seed": 3}, {"frequency_penalty": 1.9}])
+def test_a_step_that_breaks_off_among_log_probabilities_is_made_once_more(
+    sampling: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random numbers and penalties then are what they were."""
+    asked = request("x", PROMPT[:30], 40, sampling={**sampling, "logprobs": 1})
+    wanted, own, calls = ask(tiny_engine(), asked), sampler._logprob, 0
+
+    def logprob(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls in (2, 9):
+            raise out_of_memory()
+        return own(*args)
+
+    monkeypatch.setattr(sampler, "_logprob", logprob)
+    engine = tiny_engine()
+    assert ask(engine, asked) == wanted and engine.faults.count == 2
 
 
 def test_a_device_that_is_lost_ends_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
