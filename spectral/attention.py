@@ -37,7 +37,7 @@ class DecodePlan:
     views: by group of windows, the first layer that was read ahead and what was read.
     counts, firsts, lengths: per row its pages, the oldest token that only the ring holds, and its tokens before this
         step.
-    step, bias: what the kernels and the reference make of these; bias: [B, 1, 1, m*P + capacity], 0 or -inf.
+    step, bias: what the kernels and the reference make of these; bias: [B, 1, 1, capacity + m*P], 0 or -inf.
     visible: bool [B, B], where rows are tokens of chunks (spectral.engine.chunk_step): whose new token a row sees, its
         own among them. They lie behind the window's places then, also in `bias`. None: its own only, in its place.
     """
@@ -159,7 +159,8 @@ def _decode_plan(batch: StepBatch, singles: list[int], window: ExactWindow, code
 
 
 def _bias(plan: DecodePlan, window: ExactWindow, codec: PageCodec | None) -> torch.Tensor:
-    """What hides the places that a row does not hold: [B, 1, 1, m*P + capacity], 0 or -inf."""
+    """What hides the places that a row does not hold: [B, 1, 1, capacity + m*P], 0 or -inf. Pages come last: how many
+    there are depends on other rows, and a row's softmax must not."""
     window_bias = torch.full((len(plan.counts), window.sinks + window.ring), float("-inf"))
     for at, (length, first) in enumerate(zip(plan.lengths, plan.firsts, strict=True)):
         after = length + 1
@@ -174,7 +175,7 @@ def _bias(plan: DecodePlan, window: ExactWindow, codec: PageCodec | None) -> tor
         tokens = torch.arange(plan.table.shape[1] * codec.page_tokens)
         held = torch.tensor(plan.counts) * codec.page_tokens
         page_bias = torch.where(tokens[None, :] < held[:, None], 0.0, float("-inf"))
-    return torch.cat([page_bias, window_bias], 1)[:, None, None, :].to(plan.table.device)
+    return torch.cat([window_bias, page_bias], 1)[:, None, None, :].to(plan.table.device)
 
 
 def ring_spans(window: ExactWindow, first: int, end: int) -> list[tuple[int, int]]:
@@ -224,7 +225,7 @@ def _decode(
     pages = None
     if codec is not None and pool is not None and plan.table.shape[1]:
         pages = codec.open(pool.index_select(0, plan.flat_table).view(*plan.table.shape, -1))
-        scores = torch.cat([pages.scores(q), scores], -1)
+        scores = torch.cat([scores, pages.scores(q)], -1)
     if softcap is None:
         scores = torch.add(plan.bias, scores, alpha=scaling)
     else:
@@ -233,8 +234,8 @@ def _decode(
     if pages is None:
         mixed = torch.bmm(weights.flatten(0, 1), values)
     else:
-        paged, recent = weights.split_with_sizes([scores.shape[3] - view.shape[1], view.shape[1]], 3)
-        mixed = torch.baddbmm(pages.mix(paged).flatten(0, 1), recent.flatten(0, 1), values)
+        recent, paged = weights.split_with_sizes([view.shape[1], scores.shape[3] - view.shape[1]], 3)
+        mixed = torch.baddbmm(pages.mix(paged).flatten(0, 1), recent.contiguous().flatten(0, 1), values)
     return mixed.view(count, query.shape[0], -1).to(query.dtype)
 
 

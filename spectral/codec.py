@@ -24,6 +24,7 @@ import torch
 
 from spectral.basis import covered_heads, holding
 from spectral.errors import SettingError
+from spectral.row_by_row import for_any_rows, of_any_rows, of_any_terms
 from spectral.unit_codec import UnitCodec
 
 if TYPE_CHECKING:
@@ -181,19 +182,20 @@ class OpenPages:
             unit, y = self.codec.units[number], self.coefficients[number]
             q = framed if len(self.codec.key_units) == 1 else framed[slice(*unit.heads)]
             heads, batch, _, group, _ = q.shape
-            latent = torch.bmm(q.flatten(1, 3), unit.key_basis)
+            latent = of_any_rows(q.flatten(1, 3), unit.key_basis)
             latent = latent.view(heads, batch, blocks, group, -1).permute(1, 2, 0, 3, 4).flatten(2, 3)
             parts = []  # by frequency, [B, h * G, tokens]
             if whole:
                 cut = whole * frame.pages * unit.page_tokens
-                by_block = y[:, :cut].unflatten(1, (whole, -1)).transpose(2, 3)
-                parts.append(torch.matmul(latent[:, :whole], by_block).transpose(1, 2).flatten(2))
+                by_block = y[:, :cut].unflatten(1, (whole, -1)).flatten(0, 1)
+                score = for_any_rows(latent[:, :whole].flatten(0, 1), by_block).unflatten(0, (batch, whole))
+                parts.append(score.transpose(1, 2).flatten(2))
                 y = y[:, cut:]
             if rest:
-                parts.append(torch.bmm(latent[:, whole], y.transpose(1, 2)))
+                parts.append(for_any_rows(latent[:, whole], y))
             score = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-            score = torch.mm(score.view(-1, unit.page_tokens), unit.dct)
-            out.append(score.view(batch, heads, group, -1))
+            score = of_any_rows(score.reshape(1, -1, unit.page_tokens), unit.dct[None])
+            out.append(score.reshape(batch, heads, group, -1))
         return out[0] if len(out) == 1 else torch.cat(out, 1)
 
     def mix(self, weight: torch.Tensor) -> torch.Tensor:
@@ -210,10 +212,11 @@ class OpenPages:
             unit, y = self.codec.units[number], self.coefficients[number]
             w = weight if len(self.codec.value_units) == 1 else weight[:, slice(*unit.heads)]
             batch, heads, group, _ = w.shape
-            by_frequency = torch.mm(w.reshape(-1, unit.page_tokens), unit.inverse_dct)
-            mixed = torch.bmm(by_frequency.view(batch, heads * group, -1), y)  # [B, h * G, R + 1]
+            by_frequency = of_any_rows(w.reshape(1, -1, unit.page_tokens), unit.inverse_dct[None])
+            mixed = of_any_terms(by_frequency.reshape(batch, heads * group, -1), y)  # [B, h * G, R + 1]
             mixed = mixed.view(batch, heads, group, -1).transpose(0, 1).flatten(1, 2)
-            out.append(torch.bmm(mixed, unit.value_basis).view(heads, batch, group, -1).transpose(0, 1))
+            found = of_any_rows(mixed, unit.value_basis).unflatten(1, (batch, group))  # [h, B, G, dv]
+            out.append(found.transpose(0, 1))
         return out[0] if len(out) == 1 else torch.cat(out, 1)
 
 
@@ -260,7 +263,8 @@ class ExactCodec(torch.nn.Module):
 class OpenExactPages:
     """Keys [B, m, H, P, d] and values [B, m, H, P, dv], float32, behind the functions of `OpenPages`.
 
-    Pages stay where they are: only scores and weights, which are small, change their order.
+    Only scores and weights, which are small, change their order. Operands lie alike whatever the number of rows and
+    pages: products of matrices that lie otherwise round otherwise.
     """
 
     keys: torch.Tensor
@@ -268,13 +272,19 @@ class OpenExactPages:
 
     def scores(self, query: torch.Tensor) -> torch.Tensor:
         """As `OpenPages.scores`."""
-        by_page = torch.matmul(query[:, None], self.keys.transpose(3, 4))  # [B, m, H, G, P]
-        return by_page.permute(0, 2, 3, 1, 4).flatten(3)
+        batch, pages = self.keys.shape[:2]
+        asked = query[:, None].expand(-1, pages, -1, -1, -1).flatten(0, 2)  # [B * m * H, G, d]
+        by_page = torch.bmm(asked, self.keys.flatten(0, 2).transpose(1, 2))
+        return by_page.view(batch, pages, *query.shape[1:3], -1).permute(0, 2, 3, 1, 4).flatten(3)
 
     def mix(self, weight: torch.Tensor) -> torch.Tensor:
         """As `OpenPages.mix`."""
-        by_page = weight.unflatten(3, (self.values.shape[1], -1)).permute(0, 3, 1, 2, 4)  # [B, m, H, G, P]
-        return torch.matmul(by_page, self.values).sum(1)
+        batch, pages, heads = self.values.shape[:3]
+        by_page = weight.unflatten(3, (pages, -1)).permute(0, 3, 1, 2, 4).flatten(0, 2)  # [B * m * H, G, P]
+        mixed = torch.bmm(by_page.contiguous(), self.values.flatten(0, 2)).view(batch, pages, -1)
+        # A product adds one page after another; the order of `sum` depends on how many there are, and so on other rows.
+        whole = torch.bmm(mixed.new_ones(batch, 1, pages), mixed)
+        return whole.view(batch, heads, *weight.shape[2:3], -1)
 
 
 PageCodec = LayerCodec | ExactCodec

@@ -7,6 +7,7 @@ same but for a rounding. A profiler measures models as they were loaded.
   few rows then reads them as they lie, which MKL does faster.
 * Norms of query and key heads, and rotary embeddings, run over all heads of that product at once.
 * The output layer, too large for the caches, is read once for several rows.
+* Products do not depend on how many rows there are where that is asked for (spectral.row_by_row).
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from spectral.lean import Shared, plain, same, sample
+from spectral.row_by_row import asked, linear, single_alike
 
 MOST_ROWS = 32
 """Rows up to which the output layer's product is turned: with more, nothing is won."""
@@ -45,13 +46,34 @@ def lean_decoding(model: Any) -> dict[str, int]:
                 "head": int(lean_head(model.get_output_embeddings())),
                 "rotary": int(lean_rotary(model)),
             }
+            for module in modules:
+                if plain(module) and "forward" not in vars(module):
+                    module.forward = partial(_linear, module, single_alike(module.weight, module.bias))
     model._lean_decoding = counts
     return dict(counts)
 
 
-def turnable(linear: Any) -> bool:
+def _linear(layer: torch.nn.Linear, single: bool, x: torch.Tensor) -> torch.Tensor:
+    return linear(x, layer.weight, layer.bias, single)
+
+
+class Joined(Shared):
+    """Those of a model on a CPU."""
+
+    def _join(self, lay: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
+        super()._join(lay)
+        self._single = single_alike(self._whole, self._bias)
+
+    def _all(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self._whole, self._bias, self._single)
+
+    def _own(self, x: torch.Tensor, number: int) -> torch.Tensor:
+        return _linear(self._linears[number], self._single, x)
+
+
+def turnable(layer: Any) -> bool:
     """Whether it pays to turn a layer's weights: known of MKL's products in float32."""
-    return torch.backends.mkl.is_available() and plain(linear) and linear.weight.dtype == torch.float32
+    return torch.backends.mkl.is_available() and plain(layer) and layer.weight.dtype == torch.float32
 
 
 def turned(weight: torch.Tensor) -> torch.Tensor:
@@ -75,15 +97,15 @@ def lean_weight(module: Any) -> bool:
 def lean_projections(module: Any) -> bool:
     """q, k and v of one input as one product; with it the norms of their heads, where the model has them."""
     linears: tuple[Any, ...] = tuple(getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj"))
-    if not plain(*linears) or any("forward" in vars(linear) for linear in linears):
+    if not plain(*linears) or any("forward" in vars(layer) for layer in linears):
         return False
     x = sample(1, 3, linears[0].in_features, like=linears[0].weight)
-    wanted = [linear(x) for linear in linears]
-    shared = Shared(linears, turned if turnable(linears[0]) else None)
+    wanted = [layer(x) for layer in linears]
+    shared = Joined(linears, turned if turnable(linears[0]) else None)
     if not all(same(want, shared(x, number=number)) for number, want in enumerate(wanted)):
         return False
-    for number, linear in enumerate(linears):
-        linear.forward = partial(shared, number=number)
+    for number, layer in enumerate(linears):
+        layer.forward = partial(shared, number=number)
     norms = getattr(module, "q_norm", None), getattr(module, "k_norm", None)
     gains = [getattr(norm, "lean_gain", None) for norm in norms]
     if all(gain is not None and linears[0].out_features % gain[0].numel() == 0 for gain in gains):
@@ -164,7 +186,7 @@ def lean_gate(module: Any) -> bool:
         return False
     x = sample(1, 3, linears[0].in_features, like=linears[0].weight)
     wanted = module(x)
-    shared = Shared(linears, turned if turnable(linears[0]) else None)
+    shared = Joined(linears, turned if turnable(linears[0]) else None)
     if turnable(down):
         down.weight.data = turned(down.weight.data)
 
@@ -183,10 +205,12 @@ def lean_head(head: Any) -> bool:
     if not turnable(head) or head.bias is not None or head.out_features < LEAST_OUTPUTS or "forward" in vars(head):
         return False
 
+    single = single_alike(head.weight, None)
+
     def forward(x: torch.Tensor) -> torch.Tensor:
         rows = x.numel() // x.shape[-1]
-        if not 1 < rows <= MOST_ROWS:
-            return F.linear(x, head.weight)
+        if asked() or not 1 < rows <= MOST_ROWS:
+            return linear(x, head.weight, None, single)
         product = torch.mm(head.weight, x.reshape(rows, -1).t())
         return product.t().contiguous().view(*x.shape[:-1], -1)
 
@@ -208,8 +232,10 @@ def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, turning: torch.T
 
 def neighbours(q: torch.Tensor, k: torch.Tensor) -> bool:
     """Whether keys lie right behind the queries in one storage."""
-    if q.ndim != 4 or q.shape[0] != 1 or k.ndim != 4 or q.stride() != k.stride() or q.shape[2:] != k.shape[2:]:
+    if q.ndim != 4 or q.shape[0] != 1 or k.ndim != 4 or q.shape[2:] != k.shape[2:]:
         return False
+    if any(q.stride(at) != k.stride(at) for at in (1, 2, 3) if q.shape[at] > 1 or at == 1):
+        return False  # a single token's stride is anything
     behind = q.storage_offset() + q.shape[1] * q.stride(1)
     return k.storage_offset() == behind and q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
 

@@ -277,7 +277,9 @@ class UnitCodec(torch.nn.Module):
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """x [n, P, D] float32, keys in their frame -> packed uint8 [n, bytes]."""
-        return self.quantize(torch.matmul(self.dct, (x - self.mean) @ self.project) / self._packing.deviation)
+        latents = (x - self.mean) @ self.project
+        # Not `matmul`, which multiplies one page otherwise than two: a page is the same whatever is sealed beside it.
+        return self.quantize(torch.bmm(self.dct.expand(len(x), -1, -1), latents) / self._packing.deviation)
 
     def quantize(self, y: torch.Tensor) -> torch.Tensor:
         """Coefficients in standard deviations [n, P, R] -> packed uint8 [n, bytes]."""

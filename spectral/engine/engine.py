@@ -85,9 +85,8 @@ class Engine:
         self._longest_token = longest_token(loaded.tokenizer)
         self._decode = make_decoder(loaded.tokenizer)
         self._grammars = GrammarCompiler(loaded.tokenizer, self.vocab_size, loaded.eos_token_ids)
-        graphs = decode_graphs(loaded, self.lanes.stores, decode)
-        self.runner = Runner(loaded, graphs)
-        self.scheduler = Scheduler(self.lanes, self.limits, divide=graphs.divide if graphs else None, clock=clock)
+        self.runner = Runner(loaded, decode_graphs(loaded, self.lanes.stores, decode))
+        self.scheduler = Scheduler(self.lanes, self.limits, divide=self.runner.divide, clock=clock)
         self.faults = Faults(self.lanes)
         self._live: dict[str, list[Sequence]] = {}
         self._session_of: dict[str, tuple[str, str]] = {}

@@ -9,11 +9,12 @@ import torch
 from spectral.dispatch import launching
 from spectral.engine.graphs import Chosen, DecodeGraphs
 from spectral.engine.sampler import remember_soundness, sample, score_prompt, spoil
-from spectral.engine.scheduler import Part
+from spectral.engine.scheduler import Part, Work
 from spectral.engine.sequence import Sequence
 from spectral.hf import LoadedModel, attending
 from spectral.lean_cpu import lean_decoding
 from spectral.pages import PageStore
+from spectral.row_by_row import row_by_row
 
 
 class Runner:
@@ -27,6 +28,16 @@ class Runner:
         self._device = loaded.device
         self._kept = loaded.kept
         self._no_mask = loaded.no_mask
+
+    def divide(self, work: Work) -> list[Work]:
+        """The forwards that the work on one store becomes. On a CPU decode rows are one, computed each by itself, and
+        every chunk of a prompt is its own: so nobody's numbers depend on what else runs."""
+        if self.graphs is not None:
+            return self.graphs.divide(work)
+        if self._device.type != "cpu":
+            return [work]
+        singles = [item for item in work if item[1] == 1]
+        return [part for part in (singles, *([item] for item in work if item[1] > 1)) if part]
 
     def step(self, part: Part) -> Chosen:
         """One forward and what it leads to: the sequences that get a token now, the tokens, and their log
@@ -96,7 +107,8 @@ class Runner:
         all_kept = len(keep) == len(ids) and not extra
         wanted = keep + extra + [last for _, last in passed]
         kept: Any = 0 if all_kept else self._kept(wanted)
-        with attending(self._model, part.batch):
+        alone = self._device.type == "cpu" and all(count == 1 for _, count in part.work)
+        with attending(self._model, part.batch), row_by_row(alone):
             out = self._model(
                 input_ids=flat[0],
                 attention_mask=self._no_mask,

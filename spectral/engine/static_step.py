@@ -26,6 +26,7 @@ from spectral.few_rows import captured
 from spectral.hf import LoadedModel, attending
 from spectral.pages import PageStore, Row, StepBatch
 from spectral.prefill import encode_pages, read_tokens
+from spectral.row_by_row import row_by_row
 
 if TYPE_CHECKING:
     from spectral.engine.sequence import Sequence
@@ -257,7 +258,7 @@ class StaticStep:
                 held = self.held(plan, first, sinks, ring, codec is None)
                 if paged:
                     within = torch.arange(paged, device=self._device) < (first - sinks)[:, None]
-                    held = torch.cat([within, held], 1)
+                    held = torch.cat([held, within], 1)
                 bias = torch.zeros_like(held, dtype=torch.float32).masked_fill_(~held, float("-inf"))
                 plan.bias = bias[:, None, None]
             found[name] = plan
@@ -286,7 +287,7 @@ class StaticStep:
         field = self.inputs.field
         batch = StepBatch(self.store, [(Row(0), 1)] * self.rows, [[]] * self.rows)
         batch.plans = self.plans()
-        with attending(self._model, batch), captured():
+        with attending(self._model, batch), captured(), row_by_row(self._device.type == "cpu"):
             out = self._model(
                 input_ids=field["token"][None],
                 attention_mask=self._no_mask,
