@@ -19,6 +19,9 @@ from spectral.errors import SpectralError
 
 COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
+MOST_TOKENS = 10**9
+"""No prompt and no answer has more; a larger count is a fault, and would break sums and rates."""
+
 _TEXT = (
     "time way year work day world life hand part place case week point home water room area money story fact month "
     "lot right study book word side kind head house friend hour game line end city team idea body back face level "
@@ -44,7 +47,7 @@ def read_trace(
     answer exceed `max_context` tokens. Raises SpectralError for a file that is no trace."""
     out: list[Planned] = []
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             if not set(COLUMNS) <= set(reader.fieldnames or ()):
                 raise SpectralError(f"{path} is not a trace: its header must name {', '.join(COLUMNS)}")
@@ -55,7 +58,7 @@ def read_trace(
                 out.append(_bounded(when, prompt, output, max_context))
     except OSError as error:
         raise SpectralError(f"{path} cannot be read: {error}") from error
-    except (ValueError, TypeError, UnicodeDecodeError) as error:
+    except (ValueError, TypeError, csv.Error) as error:
         raise SpectralError(f"{path}, row {len(out) + 2}: {error}") from error
     if not out:
         raise SpectralError(f"{path} has no requests")
@@ -90,8 +93,8 @@ def _count(row: dict[str, str], name: str) -> int:
         count = int(row[name])
     except (ValueError, TypeError):
         count = -1
-    if count < 0:
-        raise ValueError(f"{name} must be a whole number of tokens, got {row[name]!r}")
+    if not 0 <= count <= MOST_TOKENS:
+        raise ValueError(f"{name} must be a whole number of tokens, got {row[name]!r:.50}")
     return count
 
 
@@ -122,7 +125,8 @@ def prompt_text(tokens: int, words_per_token: float, seed: str, shared: int = 0)
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which `share` per cent lie, between neighbours by straight lines; values need not be sorted."""
+    """The value below which `share` per cent lie, between neighbours by straight lines; values need not be sorted.
+    There must be one."""
     ordered = sorted(values)
     place = (len(ordered) - 1) * share / 100
     low = int(place)
