@@ -13,6 +13,10 @@ from spectral.commands.bench_load import percentile
 SHOWN = (50, 75, 90, 95, 99)
 ALL = (*range(1, 100), 99.9, 100)
 
+PLOTS = ("load.png", "load.svg")
+MOST_ERRORS = 10
+"""Kinds of errors that are shown to people; servers may put a number of their own into every message."""
+
 METRICS = {
     "ttft_s": "time to first token",
     "tpot_s": "time per output token",
@@ -88,25 +92,36 @@ def each(measured: Sequence[Measured]) -> list[dict[str, Any]]:
 
 
 def lines(figures: dict[str, Any]) -> list[str]:
-    """The report for people."""
-    out = [
+    """The report for people. `figures`: those of `report`, with `planned`, `stopped` and `unfinished` requests."""
+    out = []
+    if figures["stopped"]:
+        out.append(
+            f"stopped early: of {figures['planned']} requests {figures['requests']} had ended, and "
+            f"{figures['unfinished']} that were going are left out of what follows"
+        )
+    out.append(
         f"{figures['completed']} of {figures['requests']} requests in {figures['seconds']:.1f} s: "
         f"{figures['requests_per_second']:.2f} requests/s, {figures['output_tokens_per_second']:.1f} output tokens/s, "
         f"{figures['tokens_per_second']:.1f} tokens/s in all"
-    ]
+    )
     slo = {name: value for name, value in figures["slo"].items() if value is not None}
     if slo:
         asked = ", ".join(f"{name.removesuffix('_s')} <= {value:g} s" for name, value in slo.items())
         goodput = figures["goodput"]
         met = f"{goodput['requests_per_second']:.2f} requests/s, {goodput['share']:.1%} of all"
         out.append(f"goodput at {asked}: {met}")
-    out.append(f"{'milliseconds':24}" + "".join(f"{name:>10}" for name in ("mean", *(f"p{p}" for p in SHOWN), "max")))
+    if figures["completed"]:
+        heads = ("mean", *(f"p{p}" for p in SHOWN), "max")
+        out.append(f"{'milliseconds':24}" + "".join(f"{name:>10}" for name in heads))
     for name, title in METRICS.items():
         if figures[name] is not None:
             levels = figures[name]["percentiles"]
             row = [figures[name]["mean"], *(levels[str(p)] for p in SHOWN), levels["100"]]
             out.append(f"{title:24}" + "".join(f"{1000 * value:10.1f}" for value in row))
-    out += [f"{count} x {error}" for error, count in figures["errors"].items()]
+    errors = Counter(figures["errors"]).most_common()
+    out += [f"{count} x {error}" for error, count in errors[:MOST_ERRORS]]
+    if rest := sum(count for _, count in errors[MOST_ERRORS:]):
+        out.append(f"{rest} x other errors (--json has them all)")
     return out
 
 
@@ -134,7 +149,7 @@ def plots(measured: Sequence[Measured], folder: Path) -> list[Path]:
     axis.set(title="over time", xlabel="sent, seconds", ylabel="time to first token, ms")
     axis.legend()
     folder.mkdir(parents=True, exist_ok=True)
-    out = [folder / "load.png", folder / "load.svg"]
+    out = [folder / name for name in PLOTS]
     for path in out:
         figure.savefig(path)
     return out

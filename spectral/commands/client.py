@@ -27,17 +27,39 @@ def resolve_url(url: str | None) -> str:
     return (url or os.environ.get("SPECTRAL_URL") or DEFAULT_URL).rstrip("/")
 
 
+def check_address(address: str) -> str:
+    """The same address. Raises ServerError for one that is none."""
+    import httpx
+
+    try:
+        url = httpx.URL(address)
+        fits = url.scheme in ("http", "https") and bool(url.host) and (url.port or 0) < 2**16
+    except httpx.InvalidURL:
+        fits = False
+    if not fits:
+        raise ServerError(f"{address!r} is no address of a server; write it as {DEFAULT_URL}")
+    return address
+
+
+def check_key(key: str, named: str) -> str:
+    """The same key. `named`: where it was given. Raises ServerError, without the key, for what no header can carry."""
+    if not (key.isascii() and key.isprintable() and key == key.strip()):
+        raise ServerError(
+            f"{named} has characters that no key has (letters with accents, or spaces and line ends around it); "
+            "give the key as the server's owner wrote it"
+        )
+    return key
+
+
 def open_client(url: str | None, timeout: float = 10.0) -> httpx.Client:
     """A client for one server. Proxies of the environment are not used: the server is usually on this machine. Raises
     ServerError for an address that is none."""
     import httpx
 
-    address = resolve_url(url)
-    if not address.startswith(("http://", "https://")):
-        raise ServerError(f"{address!r} is no address of a server; write it as {DEFAULT_URL}")
+    address = check_address(resolve_url(url))
     headers = {}
     if key := os.environ.get("SPECTRAL_API_KEY"):
-        headers["Authorization"] = f"Bearer {key}"
+        headers["Authorization"] = f"Bearer {check_key(key, 'SPECTRAL_API_KEY')}"
     return httpx.Client(base_url=address, timeout=timeout, headers=headers, trust_env=False)
 
 
