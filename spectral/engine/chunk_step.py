@@ -11,6 +11,7 @@ chunk is no longer than the exact window.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -167,8 +168,7 @@ class ChunkStep(StaticStep):
     def tables(self, small: Small, first: torch.Tensor) -> StepTables:
         """As `StaticStep.tables`."""
         tables, before = super().tables(small, first), self.inputs.field["before"].int()
-        tables.length, tables.before = tables.length - before, before
-        return tables
+        return replace(tables, length=tables.length - before, before=before)
 
     def held(self, plan: DecodePlan, first: torch.Tensor, sinks: int, ring: int, sliding: bool) -> torch.Tensor:
         """As `StaticStep.held`, and the step's new tokens behind it: bool [B, sinks + ring + B]."""

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from spectral.kernels.check_tensors import ANY, FLOATS, HALF, SINGLE, TOKENS, check, check_heads
 from spectral.kernels.code_layer import CodeLayer
 from spectral.kernels.expand import expand
 
@@ -121,14 +122,17 @@ def part_attention(
     scaling: float,
     softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of n queries over t >= n keys, the last n of which are the queries' own where `causal`.
+    """Attention of n queries over t keys (one at least), the last n of which are the queries' own where `causal`.
 
     Args:
         query: [Hq, n, d], contiguous; keys: [H, t, d]; values: [H, t, dv]; fp16, a head's tokens contiguous.
 
     Returns:
         fp16 [Hq, n, dv] and the scores' log-sum-exp, fp32 [Hq, n].
+
+    Raises ValueError for tensors of other shapes, dtypes, strides or devices.
     """
+    _check_part(query, keys, values, causal)
     heads, count, dim = query.shape
     group, value_dim = heads // keys.shape[0], values.shape[2]
     if query.is_cuda and softcap is None and dim == value_dim and flash_serves(query.device, dim, group):
@@ -148,6 +152,7 @@ def tiled(
     softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`part_attention` through `chunk_kernel`; tiles: see TILES."""
+    _check_part(query, keys, values, causal)
     heads, count, dim = query.shape
     total, value_dim = keys.shape[1], values.shape[2]
     out = torch.empty((heads, count, value_dim), dtype=torch.float16, device=query.device)
@@ -161,6 +166,20 @@ def tiled(
         num_warps=tiles[2], num_stages=tiles[3],
     )  # fmt: skip
     return out, sums
+
+
+def _check_part(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, causal: bool) -> None:
+    """Raise ValueError naming what does not fit."""
+    device = query.device
+    check("query", query, HALF, ("query heads", "tokens", "numbers"), device)
+    heads, count, dim = query.shape
+    check("keys", keys, HALF, ("KV heads", "tokens", dim), device, TOKENS)
+    kv_heads, total, _ = keys.shape
+    check("values", values, HALF, (kv_heads, total, "numbers"), device, TOKENS)
+    check_heads(heads, kv_heads)
+    least = count if causal else 1
+    if total < least:
+        raise ValueError(f"keys must be of {least} tokens at least ({count} queries, causal: {causal}), got {total}")
 
 
 def _flash(
@@ -208,21 +227,20 @@ def attend_chunk(
     """Attention of a chunk over a row's pages, what its window holds beside them, and itself.
 
     Args:
-        pool: uint8 [pages, page_nbytes]; ids: int32 [n] all pages of the row, oldest first.
+        pool: uint8 [pages, page_nbytes]; ids: int32 [n] all pages of the row, oldest first; as `expand` wants them.
         recent: float32 [H, t, d + dv]: sinks and recent tokens that are in no page, in any order.
-        query: [Hq, n, d]; key: [H, n, d]; value: [H, n, dv]; post-RoPE, one dtype.
+        query: [Hq, n, d]; key: [H, n, d]; value: [H, n, dv]; post-RoPE, one dtype; by any strides, as `recent`.
 
     Returns:
         [Hq, n, dv] in the query's dtype.
+
+    Raises ValueError for tensors of other shapes, dtypes, strides or devices. Page ids are not checked against the
+    pool: they lie on the device, and the host would have to wait for it.
     """
-    codec, heads = layer.codec, key.shape[0]
-    if query.shape[0] % heads or heads != codec.kv_heads or key.shape[:2] != value.shape[:2]:
-        raise ValueError(
-            f"query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)} do not fit "
-            f"{codec.kv_heads} KV heads"
-        )
-    if query.shape[1] != key.shape[1] or recent.shape[0] != heads:
-        raise ValueError(f"query {list(query.shape)}, key {list(key.shape)} and recent {list(recent.shape)} differ")
+    codec, heads = layer.codec, layer.codec.kv_heads
+    _check_chunk(layer, recent, query, key, value)
+    if not query.shape[1]:
+        return query.new_empty((query.shape[0], 0, codec.value_dim))
     q, parts = query.half().contiguous(), []
     most = max(1, WORKSPACE // (2 * heads * (codec.key_dim + codec.value_dim) * codec.page_tokens))
     count = max(1, -(-ids.numel() // most))
@@ -243,6 +261,20 @@ def attend_chunk(
                 side[:, paged + window.shape[1] :] = new
         parts.append(part_attention(q, *sides, causal=last, scaling=scaling, softcap=softcap))
     return merged(parts).to(query.dtype)
+
+
+def _check_chunk(
+    layer: CodeLayer, recent: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> None:
+    """Raise ValueError naming what does not fit; the rest is `expand`'s."""
+    codec, device = layer.codec, layer.device
+    heads, dim, value_dim = codec.kv_heads, codec.key_dim, codec.value_dim
+    check("query", query, FLOATS, ("query heads", "tokens", dim), device, ANY)
+    check_heads(query.shape[0], heads)
+    kind, count = (query.dtype,), query.shape[1]
+    check("key", key, kind, (heads, count, dim), device, ANY)
+    check("value", value, kind, (heads, count, value_dim), device, ANY)
+    check("recent", recent, SINGLE, (heads, "tokens", dim + value_dim), device, ANY)
 
 
 def merged(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,17 @@ from spectral.aside import to_device
 from spectral.beside import Beside
 from spectral.codec import LayerCodec
 from spectral.errors import SettingError
+from spectral.kernels.check_tensors import (
+    ANY,
+    FLOATS,
+    INT32,
+    SHORT,
+    check,
+    check_heads,
+    check_pool,
+    check_window,
+    fault,
+)
 from spectral.kernels.choices import DecodeChoices, Shape, block_pages, chosen, layer_shape
 from spectral.kernels.combine import combine_kernel, query_kernel, value_kernel
 from spectral.kernels.flat import ENTRIES, flat_fits
@@ -36,6 +47,7 @@ from spectral.kernels.recent_attention import read_window, window_parts
 from spectral.kernels.scoring import Asked, Sums, by_lane, flat_sums, sums_of_weights, weights
 from spectral.kernels.tables import QUAD_ORDER, LayerTables, layer_tables
 from spectral.overlap import alongside
+from spectral.shapes import LayerShape
 from spectral.windows import ExactWindow
 
 LOG2E = math.log2(math.e)
@@ -60,9 +72,9 @@ def unsupported(codec: LayerCodec, window: int) -> str:
     return "" if window else "a setting without an exact window"
 
 
-@dataclass
+@dataclass(frozen=True)
 class StepTables:
-    """Where a decoding step's rows lie, shared by all layers.
+    """Where a decoding step's rows lie, shared by all layers; contiguous but for `pages`, whose rows may lie apart.
 
     Attributes:
         pages: int32 [B, m] page ids (any where a row has fewer); count: int32 [B] pages of a row, the one sealed in
@@ -77,6 +89,17 @@ class StepTables:
     length: torch.Tensor
     first: torch.Tensor
     before: torch.Tensor
+
+    @cached_property
+    def fault(self) -> str:
+        """What kernels would read otherwise, in words; "" where all is right. Found once for all layers."""
+        pages = self.pages
+        if pages.dtype != torch.int32 or pages.ndim != 2 or (pages.shape[1] > 1 and pages.stride(1) != 1):
+            found = f"{pages.dtype} {list(pages.shape)} with strides {list(pages.stride())}"
+            return f"step.pages must be int32 [rows, pages] with contiguous rows, got {found}"
+        columns = ("count", "slot", "length", "first", "before")
+        each = (fault(f"step.{x}", getattr(self, x), INT32, (len(pages),), pages.device) for x in columns)
+        return next(filter(None, each), "")
 
 
 class LayerKernels:
@@ -107,6 +130,7 @@ class LayerKernels:
         self._bytes = [codec.starts[number : number + 2] for number in codec.key_units]
         self._units: dict[int, torch.Tensor] = {}
         self._shapes: dict[int, Shape] = {}
+        self.sizes = LayerShape(codec.kv_heads, codec.key_dim, codec.value_dim)
         self.flat = False
         fit = flat_fits(most, block_pages(codec)) and operands_fit(codec.key_dim, frame_half(codec))
         self.read_tokens(self.classes == 1 and codec.page_tokens == 16 and fit)
@@ -182,27 +206,32 @@ def decode_attention(
 
     Args:
         pool: uint8 [pages, page_nbytes], contiguous, with spectral.layout.POOL_SLACK readable bytes behind it.
-        query: [B, Hq, d]; key: [B, H, d]; value: [B, H, dv]; post-RoPE, one dtype, not yet in the window.
+        window: of the layer's heads and sizes.
+        query: [B, Hq, d]; key: [B, H, d]; value: [B, H, dv]; post-RoPE, one dtype, not yet in the window; by any
+            strides. fp16, bf16 or fp32, or (pages that are transformed) fp64.
 
     Returns:
         [B, Hq, dv] in the query's dtype.
+
+    Raises ValueError for tensors of other shapes, dtypes, strides or devices. Page ids, counts, slots and lengths are
+    not checked against pool, table and window: they lie on the device, and the host would have to wait for it.
     """
     codec = layer.codec
-    rows, heads, dim = query.shape
+    _check(layer, pool, window, step, query, key, value)
+    rows, heads, _ = query.shape
     group = heads // codec.kv_heads
-    _check(layer, pool, step, query, key, value)
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    scale = scaling * LOG2E
-    cap = 0.0 if softcap is None else softcap * LOG2E
+    scale, cap = scaling * LOG2E, 0.0 if softcap is None else softcap * LOG2E
     out = torch.empty((rows, heads, codec.value_dim), dtype=query.dtype, device=query.device)
-    paged = bool(step.pages.shape[1])
+    if not rows:
+        return out
     choices = layer.choices(group)
     blocks = triton.cdiv(step.pages.shape[1], block_pages(codec))
     parts = window_parts(layer, choices, window, rows, group, blocks)
     top = torch.empty((rows, heads, parts), device=query.device)
     total, mixed = torch.empty_like(top), torch.empty((rows, heads, parts, codec.value_dim), device=query.device)
     look_back = partial(read_window, choices, window, step, query, key, value, scale, cap, top, total, mixed)
-    if not paged:
+    if not step.pages.shape[1]:
         look_back()
         out.copy_((mixed / total[..., None])[:, :, 0])
         return out
@@ -235,31 +264,26 @@ def decode_attention(
 def _check(
     layer: LayerKernels,
     pool: torch.Tensor,
+    window: ExactWindow,
     step: StepTables,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
 ) -> None:
     """Raise ValueError naming what does not fit."""
-    codec, rows = layer.codec, query.shape[0]
-    if pool.dtype != torch.uint8 or pool.ndim != 2 or pool.shape[1] != codec.page_nbytes or not pool.is_contiguous():
-        raise ValueError(
-            f"pool must be contiguous uint8 [pages, {codec.page_nbytes}], got {pool.dtype} {list(pool.shape)}"
-        )
-    if query.ndim != 3 or query.shape[1] % codec.kv_heads or query.shape[2] != codec.key_dim:
-        raise ValueError(
-            f"query must be [rows, a multiple of {codec.kv_heads}, {codec.key_dim}], got {list(query.shape)}"
-        )
-    for name, x, dim in (("key", key, codec.key_dim), ("value", value, codec.value_dim)):
-        if list(x.shape) != [rows, codec.kv_heads, dim] or x.dtype != query.dtype:
-            raise ValueError(
-                f"{name} must be {query.dtype} [{rows}, {codec.kv_heads}, {dim}], got {x.dtype} {list(x.shape)}"
-            )
-    tables = (step.pages, step.count, step.slot, step.length, step.first, step.before)
-    if any(x.dtype != torch.int32 or x.shape[0] != rows or x.device != query.device for x in tables):
-        raise ValueError(f"step tables must be int32 with {rows} rows on {query.device}")
-    if pool.device != query.device:
-        raise ValueError(f"pool is on {pool.device} and the query on {query.device}")
+    codec, device = layer.codec, layer.key_basis.device
+    check("query", query, SHORT if layer.flat else FLOATS, ("rows", "query heads", codec.key_dim), device, ANY)
+    rows, heads, _ = query.shape
+    check_heads(heads, codec.kv_heads)
+    kind = (query.dtype,)
+    check("key", key, kind, (rows, codec.kv_heads, codec.key_dim), device, ANY)
+    check("value", value, kind, (rows, codec.kv_heads, codec.value_dim), device, ANY)
+    check_pool("pool", pool, "pages", codec.page_nbytes, device)
+    check_window(window, layer.sizes, device)
+    if step.fault:
+        raise ValueError(step.fault)
+    if len(step.pages) != rows or step.pages.device != device:
+        raise ValueError(f"step must be of {rows} rows on {device}, got {len(step.pages)} on {step.pages.device}")
 
 
 def _angles(layer: LayerKernels, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from spectral.kernels.check_tensors import FLOATS, INT32, NUMBERS, SINGLE, check, check_pool
 from spectral.kernels.code_layer import TILE, CodeLayer, Side
 
 COLUMNS = 1024
@@ -164,9 +165,12 @@ def encode(
     Args:
         page: int32 [n]: each page's index in its sequence, all in the sequence's first `blocks` blocks.
         pool: uint8 [pages, page_nbytes], contiguous; ids: int32 [n]: the pages of it that are written.
+
+    Raises ValueError for tensors of other shapes, dtypes, strides or devices. Whether ids lie in the pool and indices
+    in these blocks is not checked: they lie on the device, and the host would have to wait for it.
     """
+    _check(layer, tokens, page, blocks, pool, ids)
     codec, count = layer.codec, ids.numel()
-    _check(layer, tokens, page, pool, ids)
     if not count or not codec.page_nbytes:
         return
     rows = count * codec.page_tokens
@@ -227,28 +231,22 @@ def _prepare(
     )  # fmt: skip
 
 
-def _check(layer: CodeLayer, tokens: Tokens, page: torch.Tensor, pool: torch.Tensor, ids: torch.Tensor) -> None:
+def _check(
+    layer: CodeLayer, tokens: Tokens, page: torch.Tensor, blocks: int, pool: torch.Tensor, ids: torch.Tensor
+) -> None:
     """Raise ValueError naming what does not fit."""
-    codec, rows = layer.codec, ids.numel() * layer.codec.page_tokens
-    if pool.dtype != torch.uint8 or pool.ndim != 2 or pool.shape[1] != codec.page_nbytes or not pool.is_contiguous():
-        raise ValueError(
-            f"pool must be contiguous uint8 [pages, {codec.page_nbytes}], got {pool.dtype} {list(pool.shape)}"
-        )
-    for name, x in (("page", page), ("ids", ids)):
-        if x.dtype != torch.int32 or list(x.shape) != [ids.numel()] or not x.is_contiguous():
-            raise ValueError(f"{name} must be contiguous int32 [{ids.numel()}], got {x.dtype} {list(x.shape)}")
-    held = tokens.held
-    sizes = (codec.kv_heads, codec.key_dim + codec.value_dim)
-    if held.dtype != torch.float32 or held.ndim != 3 or held.shape[::2] != sizes:
-        raise ValueError(f"held must be float32 [{sizes[0]}, tokens, {sizes[1]}], got {held.dtype} {list(held.shape)}")
+    codec, device, held = layer.codec, layer.device, tokens.held
+    check_pool("pool", pool, "pages", codec.page_nbytes, device)
+    check("ids", ids, INT32, ("pages",), device)
+    check("page", page, INT32, (ids.numel(),), device)
+    if blocks < 1:
+        raise ValueError(f"blocks must be 1 at least, got {blocks}")
+    numbers = codec.key_dim + codec.value_dim
+    check("held", held, SINGLE, (codec.kv_heads, "tokens", numbers), device, NUMBERS)
+    new = ids.numel() * codec.page_tokens - held.shape[1]
+    if new < 0:
+        raise ValueError(f"held must be {new + held.shape[1]} tokens at most, as the pages have, got {held.shape[1]}")
     for name, x, dim in (("keys", tokens.keys, codec.key_dim), ("values", tokens.values, codec.value_dim)):
-        shape = [codec.kv_heads, rows - held.shape[1], dim]
-        if list(x.shape) != shape or not x.is_floating_point():
-            raise ValueError(f"{name} must be {shape} floating point, got {x.dtype} {list(x.shape)}")
-        if tokens.top and dim % tokens.group:
+        check(name, x, FLOATS, (codec.kv_heads, new, dim), device, NUMBERS)
+        if tokens.top and (tokens.group < 1 or dim % tokens.group):
             raise ValueError(f"{name} of {dim} numbers do not fall into groups of {tokens.group}")
-    for name, x in (("held", held), ("keys", tokens.keys), ("values", tokens.values)):
-        if x.numel() and x.stride(-1) != 1:
-            raise ValueError(f"{name} must have contiguous heads, got strides {x.stride()}")
-        if x.device != pool.device:
-            raise ValueError(f"{name} are on {x.device} and the pool on {pool.device}")

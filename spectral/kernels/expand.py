@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from spectral.kernels.check_tensors import HALF, INT32, TOKENS, check, check_pool
 from spectral.kernels.code_layer import TILE, CodeLayer, Side
 
 
@@ -117,9 +118,12 @@ def expand(
         pool: uint8 [pages, page_nbytes], contiguous; ids: int32 [n] pages of it; first: index of ids[0] in its
             sequence.
         keys: fp16 [H, n * P, d] post-RoPE, values: fp16 [H, n * P, dv]: written; a head's tokens contiguous.
+
+    Raises ValueError for tensors of other shapes, dtypes, strides or devices. Page ids are not checked against the
+    pool: they lie on the device, and the host would have to wait for it.
     """
+    _check(layer, pool, ids, first, keys, values)
     codec, count = layer.codec, ids.numel()
-    _check(layer, pool, ids, keys, values)
     if not count:
         return
     tokens = codec.page_tokens
@@ -172,19 +176,16 @@ def _restore(
 
 
 def _check(
-    layer: CodeLayer, pool: torch.Tensor, ids: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    layer: CodeLayer, pool: torch.Tensor, ids: torch.Tensor, first: int, keys: torch.Tensor, values: torch.Tensor
 ) -> None:
     """Raise ValueError naming what does not fit."""
-    codec = layer.codec
-    if pool.dtype != torch.uint8 or pool.ndim != 2 or pool.shape[1] != codec.page_nbytes or not pool.is_contiguous():
-        raise ValueError(
-            f"pool must be contiguous uint8 [pages, {codec.page_nbytes}], got {pool.dtype} {list(pool.shape)}"
-        )
-    if ids.dtype != torch.int32 or ids.ndim != 1 or not ids.is_contiguous():
-        raise ValueError(f"ids must be contiguous int32 [pages], got {ids.dtype} {list(ids.shape)}")
+    codec, device = layer.codec, layer.device
+    check_pool("pool", pool, "pages", codec.page_nbytes, device)
+    check("ids", ids, INT32, ("pages",), device)
+    if first < 0:
+        raise ValueError(f"first must be the index of a page in its sequence, 0 at least, got {first}")
+    tokens = ids.numel() * codec.page_tokens
     for name, x, dim in (("keys", keys, codec.key_dim), ("values", values, codec.value_dim)):
-        shape = [codec.kv_heads, ids.numel() * codec.page_tokens, dim]
-        if x.dtype != torch.float16 or list(x.shape) != shape or x.stride()[1:] != (dim, 1):
-            raise ValueError(f"{name} must be float16 {shape} with contiguous heads, got {x.dtype} {list(x.shape)}")
-    if len({x.device for x in (pool, ids, keys, values, layer.size)}) > 1:
-        raise ValueError(f"pool, ids, keys and values must lie on {layer.size.device}, as the codec does")
+        check(name, x, HALF, (codec.kv_heads, tokens, dim), device, TOKENS)
+        if codec.kv_heads > 1 and x.stride(0) < tokens * dim:
+            raise ValueError(f"{name} must have room of its own for every head, got strides {list(x.stride())}")

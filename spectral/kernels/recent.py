@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from spectral.kernels.check_tensors import ANY, BYTES, FLOATS, HALF, INT64, NUMBERS, check
 from spectral.windows import QuantizedWindow
 
 TILE = 8
@@ -135,12 +136,15 @@ def served(window: object) -> bool:
 
 def read_recent(window: QuantizedWindow, slot: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
     """Tokens at places [t] of slot [1], or each of its own slot [t], all int64: float32 [H, t, d + dv], as
-    `window.read_places`."""
+    `window.read_places`.
+
+    Raises ValueError for tensors of other shapes, dtypes, strides or devices. Slots and places are not checked against
+    the window: they lie on the device, and the host would have to wait for it."""
     heads, count = window.shape.kv_heads, place.numel()
+    _check(window, slot, place, each=slot.numel() == count)
     out = torch.empty((heads, count, window.shape.head_numbers), dtype=torch.float32, device=place.device)
     if not count:
         return out
-    _check(window, slot, place, each=slot.numel() == count)
     read_kernel[(triton.cdiv(count, TILE), heads)](
         slot, place, window.store, window.high, window.low, window.scale, out,
         count, heads, window.sinks, window.ring,
@@ -158,17 +162,20 @@ def write_recent(
     key: torch.Tensor,
     value: torch.Tensor,
 ) -> None:
-    """Tokens source [n] of key [H, t, d] and value [H, t, dv] to places [n] of slot [1], none of them sinks."""
-    heads, count = window.shape.kv_heads, place.numel()
+    """Tokens source [n] of key [H, t, d] and value [H, t, dv] to places [n] of slot [1], all int64. No place may be a
+    sink's: its token would go where another head, or another slot, has its own.
+
+    Raises ValueError for tensors of other shapes, dtypes, strides or devices. Slot, places and sources are not checked
+    against window and tokens, nor for sinks: they lie on the device, and the host would have to wait for it."""
+    heads, count, device = window.shape.kv_heads, place.numel(), window.high.device
+    _check(window, slot, place)
+    check("source", source, INT64, (count,), device)
+    check("key", key, FLOATS, (heads, "tokens", window.shape.key_dim), device, NUMBERS)
+    check("value", value, FLOATS, (heads, key.shape[1], window.shape.value_dim), device, NUMBERS)
     if not count:
         return
-    _check(window, slot, place)
-    if source.dtype != torch.int64 or source.shape != place.shape:
-        raise ValueError(f"source must be int64 {list(place.shape)}, got {source.dtype} {list(source.shape)}")
     first = 0
-    for name, x, dim in (("key", key, window.shape.key_dim), ("value", value, window.shape.value_dim)):
-        if x.shape[0] != heads or x.shape[2] != dim or x.stride(2) != 1 or x.device != place.device:
-            raise ValueError(f"{name} must be [{heads}, tokens, {dim}] with contiguous heads, got {list(x.shape)}")
+    for x, dim in ((key, window.shape.key_dim), (value, window.shape.value_dim)):
         write_kernel[(triton.cdiv(count, TILE), heads)](
             slot, place, source, x, window.high, window.low, window.scale,
             count, heads, window.sinks, window.ring, x.stride(0), x.stride(1),
@@ -182,14 +189,22 @@ def write_recent(
 def write_step(
     window: QuantizedWindow, tensors: list[torch.Tensor], slot: torch.Tensor, place: torch.Tensor, tokens: torch.Tensor
 ) -> None:
-    """Tokens [layers, n, H, d + dv] to slot [n] and place [n], none of them sinks, into `tensors` [layers, slots, ...]
-    of windows like this one."""
-    layers, rows, heads, width = tokens.shape
+    """Tokens [layers, n, H, d + dv] to slot [n] and place [n], both int64, into `tensors` [layers, slots, ...] of
+    windows like this one. No place may be a sink's: its token would go where another head, or another slot, has its
+    own.
+
+    Raises ValueError for tensors of other shapes, dtypes, strides or devices. Slots and places are not checked against
+    the windows, nor for sinks: they lie on the device, and the host would have to wait for it."""
     _, high, low, scale = tensors
+    heads, width, rows, device = window.shape.kv_heads, window.shape.head_numbers, slot.numel(), window.high.device
     _check(window, slot, place, each=True)
-    held = (high.shape[0], slot.numel(), high.shape[2], high.shape[4])
-    if tokens.shape != held or place.shape != slot.shape or tokens.device != high.device:
-        raise ValueError(f"tokens {list(tokens.shape)} are not what windows {list(high.shape)} hold")
+    check("place", place, INT64, (rows,), device)
+    check("tokens", tokens, FLOATS, ("layers", rows, heads, width), device, ANY)
+    layers = tokens.shape[0]
+    check("high", high, (torch.int8,), (layers, "slots", heads, window.ring, width), device)
+    lead = (layers, high.shape[1], heads, window.ring)
+    check("low", low, BYTES, (*lead, window.low.shape[-1]), device)
+    check("scale", scale, HALF, (*lead, width // window.groups), device)
     step_kernel[(rows, heads, layers)](
         slot, place, tokens.contiguous(), high, low, scale, rows, high.shape[1], heads, window.sinks, window.ring,
         WIDTH=width, GROUP=window.groups, GROUPS=triton.next_power_of_2(width // window.groups),
@@ -199,10 +214,9 @@ def write_step(
 
 def _check(window: QuantizedWindow, slot: torch.Tensor, place: torch.Tensor, *, each: bool = False) -> None:
     """Raise ValueError naming what does not fit."""
-    for name, x in (("slot", slot), ("place", place)):
-        if x.dtype != torch.int64 or x.ndim != 1 or not x.is_contiguous() or x.device != window.high.device:
-            raise ValueError(f"{name} must be contiguous int64 on {window.high.device}, got {x.dtype} on {x.device}")
+    check("slot", slot, INT64, ("slots",), window.high.device)
+    check("place", place, INT64, ("places",), window.high.device)
     if slot.numel() != 1 and not each:
         raise ValueError(f"slot must be one, got {slot.numel()}")
     if not all(x.is_contiguous() for x in (window.store, window.high, window.low, window.scale)):
-        raise ValueError("a window's tensors must be contiguous")
+        raise ValueError("window must have contiguous tensors")

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from spectral.codec import LayerCodec
+from spectral.kernels.check_tensors import check_pool
 from spectral.kernels.quads import SHIFT, squeeze_parcels
 from spectral.layout import PLANE_ORDER
 
@@ -118,28 +119,40 @@ class _Launch:
     table: torch.Tensor
 
 
+def _kinds(codec: LayerCodec) -> dict[str, object]:
+    """What two settings of one layer have in common, by name."""
+    return {
+        "page_tokens": codec.page_tokens,
+        "classes": codec.classes,
+        "key_dim": codec.key_dim,
+        "value_dim": codec.value_dim,
+        "units (heads, sides, latents)": [(unit.heads, unit.side, unit.channels) for unit in codec.units],
+        "quantizers": codec.units[0].steps,
+    }
+
+
 class SqueezeLayer:
-    """From one codec's pages to another's of the same layer. Raises ValueError where the kernel cannot map them."""
+    """From one codec's pages to another's of the same layer, on the first one's device. Raises ValueError where these
+    are not of one layer, or the kernel cannot map them."""
 
     def __init__(self, old: LayerCodec, new: LayerCodec) -> None:
-        if old.page_tokens != new.page_tokens or len(old.units) != len(new.units):
-            raise ValueError("both settings must have one page size and the same units")
+        before, after = _kinds(old), _kinds(new)
+        other = [name for name in before if before[name] != after[name]]
+        if other:
+            differ = "; ".join(f"{name} {before[name]} and {after[name]}" for name in other)
+            raise ValueError(f"both settings must have one page size and the same units, got {differ}")
         self.old_nbytes, self.new_nbytes = old.page_nbytes, new.page_nbytes
-        device = old.units[0].mean.device
+        self.device = old.units[0].mean.device
         found = squeeze_parcels(old, new)
-        tensors = found.parcel.to(device)
+        tensors = found.parcel.to(self.device)
         self.launches = [_Launch(*kind, *tensors[2 * i : 2 * i + 2]) for i, kind in enumerate(found.kinds)]
 
     def __call__(self, pages: torch.Tensor, out: torch.Tensor) -> None:
-        """pages uint8 [n, old bytes] -> out uint8 [n, new bytes], both contiguous, on one device."""
+        """pages uint8 [n, old bytes] -> out uint8 [n, new bytes], both contiguous, on the codec's device. Raises
+        ValueError for others, and for what begins at no multiple of 8 bytes."""
+        check_pool("pages", pages, "pages", self.old_nbytes, self.device)
         count = pages.shape[0]
-        for name, x, nbytes in (("pages", pages, self.old_nbytes), ("out", out, self.new_nbytes)):
-            if x.dtype != torch.uint8 or list(x.shape) != [count, nbytes] or not x.is_contiguous():
-                raise ValueError(
-                    f"{name} must be contiguous uint8 [{count}, {nbytes}], got {x.dtype} {list(x.shape)}"
-                )
-        if pages.device != out.device:
-            raise ValueError(f"pages are on {pages.device} and out on {out.device}")
+        check_pool("out", out, count, self.new_nbytes, self.device)
         if not count or not self.new_nbytes:
             return
         words = pages.view(torch.int32) if pages.numel() else out.view(torch.int32)

@@ -62,9 +62,9 @@ def test_wrong_tensors_are_refused_by_name() -> None:
         read_recent(window, slot, place.int())
     with pytest.raises(ValueError, match="slot must be one"):
         read_recent(window, place, torch.arange(3, device=DEVICE))
-    with pytest.raises(ValueError, match="source must be int64"):
+    with pytest.raises(ValueError, match="source must be contiguous int64"):
         write_recent(window, slot, place, place[:1], key, key)
-    with pytest.raises(ValueError, match=r"value must be \[1, tokens, 16\]"):
+    with pytest.raises(ValueError, match=r"value must be floating point \[1, 2, 16\]"):
         write_recent(window, slot, place, place, key, key[..., :8])
     assert not served(make_window(LayerShape(1, 16, 16), 0, 8, torch.bfloat16, DEVICE))
 
@@ -105,5 +105,5 @@ def test_a_steps_wrong_tensors_are_refused_by_name() -> None:
     for name, args in (("slot", (slot.int(), place)), ("place", (slot, place[None]))):
         with pytest.raises(ValueError, match=f"{name} must be contiguous int64"):
             group.write(0, *args, tokens, recent=True, kernels=True)
-    with pytest.raises(ValueError, match="are not what windows"):
+    with pytest.raises(ValueError, match=r"tokens must be floating point \[layers, 1, 1, 32\]"):
         group.write(0, slot, place, tokens[..., :16], recent=True, kernels=True)
