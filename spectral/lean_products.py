@@ -172,8 +172,9 @@ def operands(
         x = x.clone()
     if residual is not None:
         residual = residual.contiguous()
-        if residual.shape != out.shape or residual.dtype != out.dtype:
-            raise ValueError(f"residual must be {out.dtype} {list(out.shape)}, got {list(residual.shape)}")
+        if residual.shape != out.shape or residual.dtype != out.dtype or residual.device != out.device:
+            found = f"{residual.dtype} {list(residual.shape)} on {residual.device}"
+            raise ValueError(f"residual must be {out.dtype} {list(out.shape)} on {out.device}, got {found}")
     return x, residual, out
 
 

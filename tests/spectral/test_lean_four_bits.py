@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from spectral import few_rows, lean, lean_four_bits, lean_layers, lean_nibbles
 from spectral.few_rows import captured
-from spectral.lean_nibbles import Nibbles, fits, product
+from spectral.lean_nibbles import Nibbles, alike, fits, product
 from tests.spectral.few_rows_helpers import DEVICE, DTYPE, close, sample
 
 pytestmark = pytest.mark.usefixtures("kernels_here")
@@ -134,6 +134,75 @@ def test_what_does_not_fit_is_said() -> None:
     for weights, biases in (((nibbles,), None), ((nibbles, more[0]), None), ((nibbles,) * 2, (sample(8),) * 2)):
         with pytest.raises(ValueError, match="weights are not of one product"):
             product(sample(1, 128), weights, biases, gate="silu")
+
+
+def apart(x: torch.Tensor) -> torch.Tensor:
+    """The same, with something between any two numbers."""
+    return torch.stack([x, x], -1)[..., 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("weight", lambda x: x[:-1]),
+        ("weight", apart),
+        ("weight", lambda x: x.view(torch.int8)),
+        ("weight", lambda x: torch.cat([x[:1], x])[1:]),
+        ("code", lambda x: x[:3]),
+        ("code", torch.Tensor.half),
+        ("code", lambda x: x.to("meta")),
+        ("absmax", lambda x: x[:3]),
+        ("absmax", apart),
+        ("outer", lambda x: None),
+        ("outer", lambda x: x[:0]),
+        ("outer", torch.Tensor.half),
+        ("outer_code", lambda x: x[:5]),
+        ("outer_code", lambda x: None),
+        ("offset", lambda x: x.expand(2)),
+        ("outputs", lambda x: 0),
+        ("size", lambda x: 96),
+        ("kind", lambda x: "int4"),
+    ],
+)
+def test_weights_that_are_not_the_kernels_are_named(name: str, change: Any) -> None:
+    """`fits` says no without a word; `product` says what is wrong."""
+    nibbles = random_nibbles(16, 128, nested=True)
+    wrong = nibbles._replace(**{name: change(getattr(nibbles, name))})
+    assert fits(nibbles) and not fits(wrong)
+    with pytest.raises(ValueError, match=rf"weights\[1\]\.(outputs and )?{name}( and size)? must"):
+        product(sample(1, 128), (nibbles, wrong, nibbles))
+
+
+def test_what_goes_with_weights_is_named() -> None:
+    nibbles, x = random_nibbles(16, 128), sample(2, 128)
+    assert not fits(nibbles._replace(absmax=nibbles.absmax.half()))
+    assert not fits(nibbles._replace(outer=nibbles.absmax)), "factors of factors that are no bytes"
+    for bias in (sample(3), sample(16).float(), apart(sample(16)), sample(16).to("meta"), sample(1, 16)):
+        with pytest.raises(ValueError, match=r"biases\[0\] must be contiguous float16 \[16\]"):
+            product(x, (nibbles,), (bias,))
+    for wrong in (x.to("meta"), torch.tensor(1.0, device=DEVICE).half(), x[:0], x.int()):
+        with pytest.raises(ValueError, match="x must be 1 to 8 rows of 128 16-bit numbers"):
+            product(wrong, (nibbles,))
+    with pytest.raises(ValueError, match="gate must be one of"):
+        product(x, (nibbles, nibbles), gate="relu")
+    for weights, biases in (((), None), ((nibbles,), (sample(16),) * 2), ((nibbles,), ())):
+        with pytest.raises(ValueError, match="weights are not of one product"):
+            product(x, weights, biases)
+    for residual in (sample(2, 16).to("meta"), sample(2, 16).float()):
+        with pytest.raises(ValueError, match="residual must be"):
+            product(x, (nibbles,), residual=residual)
+
+
+def test_rows_and_what_is_added_lie_anywhere() -> None:
+    nibbles, x, residual = random_nibbles(16, 128), sample(2, 128), sample(2, 16, seed=3)
+    wanted = product(x, (nibbles,), residual=residual)
+    assert torch.equal(product(apart(x), (nibbles,), residual=residual.t().contiguous().t()), wanted)
+
+
+def test_codes_of_one_product_are_compared() -> None:
+    nibbles, other = random_nibbles(16, 128), random_nibbles(16, 128, seed=2)
+    assert alike(nibbles, other, nibbles), "equal codes, each with its own"
+    assert not alike(nibbles, other._replace(code=2 * other.code)) and not alike(nibbles, random_nibbles(16, 192))
 
 
 class Linear4bit(torch.nn.Linear):
