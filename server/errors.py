@@ -129,12 +129,13 @@ def queue_full(why: str, retry_after: int = 2) -> ApiError:
 
 
 _FAILURES = {"queue_timeout": 503, "shutting_down": 503, "deadline_exceeded": 504}
+_FAILURES |= dict.fromkeys(("grammar_unsatisfiable", "grammar_too_complex", "grammar_cut_by_stop"), 400)
 
 
-def failed(message: str, code: str, retry_after: int) -> ApiError:
+def failed(message: str, code: str, retry_after: int, param: str | None = None) -> ApiError:
     """A request that failed in its worker after it was accepted: 500, or what fits its reason better."""
     status = _FAILURES.get(code, 500)
-    return ApiError(status, message, code=code, retry_after=retry_after if status == 503 else None)
+    return ApiError(status, message, code=code, param=param, retry_after=retry_after if status == 503 else None)
 
 
 def unsupported_media_type(given: str) -> ApiError:

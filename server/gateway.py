@@ -104,7 +104,7 @@ class Generation:
             raise self._failed(_refusal(item, self._field_names, self._slot))
         if isinstance(item, messages.Failed):
             self._over = True
-            raise self._failed(errors.failed(item.message, item.code, self._slot.admission.retry_after()))
+            raise self._failed(_failure(item, self._field_names, self._slot))
         if not isinstance(item, messages.Accepted):
             raise self._failed(errors.ApiError(500, "the worker broke its protocol", code="internal_error"))
         self.prompt_tokens, self.accepted_at = item.prompt_tokens, time.monotonic()
@@ -151,7 +151,7 @@ class Generation:
         """The end of a choice, noted. Raises ApiError where it is another end."""
         if isinstance(item, messages.Failed):
             self._over = True
-            raise self._failed(errors.failed(item.message, item.code, self._slot.admission.retry_after()))
+            raise self._failed(_failure(item, self._field_names, self._slot))
         if not isinstance(item, messages.Finished):
             self._over = True
             raise self._failed(self._scheduler.worker_lost(self._slot))
@@ -245,10 +245,21 @@ class Generation:
 
 def _refusal(item: messages.Rejected, field_names: dict[str, str], slot: Slot) -> errors.ApiError:
     """A worker's Rejected in the words of the interface that the client speaks."""
-    param = field_names.get(item.param or "", item.param)
-    message = item.message if param is None or param in item.message else f"{param}: {item.message}"
+    param, message = _named(item, field_names)
     wait = slot.admission.retry_after() if item.status in (429, 503) else None
     return errors.ApiError(item.status, message, code=item.code, param=param, retry_after=wait)
+
+
+def _failure(item: messages.Failed, field_names: dict[str, str], slot: Slot) -> errors.ApiError:
+    """A worker's Failed in those words."""
+    param, message = _named(item, field_names)
+    return errors.failed(message, item.code, slot.admission.retry_after(), param)
+
+
+def _named(item: messages.Rejected | messages.Failed, field_names: dict[str, str]) -> tuple[str | None, str]:
+    """The field at fault as the interface calls it, and a message that names it."""
+    param = field_names.get(item.param or "", item.param)
+    return param, item.message if param is None or param in item.message else f"{param}: {item.message}"
 
 
 class Gateway:

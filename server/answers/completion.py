@@ -74,7 +74,6 @@ class _Part:
 
     def __init__(self, generation: Generation, body: CompletionRequest, offset: int) -> None:
         self._generation, self._body, self._offset = generation, body, offset
-        self._offsets = [0] * body.n  # characters before the next token, for each choice
 
     async def whole(self) -> list[dict[str, Any]]:
         """All choices. Raises ApiError where the generation fails."""
@@ -121,27 +120,35 @@ class _Part:
     def _choice(
         self, index: int, text: str, tokens: list[messages.TokenLogprob], reason: str | None, *, echo: bool = False
     ) -> dict[str, Any]:
-        logprobs = self._logprobs(index, tokens, echo) if self._body.logprobs is not None else None
+        logprobs = self._logprobs(tokens, echo) if self._body.logprobs is not None else None
         if reason is not None and self._nothing:
             reason = "length"
         return {"index": self._offset + index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
-    def _logprobs(self, index: int, tokens: list[messages.TokenLogprob], echo: bool) -> dict[str, Any]:
+    def _logprobs(self, tokens: list[messages.TokenLogprob], echo: bool) -> dict[str, Any]:
         prompt = self._generation.prompt if echo and self._body.echo else None
         first = [] if prompt is None else [prompt.first]  # nothing predicts the first token: null stands for it
         unknown: list[Any] = [None for _ in first]
-        tokens = tokens if prompt is None else [*prompt.logprobs, *tokens]
+        shown = len(self._echo())
+        offsets = [shown + token.offset for token in tokens]
+        if prompt is not None:
+            offsets = [0, *self._prompt_offsets(prompt), *offsets]
+            tokens = [*prompt.logprobs, *tokens]
         names = [*first, *(token.token for token in tokens)]
-        offsets: list[int] = []
-        for name in names:
-            offsets.append(self._offsets[index])
-            self._offsets[index] += len(name)
         return {
             "tokens": names,
             "token_logprobs": [*unknown, *(token.logprob for token in tokens)],
             "top_logprobs": [*unknown, *({t.token: t.logprob for t in token.top} for token in tokens)],
             "text_offset": offsets,
         }
+
+
+    def _prompt_offsets(self, prompt: messages.PromptTokens) -> list[int]:
+        """Where the prompt's tokens but the first stand in its text as it is shown: a text as it was sent, which has
+        none of the special tokens that the tokenizer put around it."""
+        text = self._echo()
+        before = max(0, prompt.text.find(text))
+        return [min(max(0, token.offset - before), len(text)) for token in prompt.logprobs]
 
 
 async def plain_text(generation: Generation) -> str:

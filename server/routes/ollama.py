@@ -25,6 +25,7 @@ from server.schemas.ollama import OllamaChatRequest, OllamaGenerateRequest, Show
 
 router = APIRouter(prefix="/api", tags=["Ollama"])
 _GENERATES = ollama_streamed()
+_NAMES = {"thinking": "think", "stop": "options.stop"}
 _REFUSED = {
     "pull": "models are listed in the server's configuration; add it there",
     "push": "this server gives no models away",
@@ -98,7 +99,7 @@ async def _answer(request: Request, schema: type[OllamaChatRequest] | type[Ollam
     if asked.loads_only:
         return await _load(request, gateway, asked.model, named)
     held = asked.tool_use is not None and asked.tool_use.grammar is not None
-    generation = await gateway.open(named, request, {"grammar": "tools" if held else "format", "thinking": "think"})
+    generation = await gateway.open(named, request, {"grammar": "tools" if held else "format", **_NAMES})
     answer = Ollama(generation, asked)
     slot = gateway.scheduler.slot(named.model)
 

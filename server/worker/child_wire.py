@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 from server.worker import messages as wire
 from server.worker.child_clock import RequestClock
 from spectral.engine import types
-from spectral.engine.detokenize import token_bytes
+from spectral.engine.detokenize import Detokenizer, token_bytes
 from spectral.errors import OutOfPages, QueueFull, RequestError
 
 OWN_FIELDS = ("ignore_eos", "grammar")
@@ -88,7 +89,7 @@ def rejected(request_id: str, error: Exception) -> wire.Rejected:
 def failed(request_id: str, error: Exception) -> wire.Failed:
     """The failure of a request that was accepted."""
     if isinstance(error, RequestError):
-        return wire.Failed(request_id, str(error), error.code)
+        return wire.Failed(request_id, str(error), error.code, error.param)
     if isinstance(error, OutOfPages):
         return wire.Failed(request_id, str(error), "kv_cache_full")
     return wire.Failed(request_id, f"{type(error).__name__}: {error}", "internal_error")
@@ -129,7 +130,7 @@ class EventTranslator:
         """The message; None for an event that the gateway is not told."""
         if isinstance(event, types.Delta):
             self.clock.token(event.request_id, event.index)
-            logprobs = None if event.logprobs is None else [self._logprob(item) for item in event.logprobs]
+            logprobs = None if event.logprobs is None else [self._logprob(item, item.offset) for item in event.logprobs]
             return wire.Delta(event.request_id, event.index, event.text, list(event.token_ids), logprobs)
         if isinstance(event, types.PromptLogprobs):
             return self._prompt(event)
@@ -146,14 +147,25 @@ class EventTranslator:
         return None
 
     def _prompt(self, event: types.PromptLogprobs) -> wire.PromptTokens:
-        text = str(self._tokenizer.decode([event.first, *(item.token_id for item in event.logprobs)]))
-        tokens = [self._logprob(item) for item in event.logprobs]
+        ids = [event.first, *(item.token_id for item in event.logprobs)]
+        text = str(self._tokenizer.decode(ids))
+        places = self._offsets(ids, text)[1:]
+        tokens = [self._logprob(item, offset) for item, offset in zip(event.logprobs, places, strict=True)]
         return wire.PromptTokens(event.request_id, text, self._token(event.first)[0], tokens)
 
-    def _logprob(self, item: types.Logprob) -> wire.TokenLogprob:
+    def _offsets(self, ids: list[int], text: str) -> list[int]:
+        """Characters of a prompt's text before each of its tokens."""
+        names = [self._token(token)[0] for token in ids]
+        if "".join(names) == text:
+            return [0, *accumulate(map(len, names))][:-1]
+        # Tokens that are parts of characters, or that are written differently behind others.
+        decoder = Detokenizer(lambda some: str(self._tokenizer.decode(some)))
+        return [0, *accumulate(len(decoder.push(token)) for token in ids)][:-1]
+
+    def _logprob(self, item: types.Logprob, offset: int) -> wire.TokenLogprob:
         text, data = self._token(item.token_id)
         top = [wire.TopLogprob(*self._place(token, value)) for token, value in item.top]
-        return wire.TokenLogprob(text, item.logprob, data, top)
+        return wire.TokenLogprob(text, item.logprob, data, top, offset)
 
     def _place(self, token: int, value: float) -> tuple[str, float, list[int]]:
         text, data = self._token(token)

@@ -214,11 +214,12 @@ class Finished(msgspec.Struct, tag="finished", frozen=True):
 
 
 class Failed(msgspec.Struct, tag="failed", frozen=True):
-    """The whole request failed after Accepted; nothing follows for this id."""
+    """The whole request failed after Accepted; nothing follows for this id. `param`: the field at fault, if one is."""
 
     request_id: str
     message: str
     code: str = "internal_error"
+    param: str | None = None
 
 
 class Pong(msgspec.Struct, tag="pong", frozen=True):

@@ -69,12 +69,14 @@ class TopLogprob(msgspec.Struct, frozen=True):
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
-    """A chosen token with its log probability and the most probable candidates at that place."""
+    """A chosen token with its log probability and the most probable candidates at that place. `offset`: characters of
+    the text, the prompt's or the answer's, before what the token adds to it."""
 
     token: str
     logprob: float
     bytes: list[int] = []
     top: list[TopLogprob] = []
+    offset: int = 0
 
 
 class Usage(msgspec.Struct, frozen=True):

@@ -127,6 +127,23 @@ def prepare(tokenizer: Any) -> None:
         RENDERER.start()
 
 
+def check_length(request: GenerateRequest, context_length: int, longest_token: int) -> None:
+    """Refuse a text that cannot fit whatever its tokens are: tokenizing megabytes takes seconds. Raises RequestError.
+
+    `longest_token`: characters that a token has at most.
+    """
+    prompt = request.prompt
+    size = len(prompt) if isinstance(prompt, str) else sum(len(m.content) for m in prompt if isinstance(m, Message))
+    least = size // longest_token
+    if least >= context_length:
+        raise RequestError(
+            f"the prompt has {size} characters, which is more than {least} tokens, and this model's context is "
+            f"{context_length} tokens; shorten the prompt",
+            param=request.prompt_field,
+            code="context_length_exceeded",
+        )
+
+
 def encode_prompt(tokenizer: Any, request: GenerateRequest, vocab_size: int) -> list[int]:
     """Token ids of any kind of prompt, at least one. Raises RequestError."""
     prompt = request.prompt

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spectral.engine.answer import Answer
-from spectral.engine.chat import encode_prompt
+from spectral.engine.chat import check_length, encode_prompt
 from spectral.engine.detokenize import longest_token, make_decoder
 from spectral.engine.faults import Faults
 from spectral.engine.grammar import GrammarCompiler
@@ -30,7 +30,6 @@ from spectral.engine.types import (
     FinishReason,
     GenerateRequest,
     Logprob,
-    Message,
     PromptLogprobs,
     Started,
     Usage,
@@ -110,7 +109,7 @@ class Engine:
 
     def encode(self, request: GenerateRequest) -> list[int]:
         """The prompt's token ids. Raises RequestError. One other thread may call it while this one steps."""
-        self._check_length(request)
+        check_length(request, self.context_length, self._longest_token)
         ids = encode_prompt(self.loaded.tokenizer, request, self.vocab_size)
         if len(ids) >= self.context_length:
             raise ContextLengthExceeded(len(ids), self.context_length, param=request.prompt_field)
@@ -119,19 +118,6 @@ class Engine:
     def count(self, request: GenerateRequest) -> list[int]:
         """The prompt's token ids, also where they are more than the context. Raises RequestError. Threads: `encode`."""
         return encode_prompt(self.loaded.tokenizer, request, self.vocab_size)
-
-    def _check_length(self, request: GenerateRequest) -> None:
-        """Refuse a text that cannot fit whatever its tokens are: tokenizing megabytes takes seconds."""
-        prompt = request.prompt
-        size = len(prompt) if isinstance(prompt, str) else sum(len(m.content) for m in prompt if isinstance(m, Message))
-        least = size // self._longest_token
-        if least >= self.context_length:
-            raise RequestError(
-                f"the prompt has {size} characters, which is more than {least} tokens, and this model's context is "
-                f"{self.context_length} tokens; shorten the prompt",
-                param=request.prompt_field,
-                code="context_length_exceeded",
-            )
 
     def submit(self, request: GenerateRequest, prompt: list[int] | None = None) -> int:
         """Queue a request. Returns its prompt's length in tokens.
@@ -183,6 +169,7 @@ class Engine:
             limit=limit,
             stops=params.stop,
             logprobs=params.logprobs is not None,
+            with_end=params.prompt_logprobs is not None,
         )
         grammar = None if params.grammar is None else self._grammars.start(params.grammar)
         sampler = SamplerState(params, ids, index, grammar)
@@ -284,8 +271,12 @@ class Engine:
         sequence.tokens.append(token)
         answer: Answer = sequence.answer
         reason = answer.push(token, logprob)
-        if reason is None and grammar is not None and grammar.finished:
-            reason = answer.end()  # nothing can follow: the end token need not be waited for
+        if grammar is not None:
+            if reason != "stop" and grammar.finished:
+                reason = answer.end()  # nothing can follow: the end token need not be waited for
+            if reason == "stop" and (error := grammar.fault(answer.cut)) is not None:
+                self._fail(sequence.request_id, error)
+                return
         if (delta := answer.take(sequence.request_id, sequence.index, last=reason is not None)) is not None:
             self._events.append(delta)
         if reason is not None:

@@ -17,25 +17,29 @@ from spectral.errors import RequestError
 KEPT = 64
 """Compiled grammars that are kept for the next request with the same one."""
 
+UNSATISFIABLE, TOO_COMPLEX, CUT = "grammar_unsatisfiable", "grammar_too_complex", "grammar_cut_by_stop"
+_NO_EXTENSION = ("NoExtension", "NoExtensionBias")
+
 WHITESPACE = {"whitespace_pattern": r"( |\n( {0,16}|\t{0,8}))?"}
 """Between the parts of a JSON document: none, a blank, or a new line with its indent. Where more is allowed, small
 models write blanks and empty lines instead of an answer."""
 
 
 class GrammarState:
-    """One answer's place in its grammar."""
+    """One answer's place in its grammar. `matcher`: llguidance's, at the beginning; it is not shared."""
 
-    def __init__(self, matcher: Any) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: Any, vocabulary: Any = None) -> None:
+        self._matcher, self._vocabulary = matcher, vocabulary
+        self._beginning = matcher.deep_copy()
         self.error: RequestError | None = None
         """Why the answer cannot go on; its token of this step is then of no use."""
 
     def forbid(self, logits: torch.Tensor) -> None:
         """Set the logits [V] of tokens that cannot come next to -inf, in place. If none can, `error` says why."""
-        if self._matcher.is_error():
-            self.error = RequestError(f"the grammar cannot go on: {self._matcher.get_error()}", param="grammar")
-            return
         bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
+        if self._matcher.is_error():  # only now: what cannot go on is found by the mask, which then offers the end
+            self.error = _dead(self._matcher, "after what the model has answered so far")
+            return
         allowed = np.zeros(logits.shape[0], dtype=bool)
         size = min(bits.size, allowed.size)
         allowed[:size] = bits[:size]
@@ -50,8 +54,38 @@ class GrammarState:
 
     @property
     def finished(self) -> bool:
-        """True when nothing but the end can follow."""
-        return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
+        """True when nothing but the end can follow, and the answer is a whole sentence."""
+        return bool(self._matcher.is_stopped()) and not self._matcher.is_error() and self._matcher.is_accepting()
+
+    def fault(self, cut: str | None) -> RequestError | None:
+        """Why an answer that ends now is no whole sentence of the grammar; None if it is one.
+
+        cut: its text, where a stop string ended it before its last tokens.
+        """
+        if cut is None:
+            whole = self._matcher.is_accepting() and not self._matcher.is_error()
+            return None if whole else _dead(self._matcher, "where the answer ended")
+        matcher = self._beginning.deep_copy()
+        tokens = self._vocabulary.tokenize_str(cut)
+        if matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting():
+            return None
+        return RequestError(
+            "a stop string came up before the answer was a whole sentence of its grammar, which ends it by itself; "
+            "leave stop out, or choose a string that the grammar does not allow",
+            param="stop",
+            code=CUT,
+        )
+
+
+def _dead(matcher: Any, where: str) -> RequestError:
+    """The error of a matcher that cannot go on."""
+    reason = str(matcher.get_error()).partition("\n")[0].strip()  # behind it stands the parser's own state
+    if reason in ("", *_NO_EXTENSION):
+        said = f"the grammar cannot be satisfied: nothing is allowed {where}, and that is no whole sentence of it; "
+        said += "look for a rule, reference or required part that needs itself, or that no text fits"
+        return RequestError(said, param="grammar", code=UNSATISFIABLE)
+    said = f"the grammar cannot be followed {where}: {reason}; make it simpler"
+    return RequestError(said, param="grammar", code=TOO_COMPLEX)
 
 
 class GrammarCompiler:
@@ -74,7 +108,7 @@ class GrammarCompiler:
             if len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(grammar)
-        return GrammarState(matcher.deep_copy())
+        return GrammarState(matcher.deep_copy(), self._ours)
 
     def _compile(self, grammar: Grammar) -> Any:
         from llguidance import LLMatcher
@@ -90,6 +124,9 @@ class GrammarCompiler:
         if matcher.is_error():
             reason = str(matcher.get_error()).strip()
             raise RequestError(f"the {grammar.kind} grammar cannot be used: {reason}", param="grammar")
+        matcher.compute_bitmask()
+        if matcher.is_error():
+            raise _dead(matcher, "at its beginning")
         return matcher
 
     def _vocabulary(self) -> Any:

@@ -249,11 +249,15 @@ class Usage:
 
 @dataclass(frozen=True)
 class Logprob:
-    """A chosen token, its natural log probability under the model's own distribution, and the most probable ones."""
+    """A chosen token, its natural log probability under the model's own distribution, and the most probable ones.
+
+    offset: characters of the answer's text before it; a token that is not shown, or completes no character, adds none.
+    """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    offset: int = 0
 
 
 @dataclass(frozen=True)

@@ -184,6 +184,9 @@ class Worker:
             elif text == "mute":
                 self.mute.append(name)
                 self.report()
+            elif text == "dead end":
+                failed = m.Failed(name, "the grammar cannot be satisfied", "grammar_unsatisfiable", "grammar")
+                self.channel.send(m.Delta(name, 0, "one ", [1]), failed)
             elif text == "fail":
                 self.channel.send(m.Delta(name, 0, "one ", [1]), m.Failed(name, "the cache is damaged", "cache_error"))
             elif text in ("call", "grammar", "echo", "think", "think on"):
@@ -217,12 +220,12 @@ class Worker:
     def answer(self, message: m.Submit) -> None:
         """Three words for each choice."""
         if message.sampling.prompt_logprobs is not None:
-            scores = [m.TokenLogprob("lo", -0.25, [], [m.TopLogprob("lo", -0.25), m.TopLogprob("p", -2.0)])]
+            scores = [m.TokenLogprob("lo", -0.25, [], [m.TopLogprob("lo", -0.25), m.TopLogprob("p", -2.0)], 3)]
             self.channel.send(m.PromptTokens(message.request_id, "hello", "hel", scores))
         for index in range(message.sampling.n):
             for token, word in enumerate(("one ", "two ", "three ")):
                 top = [m.TopLogprob(word, -0.5, list(word.encode()))]
-                logprobs = [m.TokenLogprob(word, -0.5, list(word.encode()), top)]
+                logprobs = [m.TokenLogprob(word, -0.5, list(word.encode()), top, 4 * token)]
                 wanted = logprobs if message.sampling.logprobs is not None else None
                 self.channel.send(m.Delta(message.request_id, index, word, [token], wanted))
             usage = m.Usage(5, 3, 640, message.setting or "", *TIMES)

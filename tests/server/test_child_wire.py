@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from server.answers.completion import _Part
+from server.schemas import CompletionRequest
 from server.worker import child_wire
 from server.worker import messages as wire
 from server.worker.child_clock import RequestClock
@@ -53,3 +60,36 @@ def test_what_never_began_has_only_waited() -> None:
     clock.submitted("s", 1)
     clock.forget("s")
     assert len(clock) == 0
+
+
+class Marked:
+    """Token 0 is a mark that begins texts, 1 and 2 are halves of a character, others are letters."""
+
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return ["<s>", "\u00c3", "\u00a9"][token] if token < 3 else chr(94 + token)
+
+    def decode(self, ids: list[int]) -> str:
+        found = [[b"<s>", b"\xc3", b"\xa9"][i] if i < 3 else bytes([94 + i]) for i in ids]
+        return b"".join(found).decode(errors="replace")
+
+
+def test_prompt_tokens_say_where_they_stand_in_the_text() -> None:
+    translate = child_wire.EventTranslator(Marked())
+    for ids, text, offsets in [([0, 3, 4], "<s>ab", [3, 4]), ([0, 1, 2, 3], "<s>éa", [3, 3, 4])]:
+        told = tuple(types.Logprob(token, -1.0) for token in ids[1:])
+        message = translate(types.PromptLogprobs("r", ids[0], told))
+        assert isinstance(message, wire.PromptTokens)
+        assert (message.text, [token.offset for token in message.logprobs]) == (text, offsets)
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [("<s>ab", [0, 3, 4]), ("ab", [0, 0, 1]), ("a", [0, 0, 1]), ("other", [0, 3, 4]), ("xy", [0, 2, 2])],
+)
+def test_offsets_of_an_echo_are_places_in_what_is_shown(shown: str, expected: list[int]) -> None:
+    tokens = [wire.TokenLogprob("a", -1.0, offset=3), wire.TokenLogprob("b", -1.0, offset=4)]
+    body = CompletionRequest(model="m", prompt=shown, echo=True, logprobs=0)
+    generation: Any = SimpleNamespace(prompt=wire.PromptTokens("r", "<s>ab", "<s>", tokens))
+    part = _Part(generation, body, 0)
+    found = part._choice(0, shown + "c", [wire.TokenLogprob("c", -1.0)], "stop", echo=True)["logprobs"]
+    assert found["text_offset"] == [*expected, len(shown)] and found["tokens"] == ["<s>", "a", "b", "c"]

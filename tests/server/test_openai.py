@@ -160,6 +160,20 @@ def test_a_request_that_the_worker_gives_up_is_an_error(server: Running) -> None
     assert server.client.post("/v1/chat/completions", json=chat("drop")).status_code == 503
 
 
+def test_a_grammar_that_comes_to_a_dead_end_is_the_requests_fault(server: Running) -> None:
+    form = {"type": "json_object"}
+    answer = server.client.post("/v1/chat/completions", json=chat("dead end", response_format=form))
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (400, "grammar_unsatisfiable")
+    assert error["param"] == "response_format" and "response_format: the grammar" in error["message"]
+    streamed = server.client.post("/v1/chat/completions", json=chat("dead end", response_format=form, stream=True))
+    got = events(streamed.text)
+    assert got[-1] == {"error": error} and "[DONE]" not in got
+    ollama = {"model": "demo", "messages": [{"role": "user", "content": "dead end"}], "format": "json", "stream": False}
+    answer = server.client.post("/api/chat", json=ollama)
+    assert answer.status_code == 400 and answer.json()["error"].startswith("format: ")
+
+
 def test_a_defect_in_mid_stream_is_an_event_and_no_clean_end(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> None:
         raise RuntimeError("secret")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -173,6 +174,77 @@ def test_bad_grammars_are_refused_before_anything_starts(
         params = SamplingParams(grammar=Grammar(kind, text))
         engine.submit(GenerateRequest("a", [Message("user", "Hi")], params))
     assert caught.value.param == "grammar" and not engine.has_work
+
+
+NEEDS_ITSELF = {"type": "object", "properties": {"a": {"$ref": "#/properties/a"}}, "required": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("json_schema", '{"$ref": "#"}'),
+        ("json_schema", '{"allOf": [{"$ref": "#"}]}'),
+        ("regex", r"[^\s\S]"),
+        ("gbnf", 'root ::= root "a"'),
+        ("lark", 'start: a\na: a "b"'),
+    ],
+)
+def test_a_grammar_that_nothing_satisfies_is_refused_at_once(demo: hf.LoadedModel, kind: str, text: str) -> None:
+    engine = Engine(demo)
+    with pytest.raises(RequestError, match="cannot be satisfied.*look for") as caught:
+        engine.submit(GenerateRequest("a", "Hi", SamplingParams(grammar=Grammar(kind, text))))
+    assert (caught.value.param, caught.value.code) == ("grammar", "grammar_unsatisfiable") and not engine.has_work
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "code"),
+    [
+        ("json_schema", json.dumps(NEEDS_ITSELF), "grammar_unsatisfiable"),
+        ("lark", 'start: "a" b\nb: b "c"', "grammar_unsatisfiable"),
+        ("lark", 'start: "a" start', "grammar_too_complex"),
+    ],
+)
+def test_an_answer_that_comes_to_a_dead_end_fails(demo: hf.LoadedModel, kind: str, text: str, code: str) -> None:
+    events = run(Engine(demo, checked=True), SamplingParams(max_tokens=60, seed=4, n=2, grammar=Grammar(kind, text)))
+    (failed,) = [event for event in events if isinstance(event, Failed)]
+    assert isinstance(failed.error, RequestError) and (failed.error.param, failed.error.code) == ("grammar", code)
+    assert "\n" not in str(failed.error) and not any(isinstance(event, Finished) for event in events)
+
+
+def run(engine: Engine, params: SamplingParams) -> list[object]:
+    engine.submit(GenerateRequest("a", "One", params))
+    events: list[object] = []
+    while engine.has_work:
+        events += engine.step()
+    return events
+
+
+@pytest.mark.parametrize(
+    ("pattern", "more", "reason"),
+    [
+        ("(abc)?", {}, "stop"),  # may be empty
+        ("[0-9]{5}", {}, "stop"),
+        ("[0-9]{500}", {}, "length"),
+        ("a", {"max_tokens": 1}, "stop"),  # whole with its last token
+        ("[a-d]*", {"stop": ("d",)}, "stop"),  # whole wherever it is cut
+    ],
+)
+def test_an_answer_that_ends_with_stop_is_a_whole_sentence(
+    demo: hf.LoadedModel, pattern: str, more: dict[str, Any], reason: str
+) -> None:
+    how = {"max_tokens": 40, "temperature": 1.0, "seed": 3, **more}
+    events = run(Engine(demo), SamplingParams(**how, grammar=Grammar("regex", pattern)))
+    text = "".join(event.text for event in events if isinstance(event, Delta))
+    assert [event.reason for event in events if isinstance(event, Finished)] == [reason]
+    assert (re.fullmatch(pattern, text) is not None) == (reason == "stop")
+
+
+def test_a_stop_string_within_a_sentence_fails_and_does_not_end_it(demo: hf.LoadedModel) -> None:
+    grammar = Grammar("regex", "[0-9]{3}-[0-9]{3}")
+    events = run(Engine(demo), SamplingParams(max_tokens=40, stop=("-",), grammar=grammar))
+    (failed,) = [event for event in events if isinstance(event, Failed)]
+    assert isinstance(failed.error, RequestError) and failed.error.param == "stop"
+    assert "leave stop out" in str(failed.error) and not any(isinstance(event, Finished) for event in events)
 
 
 def test_a_grammar_that_allows_nothing_fails_its_request_only(
