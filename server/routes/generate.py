@@ -49,7 +49,8 @@ async def _open(request: Request, *, stream_allowed: bool) -> Generation:
     asked = schemas.parse(schemas.GenerateRequest, data)
     if asked.stream and not stream_allowed:
         raise errors.unsupported("stream", "POST to /generate_stream for a stream")
-    return await gateway.open(asked, request, {"max_kl": "kv_quality.max_kl", "setting": "kv_quality.setting"})
+    names = {"max_kl": "kv_quality.max_kl", "setting": "kv_quality.setting", "grammar": asked.grammar_field}
+    return await gateway.open(asked, request, names)
 
 
 async def _events(generation: Generation) -> AsyncIterator[bytes]:

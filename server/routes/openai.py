@@ -42,7 +42,8 @@ async def completions(request: Request) -> Response:
     generations: list[Generation] = []
     try:
         for one in asked.split():
-            generations.append(await gateway.open(one, request, _COMPLETION_NAMES))
+            names = {**_COMPLETION_NAMES, "grammar": one.grammar_field}
+            generations.append(await gateway.open(one, request, names))
     except BaseException:  # also a cancellation: the prompts before it must not go on for nobody
         for generation in generations:
             await generation.close()

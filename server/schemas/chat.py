@@ -11,7 +11,8 @@ from server.errors import bad_request, unsupported
 from server.schemas.base import Harmless, Strict, json_object
 from server.schemas.fields import MAX_TOOLS, FunctionName, Limit, Text
 from server.schemas.sampling import COMMON_HARMLESS, Effort, OpenAIFields, without_thoughts
-from server.schemas.tools import ResponseFormat, Tool, ToolChoice, ToolUse, format_grammar
+from server.schemas.structured import answer_grammar
+from server.schemas.tools import Tool, ToolChoice, ToolUse
 from server.worker import messages as wire
 
 _EMPTY_MESSAGE_FIELDS = (
@@ -88,7 +89,6 @@ class ChatRequest(OpenAIFields):
     max_completion_tokens: Limit | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    response_format: ResponseFormat | None = None
     tools: list[Tool] = Field([], max_length=MAX_TOOLS)
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool = True
@@ -110,7 +110,7 @@ class ChatRequest(OpenAIFields):
     @property
     def grammar_field(self) -> str:
         """The field whose grammar it is, should a worker not be able to use it."""
-        return "response_format" if self.tool_use.grammar is None else "tools"
+        return super().grammar_field if self.tool_use.grammar is None else "tools"
 
     def submit(self, request_id: str) -> wire.Submit:
         """The message to the worker. Raises ApiError 400."""
@@ -119,11 +119,7 @@ class ChatRequest(OpenAIFields):
             raise bad_request("top_logprobs: needs logprobs to be true", "top_logprobs")
         wanted = (self.top_logprobs or 0) if self.logprobs else None
         limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-        grammar = format_grammar(self.response_format)
-        if grammar is not None and self.tool_use:
-            raise unsupported(
-                "response_format", "an answer that may call tools cannot have another form; leave one out"
-            )
+        grammar = answer_grammar(self.response_format, self.structured_outputs, tools=bool(self.tool_use))
         return wire.Submit(
             request_id=request_id,
             kind="chat",

@@ -20,6 +20,8 @@ from server.schemas.fields import (
     Stop,
     StreamOptions,
 )
+from server.schemas.structured import StructuredOutputs, grammar_field
+from server.schemas.tools import ResponseFormat
 from server.worker import messages as wire
 
 # Fields of the OpenAI API that change nothing at these values (null is always one of them), so clients may send them.
@@ -35,6 +37,7 @@ COMMON_HARMLESS: Harmless = {
     "safety_identifier": lambda value: isinstance(value, str),
 }
 _TEXT_ONLY = "models here read and write text only; remove it"
+_STRUCTURED = "say it with structured_outputs: an object with one of json, regex, choice and grammar"
 _NOTHING_KEPT = "this server keeps no answers; send the whole conversation with each request"
 HINTS = {
     "audio": _TEXT_ONLY,
@@ -56,6 +59,8 @@ HINTS = {
     "store": _NOTHING_KEPT,
     "suffix": "models here go on from a prompt and fill no gaps; say in the prompt what comes after",
     "truncation": "a prompt is never cut; shorten it",
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), _STRUCTURED),
+    **dict.fromkeys(("regex", "ebnf", "grammar", "json_schema"), _STRUCTURED),
     "web_search_options": "nothing is searched here; offer a tool of your own",
 }
 """What to do instead of a field that is refused."""
@@ -137,10 +142,17 @@ class OpenAIFields(SamplingFields):
     harmless: ClassVar[Harmless] = COMMON_HARMLESS
 
     max_tokens: Limit | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     stream_options: StreamOptions | None = None
     n: int = Field(1, ge=1, le=8)
     user: str | None = None
     metadata: dict[str, str] | None = None
+
+    @property
+    def grammar_field(self) -> str:
+        """The field whose grammar it is, should a worker not be able to use it."""
+        return grammar_field(self.structured_outputs)
 
     @property
     def include_usage(self) -> bool:

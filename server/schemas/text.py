@@ -11,6 +11,7 @@ from server.schemas.base import Harmless, Request
 from server.schemas.chat import ChatMessage, ChatRequest
 from server.schemas.fields import MAX_TOKEN_ID, MAX_TOKENS, MAX_TOOLS, Limit, ModelName, Prompt, Prompts
 from server.schemas.sampling import COMMON_HARMLESS, OpenAIFields, SamplingFields
+from server.schemas.structured import StructuredOutputs, answer_grammar, grammar_field
 from server.schemas.tools import Tool, ToolUse
 from server.worker import messages as wire
 
@@ -48,6 +49,7 @@ class CompletionRequest(OpenAIFields):
             logprobs=self.logprobs,
             max_tokens=limit,
             prompt_logprobs=(self.logprobs or 0) if shown else None,
+            grammar=answer_grammar(self.response_format, self.structured_outputs),
         )
         return wire.Submit(request_id, "completion", sampling, prompt=prompt, **self.service)
 
@@ -57,10 +59,16 @@ class GenerateRequest(SamplingFields):
 
     prompt: Prompt
     max_tokens: Limit | None = 128
+    structured_outputs: StructuredOutputs | None = None
+
+    @property
+    def grammar_field(self) -> str:
+        """The field whose grammar it is, should a worker not be able to use it."""
+        return grammar_field(self.structured_outputs)
 
     def submit(self, request_id: str) -> wire.Submit:
         """The message to the worker."""
-        sampling = self.sampling(max_tokens=self.max_tokens)
+        sampling = self.sampling(max_tokens=self.max_tokens, grammar=answer_grammar(None, self.structured_outputs))
         return wire.Submit(request_id, "completion", sampling, prompt=self.prompt, **self.service)
 
 

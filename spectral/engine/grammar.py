@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from typing import Any
@@ -18,6 +19,14 @@ KEPT = 64
 """Compiled grammars that are kept for the next request with the same one."""
 
 UNSATISFIABLE, TOO_COMPLEX, CUT = "grammar_unsatisfiable", "grammar_too_complex", "grammar_cut_by_stop"
+MAX_REASON = 400
+"""Characters of llguidance's own words that are passed on; it shows the grammar around what is wrong."""
+_REMEDIES = {
+    **dict.fromkeys(("json_object", "json_schema", "tool_calls"), "correct the JSON schema there"),
+    "regex": "correct the pattern: it has Rust's syntax, without look-around and references back",
+    "lark": "correct the grammar there: it is llguidance's Lark, and its first rule is start",
+    "gbnf": "correct the grammar there: it is llama.cpp's GBNF, its first rule is root, and none may be called start",
+}
 _NO_EXTENSION = ("NoExtension", "NoExtensionBias")
 
 WHITESPACE = {"whitespace_pattern": r"( |\n( {0,16}|\t{0,8}))?"}
@@ -66,7 +75,7 @@ class GrammarState:
             whole = self._matcher.is_accepting() and not self._matcher.is_error()
             return None if whole else _dead(self._matcher, "where the answer ended")
         matcher = self._beginning.deep_copy()
-        tokens = self._vocabulary.tokenize_str(cut)
+        tokens = self._vocabulary.greedy_tokenize(cut)  # never special ones, whatever the text looks like
         if matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting():
             return None
         return RequestError(
@@ -75,6 +84,44 @@ class GrammarState:
             param="stop",
             code=CUT,
         )
+
+
+def _refusal(grammar: Grammar, what: str, reason: str) -> RequestError:
+    """The error of a grammar that cannot be read or used, with what to do."""
+    reason = reason.strip()
+    keys = re.fullmatch(r"Unimplemented keys: (\[.*\])", reason)
+    if keys is not None and grammar.kind in ("json_schema", "tool_calls"):
+        wanted = set(json.loads(keys[1]))
+        places = ", ".join(_places(json.loads(grammar.text), wanted)) or ", ".join(sorted(wanted))
+        said = f"no answer can be held to this part of the JSON schema: {places[:MAX_REASON]}; say it with other keys "
+        said += "(enum, const, anyOf, pattern, minimum, ...), or leave it out and check the answer yourself"
+        return RequestError(said, param="grammar")
+    if len(reason) > MAX_REASON:
+        reason = reason[: MAX_REASON - 3] + "..."
+    said = f"the {grammar.kind} grammar cannot be {what}: {reason}; {_REMEDIES[grammar.kind]}"
+    return RequestError(said, param="grammar")
+
+
+def _places(schema: Any, wanted: set[str], path: str = "") -> list[str]:
+    """Where keys stand in a schema, such as properties.a.not; names of properties are no keys."""
+    if isinstance(schema, list):
+        return [place for i, part in enumerate(schema) for place in _places(part, wanted, f"{path}[{i}]")]
+    if not isinstance(schema, dict):
+        return []
+    found = []
+    for name, part in schema.items():
+        at = f"{path}.{name}" if path else name
+        if name in wanted:
+            found.append(at)
+        elif name in _MAPS and isinstance(part, dict):
+            found += [place for key, one in part.items() for place in _places(one, wanted, f"{at}.{key}")]
+        elif name not in _VALUES:
+            found += _places(part, wanted, at)
+    return found
+
+
+_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_VALUES = ("const", "enum", "default", "examples")
 
 
 def _dead(matcher: Any, where: str) -> RequestError:
@@ -119,11 +166,10 @@ class GrammarCompiler:
             else:
                 text = _SOURCES[grammar.kind](LLMatcher, grammar.text)
         except (ValueError, TypeError) as error:
-            raise RequestError(f"the {grammar.kind} grammar cannot be read: {error}", param="grammar") from error
+            raise _refusal(grammar, "read", str(error)) from error
         matcher = LLMatcher(self._vocabulary(), text, log_level=0)
         if matcher.is_error():
-            reason = str(matcher.get_error()).strip()
-            raise RequestError(f"the {grammar.kind} grammar cannot be used: {reason}", param="grammar")
+            raise _refusal(grammar, "used", str(matcher.get_error()))
         matcher.compute_bitmask()
         if matcher.is_error():
             raise _dead(matcher, "at its beginning")
@@ -194,9 +240,12 @@ def _lark(matcher: Any, text: str) -> str:
 
 
 def _gbnf(matcher: Any, text: str) -> str:
-    from llguidance import grammar_from
+    from llguidance.gbnf_to_lark import gbnf_to_lark
 
-    return str(grammar_from("gbnf", text))
+    try:
+        return str(matcher.grammar_from_lark(gbnf_to_lark(text)))
+    except Exception as error:  # its reader fails in several ways, a recursion that is too deep among them
+        raise ValueError(error) from error
 
 
 _SOURCES: dict[str, Callable[[Any, str], str]] = {

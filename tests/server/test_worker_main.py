@@ -110,7 +110,8 @@ def test_an_answer_streams_after_accepted(ready: tuple[Parent, wire.Ready]) -> N
     assert "Paris" in text_of(before, "a")
     assert isinstance(end, wire.Finished) and end.reason == "stop" and end.usage.kv_bytes > 0
     deltas = [m for m in before if isinstance(m, wire.Delta)]
-    assert all(m.logprobs and len(m.logprobs[0].top) == 2 for m in deltas)
+    assert all(m.logprobs and len(m.logprobs[0].top) == 2 for m in deltas[:-1])
+    assert (deltas[-1].text, deltas[-1].logprobs) == ("", [])  # the token that ends the answer is not of it
     assert [m.seq for m in before if isinstance(m, wire.Pong)] == [7]
 
 

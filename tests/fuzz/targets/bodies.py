@@ -43,6 +43,8 @@ OPENAI: list[tuple[Any, dict[str, Any]]] = [
     ),
     (schemas.CompletionRequest, {"model": "m", "prompt": ["a", [1, 2]], **SAMPLING, "logprobs": 2, "echo": True}),
     (schemas.GenerateRequest, {"model": "m", "prompt": "p", "max_tokens": 3, "kv_quality": {"max_kl": 0.1}}),
+    (schemas.GenerateRequest, {"model": "m", "prompt": "p", "structured_outputs": {"choice": ["a", "b/"]}}),
+    (schemas.CompletionRequest, {"model": "m", "prompt": "p", "structured_outputs": {"grammar": 'root ::= "a"'}}),
     (
         schemas.ResponsesRequest,
         {"model": "m", "input": [{"role": "user", "content": "x"}], "instructions": "i", "max_output_tokens": 5},
