@@ -34,7 +34,7 @@ from spectral.engine.types import (
     Started,
     Usage,
 )
-from spectral.engine.upkeep import check, effective_context, figures, warm_up
+from spectral.engine.upkeep import check, context_for, effective_context, figures, warm_up
 from spectral.errors import BrokenNumbers, CacheError, ContextLengthExceeded, DeadlineExceeded, QueueFull, RequestError
 
 if TYPE_CHECKING:
@@ -136,11 +136,11 @@ class Engine:
             raise RequestError(
                 f"logit_bias holds token id {bad}; this model's ids are 0 to {self.vocab_size - 1}", param="logit_bias"
             )
-        self.lanes.setting_for(request.max_kl, request.setting)
+        self.lanes.setting_for(request.max_kl, request.setting)  # refused before a full queue is
         if self.scheduler.room() < params.n:
             raise QueueFull(len(self.scheduler.waiting))
         ids = self.encode(request) if prompt is None else prompt
-        limit = self.context_length - len(ids)
+        limit = context_for(self, request, len(ids)) - len(ids)
         if params.max_tokens is not None:
             limit = min(limit, params.max_tokens)
         # An answer in a chat begins a text of its own; a completion goes on with the prompt's.

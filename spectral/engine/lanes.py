@@ -10,8 +10,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,14 +19,14 @@ from spectral.aside import aside
 from spectral.code_dispatch import codes_for
 from spectral.codec import EXACT, coarser
 from spectral.dispatch import kernels_for
+from spectral.engine.lane import Lane
 from spectral.engine.prefix import PrefixCache, block_length
 from spectral.engine.sequence import Sequence
 from spectral.engine.types import EngineLimits
-from spectral.errors import DamagedPages, OutOfPages, ProfileError, RequestError
+from spectral.errors import OutOfPages, ProfileError, RequestError
 from spectral.pages import PageStore
-from spectral.parking import park, unpark
+from spectral.parking import park
 from spectral.pools import squeeze_fill
-from spectral.rows import cut_row
 from spectral.shelf import Shelf
 
 if TYPE_CHECKING:
@@ -39,55 +38,6 @@ log = logging.getLogger("spectral.engine")
 
 FREE_PREFIX_BYTES = 1 << 30
 """Most bytes of reusable prefixes where the cache has no limit; with one, it is half of the limit."""
-
-
-@dataclass(eq=False)
-class Lane:
-    """One setting in use. `kl`: its measured mean, 0 for exact; `members`: sequences that belong to it, parked ones
-    included."""
-
-    setting: str
-    kl: float
-    store: PageStore
-    prefix: PrefixCache
-    members: int = 0
-
-    def waits(self, sequence: Sequence) -> bool:
-        """True while another sequence computes the same prefix."""
-        return sequence.parked is None and self.prefix.waits(sequence)
-
-    def need(self, sequence: Sequence) -> tuple[int, int]:
-        """Bytes that a sequence needs for all its tokens; bytes of idle prefix pages among those that it shares."""
-        pages = self.store.pages_at(len(sequence.tokens) + 1)
-        if sequence.row is not None:
-            return self.store.nbytes_of(max(0, pages - len(sequence.row.pages)), 0), 0
-        shared: list[int] = []
-        if sequence.parked is None:
-            shared = self.prefix.pages(sequence, self.prefix.matched(sequence))
-        idle = self.store.nbytes_of(self.store.unshared(shared), 0)
-        return self.store.nbytes_of(max(0, pages - len(shared))), idle
-
-    def open(self, sequence: Sequence) -> None:
-        """Give a sequence its row: from host memory, from a prefix, or empty. Raises OutOfPages, nothing changed."""
-        if sequence.parked is None:
-            sequence.row = self.prefix.open(sequence)
-            return
-        try:
-            row = unpark(self.store, sequence.parked)
-        except DamagedPages as error:
-            log.error("%s; its tokens are computed again", error)
-            sequence.row = self.prefix.open(sequence)
-            sequence.parked = sequence.keep = None
-            return
-        if sequence.keep is not None and sequence.keep < row.length:
-            cut_row(self.store, row, sequence.keep)
-        sequence.row, sequence.parked, sequence.keep = row, None, None
-
-    def close(self, sequence: Sequence) -> None:
-        """Free a sequence's row."""
-        self.prefix.leave(sequence)
-        self.store.close(sequence.row)
-        sequence.row = None
 
 
 class Lanes:
@@ -162,11 +112,21 @@ class Lanes:
             return float("inf")
         return self._profile.row(setting).kl_mean
 
+    def bytes_per_token(self, setting: str) -> Callable[[int], float]:
+        """All-in bytes per token of one sequence at a setting, from its tokens; no lane is made for that."""
+        for lane in self.all:
+            if lane.setting == setting:
+                return lane.store.bytes_per_token
+        if setting == EXACT or self._profile is None:
+            dtype = next(self._loaded.model.parameters()).dtype
+            return PageStore(self._loaded.shape, window_dtype=dtype).bytes_per_token
+        return self._profile.row(setting).bytes_per_token
+
     # -- which lane ------------------------------------------------------------------------------------------------
 
     def setting_for(self, max_kl: float | None, setting: str | None = None) -> str:
-        """The setting that is asked for; else the current one, or where that is not good enough the coarsest that is.
-        Raises RequestError."""
+        """The setting that is asked for; else the current one, or where that is not good enough the coarsest that is,
+        which is exact where no row of the ladder is. Raises RequestError for a setting that cannot be had."""
         if setting is not None:
             return self._asked(setting, max_kl)
         if max_kl is None or self.current.kl <= max_kl:
@@ -174,13 +134,7 @@ class Lanes:
         ladder = self._profile.ladder if self._profile is not None else []
         good = [row for row in ladder if row.kl_mean <= max_kl]
         if not good:
-            have = ", ".join(f"{row.name} {row.kl_mean:.3g}" for row in ladder) or "no other than the current one"
-            raise RequestError(
-                f"max_kl is {max_kl:g} and no setting of this model's cache is measured to be that close: {have}; "
-                "raise max_kl, or let the model run at setting exact",
-                param="max_kl",
-                code="quality_unavailable",
-            )
+            return EXACT
         return min(good, key=lambda row: row.bytes_per_token(self._loaded.context_length)).name
 
     def _asked(self, setting: str, max_kl: float | None) -> str:
@@ -191,7 +145,8 @@ class Lanes:
             raise RequestError(message, param="setting", code="quality_unavailable")
         kl = self.current.kl if setting == self.current.setting else self._kl(setting)
         if max_kl is not None and kl > max_kl:
-            message = f"setting {setting!r} is measured at a KL of {kl:.3g}, which is more than max_kl, {max_kl:g}"
+            message = f"setting {setting!r} is measured at a KL of {kl:.3g}, which is more than max_kl, "
+            message += f"{max_kl:g}; leave setting out to get one that is close enough, or raise max_kl"
             raise RequestError(message, param="max_kl", code="quality_unavailable")
         return setting
 

@@ -17,7 +17,7 @@ MAX_SEARCHES = 4
 
 
 class Lane(Protocol):
-    """What the scheduler needs of spectral.engine.lanes.Lane."""
+    """What the scheduler needs of spectral.engine.lane.Lane."""
 
     store: Any
 

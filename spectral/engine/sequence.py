@@ -16,7 +16,7 @@ class Sequence:
         priority: higher ones go first; tenant: who shares the engine fairly with others; salt: only prompts with the
             same one share a prefix; max_kl: the setting must be at least that good (None: any); setting: the
             one to begin at (None: the engine's).
-        lane: its spectral.engine.lanes.Lane, from its first step on.
+        lane: its spectral.engine.lane.Lane, from its first step on.
         row: its row in the lane's store, None while it waits. The row holds tokens[: row.length].
         parked: its row in host memory, to go on from; keep: tokens of it that are still right (None: all).
         cached: tokens of the prompt that were not computed for it.

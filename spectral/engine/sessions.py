@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spectral.codec import coarser
-from spectral.engine.lanes import Lane, Lanes
+from spectral.engine.lane import Lane
+from spectral.engine.lanes import Lanes
 from spectral.engine.sequence import Sequence
 from spectral.engine.types import EngineLimits, cold_level
 from spectral.errors import DamagedPages, SessionError

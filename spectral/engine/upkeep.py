@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from spectral.engine.sampler import SamplerState
 from spectral.engine.scheduler import Part
 from spectral.engine.sequence import Sequence
-from spectral.engine.types import EngineStats, SamplingParams
-from spectral.errors import CacheError
+from spectral.engine.types import EngineStats, GenerateRequest, SamplingParams
+from spectral.errors import CacheError, RequestError
 
 if TYPE_CHECKING:
     from spectral.engine.engine import Engine
@@ -34,22 +34,49 @@ def check(engine: Engine) -> None:
     assert most is None or parked <= most, "over the host budget"
 
 
-def effective_context(engine: Engine) -> int:
-    """The longest sequence that the model, the limits and the cache's bytes allow, in tokens."""
+def effective_context(engine: Engine, setting: str | None = None) -> int:
+    """The longest sequence that the model, the limits and the cache's bytes allow, in tokens.
+
+    `setting`: of its cache; None: the engine's. Raises CacheError where not a single sequence fits.
+    """
     context = min(engine.loaded.context_length, engine.limits.context_length or engine.loaded.context_length)
     most = engine.limits.max_kv_bytes
-    if most is None or engine.store.bytes_per_token(context) * context <= most:
+    per_token = engine.lanes.bytes_per_token(engine.setting if setting is None else setting)
+    if most is None or per_token(context) * context <= most:
         return context
     low, high = 0, context
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if engine.store.bytes_per_token(middle) * middle <= most else (low, middle)
+        low, high = (middle, high) if per_token(middle) * middle <= most else (low, middle)
     if low < 2:
-        needed = round(engine.store.bytes_per_token(1))
+        needed = round(per_token(1))
         raise CacheError(
             f"limits.max_kv_bytes is {most} and one sequence's exact window alone takes {needed} bytes; raise it"
         )
     return low
+
+
+def context_for(engine: Engine, request: GenerateRequest, prompt_tokens: int) -> int:
+    """The longest sequence for a request, in tokens: at a setting of its own the cache's bytes may hold less.
+
+    Raises RequestError for a setting that cannot be had, or at which its prompt does not fit.
+    """
+    setting = engine.lanes.setting_for(request.max_kl, request.setting)
+    if setting == engine.setting:
+        return engine.context_length
+    try:
+        context = min(engine.context_length, effective_context(engine, setting))
+    except CacheError:
+        context = 0
+    if prompt_tokens < context:
+        return context
+    asked = "max_kl" if request.setting is None else "setting"
+    raise RequestError(
+        f"{asked} needs a cache at setting {setting}, of which this model's bytes hold {context} tokens, and the "
+        f"prompt has {prompt_tokens}; shorten the prompt, ask for less quality, or raise limits.max_kv_bytes",
+        param=asked,
+        code="quality_unavailable",
+    )
 
 
 def figures(engine: Engine) -> EngineStats:

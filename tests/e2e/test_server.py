@@ -107,8 +107,12 @@ def test_a_request_gets_the_quality_that_it_asks_for(client: openai.OpenAI) -> N
     assert float(usual.headers["x-spectral-kl"]) > float(finer.headers["x-spectral-kl"])
     told = json.loads(finer.text)["spectral"]
     assert told["kl_mean"] <= 0.0005 and told["setting"] == finer.headers["x-spectral-setting"]
+    exact = asked(0.0)
+    assert (exact.headers["x-spectral-setting"], float(exact.headers["x-spectral-kl"])) == ("exact", 0.0)
     with pytest.raises(openai.BadRequestError) as refused:
-        asked(0.0)
+        client.completions.create(
+            model=MODEL, prompt="x", extra_body={"kv_quality": {"max_kl": 0.0, "setting": "16x"}}
+        )
     assert refused.value.param == "kv_quality.max_kl"
 
 

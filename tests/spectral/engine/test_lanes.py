@@ -174,12 +174,47 @@ def test_a_floor_chooses_a_setting_and_keeps_it_through_a_squeeze(loaded: Loaded
     assert [lane.setting for lane in engine.lanes.all] == ["16x"]
 
 
-def test_a_floor_that_nothing_meets_is_refused_with_the_ladder(loaded: LoadedModel) -> None:
+def test_a_floor_that_no_row_of_the_ladder_meets_is_met_by_the_exact_cache(loaded: LoadedModel) -> None:
     engine = demo(loaded, "8x")
-    with pytest.raises(RequestError, match=r"max_kl is 1e-09.*3\.5x .*16x ") as caught:
-        engine.submit(request("a", PROMPT, 5, max_kl=1e-9))
-    assert (caught.value.param, caught.value.code) == ("max_kl", "quality_unavailable") and not engine.has_work
+    engine.submit(request("close", PROMPT, 30, max_kl=1e-9))
+    engine.submit(request("usual", PROMPT, 30))
+
+    def each(step: int) -> None:
+        if step == 8:  # a squeeze leaves it alone
+            engine.set_setting("16x")
+            assert {lane.setting for lane in engine.lanes.all} == {"exact", "16x"}
+
+    events = drive(engine, each)
+    assert answer(events, "close") == ask(demo(loaded, "exact"), request("x", PROMPT, 30))["x"]
+    told = {e.request_id: e.usage.setting for e in events if isinstance(e, Finished)}
+    assert told == {"close": "exact", "usual": "16x"} and [lane.setting for lane in engine.lanes.all] == ["16x"]
     assert len(ask(demo(loaded, "exact"), request("a", PROMPT, 5, max_kl=0.0))["a"]) == 5
+
+
+def test_a_codebook_that_nobody_has_measured_meets_no_floor_but_the_exact_cache_does() -> None:
+    prompt = [3 + token % 90 for token in PROMPT[:60]]
+    got = {name: ask(tiny_engine(setting=name), request("a", prompt, 8, max_kl=0.1))["a"] for name in ("test", "exact")}
+    assert got["test"] == got["exact"]
+
+
+def test_bytes_that_hold_less_at_a_finer_setting_bound_its_requests(loaded: LoadedModel) -> None:
+    free = demo(loaded, "16x")
+    most = int(free.store.bytes_per_token(400) * 400)
+    engine = demo(loaded, "16x", max_kv_bytes=most)
+    exact = next(n for n in range(400, 0, -1) if free.lanes.bytes_per_token("exact")(n) * n <= most)
+    assert 20 < exact < 300 <= engine.context_length
+    for asked, param in (({"max_kl": 0.0}, "max_kl"), ({"setting": "exact"}, "setting")):
+        with pytest.raises(RequestError, match=f"setting exact.*hold {exact} tokens.*shorten the prompt") as caught:
+            engine.submit(request("a", PROMPT, 5, **asked))
+        assert (caught.value.param, caught.value.code) == (param, "quality_unavailable") and not engine.has_work
+    engine.submit(request("a", PROMPT[:20], 500, max_kl=0.0))
+    events = drive(engine)
+    (ended,) = [event for event in events if isinstance(event, Finished)]
+    assert (ended.reason, ended.usage.setting) == ("length", "exact")
+    assert 20 + len(answer(events, "a")) == exact
+
+
+def test_a_negative_floor_is_refused() -> None:
     with pytest.raises(RequestError, match="0 or more"):
         request("a", PROMPT, 5, max_kl=-1.0)
 
