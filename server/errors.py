@@ -160,10 +160,11 @@ def cancelled() -> ApiError:
     return ApiError(503, "the worker cancelled the request; send it again", code="cancelled", retry_after=2)
 
 
-def deadline_exceeded(seconds: float) -> ApiError:
-    """504."""
-    message = f"the request did not finish within {seconds:g} s; ask for fewer tokens, or allow more time"
-    return ApiError(504, message, code="deadline_exceeded")
+def deadline_exceeded(seconds: float, param: str | None = None) -> ApiError:
+    """504. `param`: the field that set the time, where it was not the server's own limit."""
+    more = "allow more time" if param is None else f"allow more time in {param}"
+    message = f"the request did not finish within {seconds:g} s; ask for fewer tokens, or {more}"
+    return ApiError(504, message, code="deadline_exceeded", param=param)
 
 
 def internal(error: Exception, where: str) -> ApiError:

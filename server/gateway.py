@@ -183,7 +183,7 @@ class Generation:
     def _given_up(self, error: Exception) -> errors.ApiError:
         if isinstance(error, SlowReader):
             return self._failed(errors.slow_client())
-        return self._failed(errors.deadline_exceeded(self._stream.seconds))
+        return self._failed(errors.deadline_exceeded(self._stream.seconds, self._stream.seconds_field))
 
     def _failed(self, error: errors.ApiError) -> errors.ApiError:
         self._notes["outcome"], self._notes["code"] = error.status, error.code
@@ -367,9 +367,10 @@ class Gateway:
             raise self.scheduler.worker_lost(slot)
         body.check(ready)
         most = self.scheduler.settings.server.request_timeout_seconds
-        seconds = min(most, getattr(body, "timeout_seconds", None) or most)
+        asked = getattr(body, "timeout_seconds", None)
+        seconds = min(most, asked or most)
         stream = self.scheduler.submit(slot, worker, submit, began + seconds - time.monotonic())
-        stream.seconds = seconds
+        stream.seconds, stream.seconds_field = seconds, "timeout_seconds" if asked == seconds else None
         generation = Generation(self.scheduler, slot, ready, stream, submit, began, notes, permit, field_names)
         try:
             await generation.accepted()

@@ -93,7 +93,8 @@ class DeadlineExceeded(RequestError):
     """The request's deadline passed before it finished."""
 
     def __init__(self, seconds: float) -> None:
-        super().__init__(f"the request did not finish within {seconds:g} s", code="deadline_exceeded")
+        message = f"the request did not finish within {seconds:g} s; allow more in timeout_s, or ask for fewer tokens"
+        super().__init__(message, param="timeout_s", code="deadline_exceeded")
 
 
 class BrokenNumbers(RequestError):

@@ -6,6 +6,7 @@ with InferenceEngine("demo-7m") as engine:
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 from collections import deque
@@ -203,10 +204,11 @@ class InferenceEngine:
                 prompt = [Message(str(m["role"]), str(m["content"])) for m in prompt]
             except (KeyError, TypeError) as error:
                 raise RequestError("each message needs a role and a content", param="messages") from error
-        try:
-            params = SamplingParams(max_tokens=max_tokens, **sampling)
-        except TypeError as error:
-            raise RequestError(f"unknown sampling parameter: {error}") from error
+        known = [field.name for field in dataclasses.fields(SamplingParams)]
+        unknown = next((name for name in sampling if name not in known), None)
+        if unknown is not None:
+            raise RequestError(f"unknown sampling parameter {unknown!r}; there are {', '.join(known)}", param=unknown)
+        params = SamplingParams(max_tokens=max_tokens, **sampling)
         return GenerateRequest(f"call-{next(self._numbers)}", prompt, params, session=session)
 
     # -- sessions -------------------------------------------------------------------------------------------------
@@ -216,7 +218,8 @@ class InferenceEngine:
 
         cold_level: "fast"; "small", a smaller file at a twentieth of the speed, which needs links beside the profile
         (`spectral profile link`), now and to go on; "auto": small where there are links, else fast.
-        Raises SessionError for an unknown name or missing links, RequestError for another level, OSError.
+        Raises SessionError for an unknown name or missing links, RequestError for another level and for what is no
+        name, OSError.
         """
         return self._ready.engine.save_session(session, path, cold_level=cold_level)
 
@@ -224,7 +227,8 @@ class InferenceEngine:
         """Read such a file: the next prompt with this session name goes on from it. Returns its tokens.
 
         Raises SessionError for a file that is damaged, of another model, profile or setting, or saved with links that
-        are not beside the profile; OSError. Nothing has changed then.
+        are not beside the profile; RequestError for a name that is not 1 to 256 characters; OSError. Nothing has
+        changed then.
         """
         return self._ready.engine.resume_session(session, path)
 

@@ -24,6 +24,7 @@ class RequestStream:
     def __init__(self, request_id: str, seconds: float, choices: int = 1) -> None:
         self.request_id = request_id
         self.seconds = seconds  # what the reader is told when they are over
+        self.seconds_field: str | None = None  # the request's field that set them
         self.overflowed = False
         self._told = 0
         self._limit = STREAM_EVENTS * choices

@@ -367,7 +367,8 @@ class Engine:
     def resume_session(self, session: str, path: str | os.PathLike[str], *, cache_salt: str = "") -> int:
         """Read a session from a file; the next request with this name goes on from it. Returns its tokens.
 
-        Raises SessionError, SettingError, ProfileError, OutOfPages or OSError, and then nothing has changed.
+        Raises RequestError (for the name), SessionError, SettingError, ProfileError, OutOfPages or OSError, and then
+        nothing has changed.
         """
         return self.sessions.resume((cache_salt, session), path)
 

@@ -12,7 +12,7 @@ from spectral.codec import coarser
 from spectral.engine.lane import Lane
 from spectral.engine.lanes import Lanes
 from spectral.engine.sequence import Sequence
-from spectral.engine.types import EngineLimits, cold_level
+from spectral.engine.types import EngineLimits, cold_level, session_name
 from spectral.errors import DamagedPages, SessionError
 from spectral.link_files import LinkFiles
 from spectral.parking import Parked, park, unpark
@@ -99,7 +99,8 @@ class Sessions:
 
     def save(self, name: Name, path: str | os.PathLike[str], level: str | None = None) -> Path:
         """Write a session to a file; it stays. Raises SessionError for an unknown name or where the level's links are
-        not there, OSError, OutOfPages."""
+        not there, RequestError for what is no name, OSError, OutOfPages."""
+        session_name(name[1])
         shelved = self._shelf.get(name)
         if shelved is None:
             raise SessionError(f"there is no paused session {name[1]!r}; a session is kept when its answer has ended")
@@ -120,7 +121,8 @@ class Sessions:
 
     def resume(self, name: Name, path: str | os.PathLike[str]) -> int:
         """Read a session from a file, to be gone on from. Returns its tokens. Raises SessionError, SettingError,
-        ProfileError, OSError or OutOfPages, and then nothing has changed."""
+        ProfileError, RequestError for what is no name, OSError or OutOfPages, and then nothing has changed."""
+        session_name(name[1])
         facts = session_facts(path)
         lane = self._lanes.lane(facts.setting)
         try:

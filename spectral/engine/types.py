@@ -15,11 +15,14 @@ COLD_LEVELS = ("auto", "fast", "small")
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_NAME = 256
+MAX_SHOWN = 120  # characters of a wrong value that are told
 GRAMMAR_KINDS = ("json_object", "json_schema", "tool_calls", "regex", "lark", "gbnf")
 
 
 def _refuse(param: str, rule: str, value: object) -> None:
-    raise RequestError(f"{param} must be {rule}, got {value!r}", param=param)
+    shown = repr(value)
+    shown = shown if len(shown) <= MAX_SHOWN else shown[: MAX_SHOWN - 3] + "..."
+    raise RequestError(f"{param} must be {rule}, got {shown}", param=param)
 
 
 def _number(param: str, value: float, low: float, high: float, rule: str, *, open_low: bool = False) -> None:
@@ -39,6 +42,13 @@ def cold_level(level: str) -> str:
     if level not in COLD_LEVELS:
         _refuse("cold_level", f"one of {', '.join(COLD_LEVELS)}", level)
     return level
+
+
+def session_name(name: str) -> str:
+    """The name of a session. Raises RequestError for anything else than a text of 1 to MAX_NAME characters."""
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
+        _refuse("session", f"a name of 1 to {MAX_NAME} characters", name)
+    return name
 
 
 @dataclass(frozen=True)
@@ -121,12 +131,14 @@ class SamplingParams:
             _refuse("grammar", "a Grammar", self.grammar)
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
             _refuse("seed", "an integer", self.seed)
-        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
-            _refuse("stop", "a list of strings that are not empty", self.stop)
+        if not isinstance(self.stop, (list, tuple)) or not all(isinstance(s, str) and s for s in self.stop):
+            _refuse("stop", "a list of strings that are not empty (leave it out for none)", self.stop)
         _integer("n", self.n, 1, MAX_CHOICES, f"between 1 and {MAX_CHOICES}")
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0, "between -2 and 2")
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0, "between -2 and 2")
         _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, "above 0 and at most 100", open_low=True)
+        if not isinstance(self.logit_bias, dict):
+            _refuse("logit_bias", "a map from token ids to numbers (leave it out for none)", self.logit_bias)
         for token, bias in self.logit_bias.items():
             _integer("logit_bias", token, 0, None, "a map from token ids to numbers")
             _number("logit_bias", bias, -100.0, 100.0, "between -100 and 100")
@@ -178,12 +190,12 @@ class GenerateRequest:
         _integer("priority", self.priority, -100, 100, "between -100 and 100")
         if self.max_kl is not None:
             _number("max_kl", self.max_kl, 0.0, 1e9, "0 or more")
-        for name in ("tenant", "cache_salt", "session"):
+        for name in ("tenant", "cache_salt"):
             value = getattr(self, name)
-            if not (isinstance(value, str) or (name == "session" and value is None)) or len(value or "") > MAX_NAME:
+            if not isinstance(value, str) or len(value) > MAX_NAME:
                 _refuse(name, f"a text of at most {MAX_NAME} characters", value)
-        if self.session is not None and (not self.session or self.params.n != 1):
-            raise RequestError("session must be a name that is not empty, and n must be 1 with it", param="session")
+        if self.session is not None and session_name(self.session) and self.params.n != 1:
+            raise RequestError("n must be 1 with a session, which goes on from one answer", param="session")
         if self.timeout_s is not None:
             _number("timeout_s", self.timeout_s, 0.0, 1e9, "above 0", open_low=True)
 

@@ -180,7 +180,8 @@ def test_a_request_has_a_time_limit_of_its_own(server: Running) -> None:
     answer = server.client.post("/v1/chat/completions", json=body)
     error = answer.json()["error"]
     assert (answer.status_code, error["code"]) == (504, "deadline_exceeded")
-    assert "0.2 s" in error["message"]
+    assert error["param"] == "timeout_seconds" and "0.2 s" in error["message"]
+    assert "allow more time in timeout_seconds" in error["message"]
     server.until(lambda: not server.slot().streams)
 
 

@@ -191,8 +191,11 @@ def test_a_request_that_takes_too_long_is_504() -> None:
     with serving(settings(request_timeout_seconds=0.2)) as server:
         server.until_state("demo", "hot")
         response = post(server, "demo", "mute")
-        assert (response.status_code, response.json()["error"]["code"]) == (504, "deadline_exceeded")
-        server.until(lambda: server.cancelled() == 1)
+        error = response.json()["error"]
+        assert (response.status_code, error["code"], error["param"]) == (504, "deadline_exceeded", None)
+        capped = server.client.post("/generate", json={"model": "demo", "prompt": "mute", "timeout_seconds": 60.0})
+        assert capped.json()["error"]["param"] is None  # more of it would not help: the server's own limit was first
+        server.until(lambda: server.cancelled() == 2)
 
 
 def test_shutdown_ends_streams_and_workers() -> None:

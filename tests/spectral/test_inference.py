@@ -60,10 +60,37 @@ def test_streams_may_overlap_and_closing_one_frees_it(engine: InferenceEngine) -
     assert engine.kv_bytes == 0
 
 
-@pytest.mark.parametrize("sampling", [{"temperature": -1.0}, {"n": 2}, {"colour": "red"}, {"max_tokens": 0}])
-def test_bad_parameters_are_named(engine: InferenceEngine, sampling: dict[str, object]) -> None:
-    with pytest.raises(RequestError, match=next(iter(sampling))):
+@pytest.mark.parametrize(
+    ("sampling", "remedy"),
+    [
+        ({"temperature": -1.0}, "between 0 and 100"),
+        ({"n": 2}, "call again"),
+        ({"colour": "red"}, "there are max_tokens, temperature"),
+        ({"max_tokens": 0}, "at least 1"),
+        ({"stop": 5}, "a list of strings.*leave it out for none.*got 5"),
+        ({"stop": None}, "a list of strings.*leave it out for none.*got None"),
+        ({"logit_bias": None}, "a map from token ids.*leave it out for none"),
+        ({"logit_bias": [5]}, "a map from token ids"),
+        ({"session": "a" * 300}, "a name of 1 to 256 characters"),
+        ({"session": ""}, "a name of 1 to 256 characters"),
+    ],
+)
+def test_bad_parameters_are_named(engine: InferenceEngine, sampling: dict[str, object], remedy: str) -> None:
+    name = next(iter(sampling))
+    with pytest.raises(RequestError, match=f"{name}.*{remedy}") as caught:
         engine.chat(QUESTION, **sampling)  # type: ignore[arg-type]
+    assert caught.value.param == name and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("name", ["", "a" * 257, None, 5])
+def test_a_session_has_a_name(engine: InferenceEngine, tmp_path: Path, name: object) -> None:
+    engine.chat(QUESTION, max_tokens=2, session="talk")
+    file = engine.save_session("talk", tmp_path / "talk")
+    for call in (engine.save_session, engine.resume_session):
+        with pytest.raises(RequestError, match="session must be a name of 1 to 256 characters") as caught:
+            call(name, file)  # type: ignore[operator]
+        assert caught.value.param == "session"
+    assert engine.resume_session("a" * 256, file) > 0
 
 
 def test_bad_arguments_are_refused_before_loading() -> None:

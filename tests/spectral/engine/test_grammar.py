@@ -247,6 +247,31 @@ def test_a_stop_string_within_a_sentence_fails_and_does_not_end_it(demo: hf.Load
     assert "leave stop out" in str(failed.error) and not any(isinstance(event, Finished) for event in events)
 
 
+@pytest.mark.parametrize(
+    ("schema", "places"),
+    [
+        ({"not": {"type": "string"}}, "not"),
+        ({"properties": {"not": {"properties": {"a": {"not": {}}}}}}, "properties.not.properties.a.not"),
+        ({"anyOf": [{"type": "string"}, {"type": "array", "contains": {}}]}, r"anyOf\[1\].contains"),
+        ({"$defs": {"x": {"if": {}}}, "properties": {"x": {"$ref": "#/$defs/x"}}}, r"\$defs.x.if"),
+    ],
+)
+def test_a_key_that_no_grammar_holds_is_told_with_its_place_and_what_to_do(
+    demo: hf.LoadedModel, schema: dict[str, Any], places: str
+) -> None:
+    with pytest.raises(RequestError, match=f"schema: {places}; say it with other keys.*leave it out") as caught:
+        GrammarCompiler(demo.tokenizer, 8192, demo.eos_token_ids).start(Grammar("json_schema", json.dumps(schema)))
+    assert caught.value.param == "grammar"
+
+
+def test_long_reasons_are_cut(demo: hf.LoadedModel) -> None:
+    compiler = GrammarCompiler(demo.tokenizer, 8192, demo.eos_token_ids)
+    for kind, text in (("regex", "b" * 5000 + "("), ("gbnf", "root ::= " + "(" * 5000)):
+        with pytest.raises(RequestError, match="correct the") as caught:
+            compiler.start(Grammar(kind, text))
+        assert len(str(caught.value)) < 700
+
+
 def test_a_grammar_that_allows_nothing_fails_its_request_only(
     demo: hf.LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
