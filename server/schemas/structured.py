@@ -84,9 +84,11 @@ def answer_grammar(
     if formed and structured is not None:
         message = "structured_outputs: response_format says already what the answer must be; leave one of them out"
         raise bad_request(message, "structured_outputs")
-    if tools and (formed or structured is not None):
-        field = "response_format" if formed else "structured_outputs"
-        raise unsupported(field, "an answer that may call tools cannot have another form; leave one out")
+    if tools and formed:
+        raise unsupported("response_format", "an answer that may call tools cannot have another form; leave one out")
+    if tools and structured is not None:
+        message = "structured_outputs: an answer that may call tools cannot have another form; leave one of them out"
+        raise bad_request(message, "structured_outputs")
     return format_grammar(form) if structured is None else structured.to_wire()
 
 
