@@ -50,6 +50,8 @@ def create_app(
     events = EventLog(state)
     make = make_scheduler or (lambda *parts: Scheduler(parts[0], parts[1], command, parts[2]))
     scheduler = make(settings, metrics, events)
+    if state.durable:
+        scheduler.saved.use(state.folder / "sessions")
     admin = Admin(state, events, scheduler, config_file, given)
     metrics.set_version(ops.installed_version())
     metrics.watch_devices(scheduler.memory.ledger.snapshot)

@@ -29,6 +29,7 @@ from server.admin_key import AdminKey, is_loopback
 from server.config_auth import AuthSettings
 from server.config_cluster import ClusterSettings
 from server.config_memory import Bytes, DefaultMemory, MemorySettings, ModelMemory, Section
+from server.config_sessions import SessionSettings
 from server.config_tracing import TracingSettings
 from server.worker import messages
 from server.yaml_source import YamlSource, explain_yaml
@@ -68,7 +69,7 @@ class ServerSettings(AdminKey, Section):
     load_wait_seconds: float = Field(60.0, gt=0, description="How long a request waits for its model to load.")
     worker_silence_seconds: float = Field(30.0, gt=0, description="A worker silent for so long is killed and replaced.")
     state_dir: str | None = Field(
-        None, min_length=1, description="Folder of profiles, audit trail and events; null: ./.spectral."
+        None, min_length=1, description="Folder of profiles, audit trail, events and saved sessions; null: ./.spectral."
     )
     max_profile_bytes: Bytes = Field(2**30, description="Largest profile that may be uploaded.")
     drain_seconds: float = Field(10.0, ge=0, description="Time that running requests get at shutdown.")
@@ -140,8 +141,8 @@ class ModelSettings(ModelMemory):
     )
     cold_level: ColdLevel = Field(
         "fast",
-        description="How a chat that moves to another node is written: fast; small, with less to send, twenty "
-        "times the work for both workers, and the same links beside both nodes' profiles; auto: small where links are.",
+        description="How a chat that is saved, or moves to another node, is written: fast; small, with fewer bytes, "
+        "twenty times the work on both sides, and the same links beside both profiles; auto: small where links are.",
     )
     trust_remote_code: bool = Field(False, description="Run Python code that the model's folder brings along.")
 
@@ -204,6 +205,7 @@ class Settings(BaseSettings):
     logging: LogSettings = LogSettings()
     tracing: TracingSettings = TracingSettings()
     memory: MemorySettings = MemorySettings()
+    sessions: SessionSettings = SessionSettings()
     cluster: ClusterSettings = ClusterSettings()
     defaults: DefaultSettings = DefaultSettings()
     models: tuple[ModelSettings, ...] = Field(min_length=1, description="The models to serve.")

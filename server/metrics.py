@@ -85,6 +85,7 @@ SPECS = (
     Spec("gauge", "prefix_bytes", "Cache kept for prompts that begin as earlier ones did."),
     Spec("gauge", "parked_sequences", "Sequences that wait in host memory."),
     Spec("gauge", "parked_bytes", "Bytes of parked sequences and of sessions in host memory."),
+    Spec("gauge", "sessions", "Paused chats in host memory."),
     Spec("gauge", "weights_bytes", "Bytes of weights."),
     Spec("gauge", "setting_info", "1 for the setting and the profile in use.", ("model", "setting", "profile")),
     Spec("gauge", "setting_bytes_per_element", "Bytes per cache element of the setting: its bits, divided by 8."),
@@ -204,6 +205,7 @@ class Metrics:
         self._set(model, "prefix_bytes", stats.prefix_bytes)
         self._set(model, "parked_sequences", stats.parked)
         self._set(model, "parked_bytes", stats.parked_bytes)
+        self._set(model, "sessions", stats.sessions)
         for name, field in _FROM_WORKERS.items():
             now, before = getattr(stats, field), self._counted.get((model, name), 0)
             self._made[name].labels(model).inc(now - before if now >= before else now)  # a new worker begins at zero

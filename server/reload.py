@@ -9,7 +9,7 @@ from server.config import Settings
 from server.scheduler.loop import Scheduler
 from server.scheduler.slots import Slot
 
-SECTIONS_AT_START_ONLY = ("auth", "logging", "memory", "tracing")  # a file of keys is read again by itself
+SECTIONS_AT_START_ONLY = ("auth", "logging", "memory", "sessions", "tracing")  # a file of keys is read again by itself
 AT_START_ONLY = ("host", "port", "allow_public", "allowed_origins", "state_dir", "max_profile_bytes")
 LIVE = ("load", "aliases", "thoughts", "keep_alive", "pin", "priority", "max_kl", "min_context", "max_vram")
 """Fields of a model that need no new worker."""

@@ -51,7 +51,7 @@ class State:
         except (OSError, sqlite3.OperationalError, InUse) as error:
             if folder is not None:
                 raise StateError(f"server.state_dir {folder!r} cannot be used: {error}") from error
-            log.warning("%s; profiles, pins and the audit trail will not outlive this process", error)
+            log.warning("%s; profiles, pins, sessions and the audit trail will not outlive this process", error)
         return cls._open(Path(tempfile.mkdtemp(prefix="spectral-state-")), durable=False)
 
     @classmethod

@@ -109,6 +109,29 @@ def unpark(store: PageStore, parked: Parked, shared: Sequence[int] = ()) -> Row:
     return row
 
 
+def host_store(like: PageStore, codebook: Codebook, window_dtype: torch.dtype) -> PageStore:
+    """An empty store in host memory for the same layers, at any setting, without a limit: rows go to files from there
+    and come into it, so that no device needs room for them."""
+    return PageStore(like.shape, codebook, window_dtype=window_dtype)
+
+
+def regrouped(parked: Parked, source: PageStore, target: PageStore) -> Parked:
+    """A row parked from one store as another store of the same layers takes it: of a model that is spread over several
+    devices the windows lie in groups by device. Raises DamagedPages where there is something to change."""
+    if source.group_of == target.group_of:
+        return parked
+    parked.verify()
+    layers: list[list[int]] = [[] for _ in target.groups]
+    for layer, (group, _) in sorted(target.group_of.items(), key=lambda item: item[1]):
+        layers[group].append(layer)
+    windows = []
+    for members in layers:
+        places = [source.group_of[layer] for layer in members]
+        count = len(parked.windows[places[0][0]])
+        windows.append([torch.stack([parked.windows[g][i][at] for g, at in places]) for i in range(count)])
+    return Parked(parked.codebook, parked.length, parked.page_count, parked.pages, windows)
+
+
 def _coarser(store: PageStore, parked: Parked) -> Snapshot:
     """A parked row's windows in the number format that the store has now."""
     old, new = parked.codebook, store.codebook

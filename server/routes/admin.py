@@ -41,8 +41,8 @@ async def body_of(request: Request, schema: type[admin_schemas.S]) -> admin_sche
 
 @router.get("/status")
 async def status(request: Request, actor: Actor) -> Response:
-    """Everything at a glance: models, devices, jobs that are not over, whether the state is durable, and a cluster's
-    nodes."""
+    """Everything at a glance: models, devices, jobs that are not over, whether the state is durable, sessions in files,
+    and a cluster's nodes."""
     admin = admin_of(request)
     models = {}
     for name, slot in admin.scheduler.slots.items():
@@ -50,6 +50,7 @@ async def status(request: Request, actor: Actor) -> Response:
         models[name] = {**slot_info(slot), **chosen}
     jobs = [job for job in await admin.jobs.rows() if job["state"] not in OVER]
     body = {"actor": actor, "durable": admin.state.durable, "models": models, "jobs": jobs}
+    body["saved_sessions"] = await admin.scheduler.saved.view()
     return JSONResponse({**body, **await admin.memory(), "nodes": nodes_of(admin.scheduler)})
 
 

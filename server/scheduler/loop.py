@@ -24,6 +24,7 @@ from server.scheduler import policy
 from server.scheduler.admission import Refusal
 from server.scheduler.liveness import watch
 from server.scheduler.memory import WAITS, MemoryManager, NoRoom
+from server.scheduler.saved import SavedFolder
 from server.scheduler.slots import Slot
 from server.scheduler.spare import Spares
 from server.scheduler.stream import RequestStream, StreamItem
@@ -47,6 +48,7 @@ class Scheduler:
         self.metrics = metrics
         self.events = events
         self._spares = Spares(settings.memory.spare_workers or 0, command, metrics)
+        self.saved = SavedFolder(settings.sessions)
         self._closing = False
         self.slots: dict[str, Slot] = {model.name: Slot(model) for model in settings.models}
         for name in self.slots:
@@ -60,6 +62,7 @@ class Scheduler:
             if slot.settings.load == "startup":
                 self._launch(slot)
         self._spares.fill(self.slots.values())
+        self.saved.start()
 
     def slot(self, name: str) -> Slot:
         """The slot of a model by name or alias. Raises ApiError 404."""
@@ -178,15 +181,22 @@ class Scheduler:
             self._set(slot, "cold", reason)
             return
         slot.unloading = True
-        if slot.state == "hot" and slot.worker is not None:
-            slot.worker.send(messages.Shutdown(drain_s if slot.streams else 0.0))
-            self._set(slot, "stopping", reason)
-            await asyncio.wait({task}, timeout=drain_s + 1.0)
+        if (save_s := self._shut_down(slot, drain_s, reason)) is not None:
+            await asyncio.wait({task}, timeout=drain_s + save_s + 1.0)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         slot.unloading = False
         self._set(slot, "cold", reason)
         slot.failures, slot.error = 0, ""
+
+    def _shut_down(self, slot: Slot, drain_s: float, reason: str = "") -> float | None:
+        """Have a worker finish what runs and save its sessions; seconds for the latter. None: it has neither to do."""
+        save_s = self.saved.seconds(slot)
+        if slot.worker is None or not (slot.state == "hot" or (slot.state == "asleep" and save_s)):
+            return None
+        slot.worker.send(messages.Shutdown(drain_s if slot.streams else 0.0))
+        self._set(slot, "stopping", reason)
+        return save_s
 
     async def command(self, slot: Slot, make: Callable[[str], messages.ToWorker], within_s: float) -> None:
         """Send a hot model's worker a command and wait until it is carried out. Raises ApiError 409, 503 or 504."""
@@ -212,20 +222,19 @@ class Scheduler:
             self.events.add(kind, reason, model=slot.name, device=device, **detail)
 
     async def stop(self) -> None:
-        """End all workers; hot ones with running requests get the configured time. Safe to call twice."""
+        """End all workers; running requests and the saving of sessions get the configured time. Safe to call twice."""
         self._closing = True
+        await self.saved.stop()
         await self._spares.stop()
         drain = self.settings.server.drain_seconds if any(slot.streams for slot in self.slots.values()) else 0.0
         tasks = [slot.task for slot in self.slots.values() if slot.task is not None]
+        save_s = max((self.saved.seconds(slot) for slot in self.slots.values()), default=0.0)
         for slot in self.slots.values():
-            if slot.state == "hot" and slot.worker is not None:
-                slot.worker.send(messages.Shutdown(drain if slot.streams else 0.0))
-                self._set(slot, "stopping")
-            elif slot.state != "stopping" and slot.task is not None:
+            if slot.state != "stopping" and self._shut_down(slot, drain) is None and slot.task is not None:
                 slot.task.cancel()  # a worker that loads answers nobody: there is nothing to wait for
             self._notify(slot)
         if tasks:
-            _, late = await asyncio.wait(tasks, timeout=drain + 1.0)
+            _, late = await asyncio.wait(tasks, timeout=drain + save_s + 1.0)
             for task in late:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -301,7 +310,7 @@ class Scheduler:
         slot.worker, slot.last_pong = worker, time.monotonic()
         pings = asyncio.create_task(watch(slot, worker, self.settings.server.worker_silence_seconds))
         try:
-            worker.send(slot.load_message())
+            worker.send(msgspec.structs.replace(slot.load_message(), sessions=self.saved.bounds))
             while received := await worker.receive():
                 for message in received:
                     self._take(slot, message)

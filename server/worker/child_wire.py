@@ -115,6 +115,7 @@ def stats(figures: types.EngineStats, reserved: int = 0, beside: int = 0) -> wir
         squeezes=figures.squeezes,
         reserved_bytes=reserved,
         beside_bytes=beside,
+        sessions=figures.sessions,
     )
 
 

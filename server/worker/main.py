@@ -3,11 +3,11 @@
 The main thread loads the model and runs the engine; with nothing to do it waits for its inbox. Beside it:
     reader   answers pings at once, however long a step takes, and ends the process when the gateway is gone
     writer   sends what the gateway does not take at once
-    encoder  tokenizes long prompts, which may take seconds, while the engine goes on
+    encoder  tokenizes long prompts and reads saved sessions, which may take seconds, while the engine goes on
     profile  reads another profile, while requests go on under the one before
 
-Exit statuses: 0 after Shutdown, or when the gateway closed its end; 1 if the inference thread failed; 2 on bytes that
-are no message; 3 if the model cannot be loaded; 4 if its weights were damaged while they slept.
+Exit statuses: 0 after Shutdown (sessions are saved then), or when the gateway closed its end; 1 if the inference thread
+failed; 2 on bytes that are no message; 3 if the model cannot be loaded; 4 if its weights were damaged while they slept.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from server.worker.allocator import prepare_allocator
 
@@ -33,10 +33,12 @@ from server import heap
 from server.worker import child_sessions, child_wire
 from server.worker import messages as wire
 from server.worker.channel import SocketChannel
+from server.worker.child_encoder import Encoded, Encoder
 from server.worker.child_engines import Change, Engines, Preparation
 from server.worker.child_load import import_libraries, load
 from server.worker.child_memory import COMMANDS, MemoryControl
-from server.worker.child_queue import QueueDeadlines, TurnQueue
+from server.worker.child_queue import QueueDeadlines
+from server.worker.child_saved import Found, SavedChats
 from spectral.engine import types
 from spectral.engine.chat import opens_thoughts, thought_format
 from spectral.engine.templates import RENDERER
@@ -54,14 +56,6 @@ LONG_PROMPT = 32_768
 """Characters from which a prompt is tokenized beside the engine's thread; fewer take a few milliseconds."""
 
 EXIT_OK, EXIT_DIED, EXIT_BAD_FRAME, EXIT_LOAD_FAILED = 0, 1, 2, 3
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A long prompt's token ids, or why there are none."""
-
-    request: types.GenerateRequest
-    outcome: list[int] | Exception
 
 
 Inbox = queue.SimpleQueue["wire.ToWorker | Encoded | Change | Preparation"]
@@ -138,47 +132,15 @@ class Reader:
                 self.inbox.put(message)
 
 
-class Encoder:
-    """Tokenizes long prompts, tenants in turn, and puts the outcome into the inbox; answers Tokenize by itself."""
-
-    def __init__(self, engines: Engines, inbox: Inbox, writer: Writer) -> None:
-        self._engines, self._inbox, self._writer = engines, inbox, writer
-        self._requests: TurnQueue[types.GenerateRequest | wire.Tokenize] = TurnQueue()
-        threading.Thread(target=self._run, name="encoder", daemon=True).start()
-
-    def put(self, request: types.GenerateRequest | wire.Tokenize) -> None:
-        """Queue a request; returns at once."""
-        self._requests.put(request, request.tenant if isinstance(request, types.GenerateRequest) else "")
-
-    def _run(self) -> None:
-        while True:
-            request = self._requests.get()
-            if isinstance(request, wire.Tokenize):
-                self._writer.send(self._tokenize(request))
-                continue
-            outcome: list[int] | Exception
-            try:
-                outcome = self._engines.current.encode(request)
-            except Exception as error:  # told to the client by the inference thread
-                outcome = error
-            self._inbox.put(Encoded(request, outcome))
-
-    def _tokenize(self, message: wire.Tokenize) -> wire.ToParent:
-        try:
-            ids = self._engines.current.count(child_wire.to_encode(message))
-            return child_wire.tokenized(message.request_id, ids, self._engines.current.loaded.tokenizer)
-        except Exception as error:  # a tokenizer or template that breaks on one text must not end the others
-            return child_wire.rejected(message.request_id, error)
-
-
 class Worker:
     """The inference thread's loop: messages in, steps, events out."""
 
-    def __init__(self, engines: Engines, inbox: Inbox, writer: Writer) -> None:
+    def __init__(self, engines: Engines, inbox: Inbox, writer: Writer, saved: SavedChats | None = None) -> None:
         self._engines, self._inbox, self._writer = engines, inbox, writer
+        self._saved = saved or SavedChats(engines, None, "")
         self._translate = child_wire.EventTranslator(engines.current.loaded.tokenizer)
         self._thoughts = thought_format(engines.current.loaded.tokenizer)
-        self._encoder = Encoder(engines, inbox, writer)
+        self._encoder = Encoder(engines, self._saved, inbox.put, writer.send)
         self._memory = MemoryControl(engines, engines.current.limits.max_kv_bytes, writer.send)
         self._queue = QueueDeadlines(engines, writer.send)
         self._encoding: dict[str, bool] = {}  # requests at the encoder, and whether they were cancelled meanwhile
@@ -188,7 +150,7 @@ class Worker:
         self._stats_at = 0.0
 
     def run(self) -> None:
-        """Serve until a Shutdown's work is done or its deadline has passed."""
+        """Serve until a Shutdown's work is done or its deadline has passed; then save sessions."""
         self._report()
         while self._receive():
             if not self._engines.has_work:
@@ -202,6 +164,7 @@ class Worker:
                 self._report()
         self._abandon()
         self._report()
+        self._saved.save()
 
     def _rest(self) -> None:
         """Nothing is left to do: an idle model keeps prefixes only. One whose steps are graphs over its cache's memory
@@ -249,7 +212,7 @@ class Worker:
                 self._encoding[message.request_id] = True
             self._engines.cancel(message.request_id)
         elif isinstance(message, Encoded):
-            self._start(message.request, message.outcome)
+            self._start(message.request, message.outcome, message.found)
         elif isinstance(message, wire.SetProfile):
             Change(message, self._engines, self._inbox.put)
         elif isinstance(message, Change):
@@ -291,7 +254,8 @@ class Worker:
             request = child_wire.to_request(message)
             if ident in self._encoding:
                 raise RequestError(f"request_id {ident!r} is in use", param="request_id")
-            if child_wire.text_length(message) >= LONG_PROMPT or (message.kind == "chat" and RENDERER.slow):
+            slow = child_wire.text_length(message) >= LONG_PROMPT or (message.kind == "chat" and RENDERER.slow)
+            if slow or self._saved.waits(request):
                 self._encoding[ident] = False
                 self._encoder.put(request)
                 return
@@ -304,9 +268,13 @@ class Worker:
             outcome = error
         self._start(request, outcome)
 
-    def _start(self, request: types.GenerateRequest, outcome: list[int] | Exception) -> None:
+    def _start(
+        self, request: types.GenerateRequest, outcome: list[int] | Exception, found: Found | None = None
+    ) -> None:
         ident = request.request_id
         cancelled = self._encoding.pop(ident, False)
+        if self._saved.begin(request, found):
+            self._report()
         try:
             if isinstance(outcome, Exception):
                 raise outcome
@@ -369,7 +337,8 @@ def serve(channel: SocketChannel, ahead: bool = False) -> int:
     heap.keep()
     sys.setswitchinterval(SWITCH_S)
     writer.send(ready)
-    worker = Worker(Engines(built), reader.inbox, writer)
+    engines = Engines(built)
+    worker = Worker(engines, reader.inbox, writer, SavedChats(engines, first.sessions, first.name))
     reader.early = worker.prepare
     worker.run()
     writer.finish()

@@ -16,7 +16,7 @@ from server.worker.memory_messages import Footprint, SetLease, SetProfile, SetSe
 from server.worker.parts import Grammar as Grammar
 from server.worker.parts import LadderFigure, Limits, Message, Sampling, TokenLogprob, Usage
 from server.worker.parts import TopLogprob as TopLogprob
-from server.worker.session_messages import ResumeSession, SaveSession
+from server.worker.session_messages import ResumeSession, SavedSessions, SaveSession
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 LENGTH = struct.Struct(">I")
@@ -31,7 +31,8 @@ class BadFrame(Exception):
 
 
 class Load(msgspec.Struct, tag="load", frozen=True):
-    """The first message: which model to load and how. `setting` may be "auto". `cold_level`: how sessions are saved."""
+    """The first message: which model to load and how. `setting` may be "auto". `cold_level`: how sessions are saved;
+    `sessions`: where, when the worker ends (None: nowhere)."""
 
     name: str
     path: str
@@ -46,6 +47,7 @@ class Load(msgspec.Struct, tag="load", frozen=True):
     max_memory: dict[str, int] = {}
     """Bytes by device for weights and cache, where the model is spread over several; {}: all on `device`."""
     cold_level: str = "fast"
+    sessions: SavedSessions | None = None
 
 
 class Submit(msgspec.Struct, tag="submit", frozen=True):
@@ -100,7 +102,7 @@ class Ping(msgspec.Struct, tag="ping", frozen=True):
 
 
 class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
-    """Finish what runs within `deadline_s` seconds, then end with status 0."""
+    """Finish what runs within `deadline_s` seconds, save sessions (see Load), then end with status 0."""
 
     deadline_s: float = 0.0
 
@@ -240,6 +242,7 @@ class Stats(msgspec.Struct, tag="stats", frozen=True):
 
     `prefix_asked`, `prefix_reused`: prompt tokens, and those that an earlier prompt had left in the cache.
     `reserved_bytes`: all that torch holds on GPUs; `beside_bytes`: the most of it beside weights and cache.
+    `sessions`: paused chats in host memory.
     """
 
     running: int = 0
@@ -259,6 +262,8 @@ class Stats(msgspec.Struct, tag="stats", frozen=True):
     squeezes: int = 0
     reserved_bytes: int = 0
     beside_bytes: int = 0
+    sessions: int = 0
+
 
 MemoryCommand = SetLease | SetSetting | Sleep | Wake
 Session = SaveSession | ResumeSession

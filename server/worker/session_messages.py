@@ -1,8 +1,19 @@
-"""The part of the protocol that moves a paused chat's cache to another worker, as files of compressed pages."""
+"""The part of the protocol that moves a paused chat's cache to another worker, or into the next life of its own, as
+files of compressed pages."""
 
 from __future__ import annotations
 
 import msgspec
+
+
+class SavedSessions(msgspec.Struct, frozen=True):
+    """Where a worker keeps sessions as files while no worker has them, for all models together. `max_bytes`: of files;
+    `max_age_s`: seconds since a session was used, negative for ever; `save_s`: for writing when the worker ends."""
+
+    folder: str
+    max_bytes: int
+    max_age_s: float
+    save_s: float
 
 
 class SaveSession(msgspec.Struct, tag="save_session", frozen=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,10 +16,13 @@ from spectral.engine.sequence import Sequence
 from spectral.engine.types import EngineLimits, cold_level, session_name
 from spectral.errors import DamagedPages, SessionError
 from spectral.link_files import LinkFiles
-from spectral.parking import Parked, park, unpark
-from spectral.sessions import load_row, save_row, session_facts
+from spectral.parking import Parked, host_store, park, regrouped, unpark
+from spectral.sessions import SessionFacts, load_row, save_row, session_facts
 
 if TYPE_CHECKING:
+    import torch
+
+    from spectral.pages import PageStore
     from spectral.profile import SpectralProfile
 
 Name = tuple[str, str]
@@ -29,11 +33,13 @@ MAX_SESSIONS = 1024
 
 @dataclass(frozen=True)
 class Shelved:
-    """A paused chat. `tokens`: of which the row holds the first `parked.length`; `setting`: of its pages."""
+    """A paused chat. `tokens`: of which the row holds the first `parked.length`; `setting`: of its pages;
+    `window_dtype`: of its store's exact windows."""
 
     tokens: list[int]
     parked: Parked
     setting: str
+    window_dtype: torch.dtype
 
 
 class Sessions:
@@ -56,7 +62,8 @@ class Sessions:
         if sequence.row is None or not sequence.row.length:
             return
         lane: Lane = sequence.lane
-        self._put(name, Shelved(list(sequence.tokens), park(lane.store, sequence.row), lane.setting))
+        parked, dtype = park(lane.store, sequence.row), _window_dtype(lane.store)
+        self.put(name, Shelved(list(sequence.tokens), parked, lane.setting, dtype))
 
     @property
     def names(self) -> list[Name]:
@@ -98,41 +105,60 @@ class Sessions:
         self._lanes.parked_nbytes += shelved.parked.nbytes
 
     def save(self, name: Name, path: str | os.PathLike[str], level: str | None = None) -> Path:
-        """Write a session to a file; it stays. Raises SessionError for an unknown name or where the level's links are
-        not there, RequestError for what is no name, OSError, OutOfPages."""
+        """Write a session to a file, at its own setting; it stays. From host memory: also where the device has no room,
+        or the model sleeps. Raises SessionError for an unknown name or where the level's links are not there,
+        RequestError for what is no name, OSError."""
         session_name(name[1])
         shelved = self._shelf.get(name)
         if shelved is None:
             raise SessionError(f"there is no paused session {name[1]!r}; a session is kept when its answer has ended")
-        lane = self._lane(shelved)
+        links, like = self._links.of_level(cold_level(level or self._level), shelved.setting), self._lanes.current.store
+        store = host_store(like, shelved.parked.codebook, shelved.window_dtype)
         try:
-            links = self._links.of_level(cold_level(level or self._level), lane.setting)
-            try:
-                row = unpark(lane.store, shelved.parked)
-            except DamagedPages as error:
-                self.forget(name)
-                raise SessionError(f"the session {name[1]!r} cannot be saved and is given up: {error}") from error
-            try:
-                return save_row(lane.store, row, shelved.tokens, path, model=self._model, links=links)
-            finally:
-                lane.store.close(row)
-        finally:
-            self._lanes.retire(lane)
+            row = unpark(store, regrouped(shelved.parked, like, store))
+        except DamagedPages as error:
+            self.forget(name)
+            raise SessionError(f"the session {name[1]!r} cannot be saved and is given up: {error}") from error
+        return save_row(store, row, shelved.tokens, path, model=self._model, links=links)
 
     def resume(self, name: Name, path: str | os.PathLike[str]) -> int:
         """Read a session from a file, to be gone on from. Returns its tokens. Raises SessionError, SettingError,
-        ProfileError, RequestError for what is no name, OSError or OutOfPages, and then nothing has changed."""
+        ProfileError, RequestError for what is no name, or OSError, and then nothing has changed."""
         session_name(name[1])
+        shelved = self.load(path)
+        self.put(name, shelved)
+        return len(shelved.tokens)
+
+    def load(self, path: str | os.PathLike[str]) -> Shelved:
+        """A session in a file, for `put`. Raises as `resume`."""
         facts = session_facts(path)
         lane = self._lanes.lane(facts.setting)
         try:
-            links = self._links.need(facts.setting, facts.links) if facts.links else None
-            row, tokens = load_row(lane.store, path, model=self._model, links=links)
-            self._put(name, Shelved(tokens, park(lane.store, row), lane.setting))
-            lane.store.close(row)
+            return self._read(path, facts, lane.store)
         finally:
             self._lanes.retire(lane)
-        return len(tokens)
+
+    def load_aside(self, path: str | os.PathLike[str], settings: Collection[str]) -> Shelved | None:
+        """The same while another thread steps; None where no lane has the file's setting: `load` makes one. Raises
+        SessionError for a setting that is none of these."""
+        facts = session_facts(path)
+        if facts.setting not in settings:
+            wanted = ", ".join(settings)
+            raise SessionError(f"the session was saved at setting {facts.setting!r}, and it may have {wanted} here")
+        lane = next((lane for lane in self._lanes.all[:] if lane.setting == facts.setting), None)
+        return None if lane is None else self._read(path, facts, lane.store)
+
+    def _read(self, path: str | os.PathLike[str], facts: SessionFacts, like: PageStore) -> Shelved:
+        links = self._links.need(facts.setting, facts.links) if facts.links else None
+        store = host_store(like, like.codebook, _window_dtype(like))
+        row, tokens = load_row(store, path, model=self._model, links=links)
+        return Shelved(tokens, regrouped(park(store, row), store, like), facts.setting, _window_dtype(like))
+
+    def fits(self, shelved: Shelved, setting: str) -> bool:
+        """Whether a session goes on at this setting: as it is, or squeezed because the engine runs at that one."""
+        current = self._lanes.current
+        squeezes = setting == current.setting and coarser(shelved.parked.codebook, current.store.codebook)
+        return setting == shelved.setting or squeezes
 
     def _lane(self, shelved: Shelved) -> Lane:
         """Where a session goes on: at the current setting if that is its own or a coarser one, else at its own."""
@@ -141,7 +167,8 @@ class Sessions:
             return current
         return self._lanes.lane(shelved.setting)
 
-    def _put(self, name: Name, shelved: Shelved) -> None:
+    def put(self, name: Name, shelved: Shelved) -> None:
+        """Keep a session; where there is no room for it, or for older ones, they are forgotten."""
         self.forget(name)
         self._shelf[name] = shelved
         self.nbytes += shelved.parked.nbytes
@@ -150,3 +177,7 @@ class Sessions:
             or (self._most is not None and self.nbytes + self._lanes.parked_nbytes > self._most)
         ):
             self.forget(next(iter(self._shelf)))
+
+
+def _window_dtype(store: PageStore) -> torch.dtype:
+    return store.windows[0].store.dtype
