@@ -144,6 +144,7 @@ class Scheduler:
             except Refusal as refusal:
                 raise errors.queue_full(str(refusal), refusal.retry_after) from None
             message = msgspec.structs.replace(message, queue_s=longest)
+            slot.has_sessions = slot.has_sessions or message.session is not None
         stream = RequestStream(message.request_id, seconds_left, choices)
         if slot.worker is not worker:
             slot.admission.leave(slot.room, message.request_id, answered=False)
@@ -176,8 +177,7 @@ class Scheduler:
 
     async def unload(self, slot: Slot, drain_s: float, reason: str) -> None:
         """End a model's worker; running requests get `drain_s` seconds. It stays cold until somebody asks for it."""
-        task = slot.task
-        if task is None or task.done():
+        if (task := slot.task) is None or task.done():
             self._set(slot, "cold", reason)
             return
         slot.unloading = True
@@ -327,7 +327,7 @@ class Scheduler:
 
     def _forget_worker(self, slot: Slot) -> None:
         """Nobody works for this slot any more: its streams end, its gauges are zero."""
-        slot.worker, slot.ready = None, None
+        slot.worker, slot.ready, slot.has_sessions = None, None, False
         if slot.state in ("hot", "asleep"):
             self._set(slot, "loading")
         for stream in slot.streams.values():

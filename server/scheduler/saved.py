@@ -46,8 +46,7 @@ class SavedFolder:
 
     def seconds(self, slot: Slot) -> float:
         """How long a model's worker may take to save its sessions, when it ends."""
-        may_have = self.bounds is not None and slot.worker is not None and (slot.stats.sessions or slot.streams)
-        return self._settings.save_seconds if may_have else 0.0
+        return self._settings.save_seconds if self.bounds is not None and slot.has_sessions else 0.0
 
     def start(self) -> None:
         """Begin to remove what becomes too old."""

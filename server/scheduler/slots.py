@@ -37,6 +37,7 @@ class Slot:
     hot_since: float | None = None
     last_pong: float = 0.0
     worker: WorkerProcess | None = None
+    has_sessions: bool = False  # a request with one came to this worker: it may have something to save
     ready: messages.Ready | None = None
     stats: messages.Stats = field(default_factory=messages.Stats)
     streams: dict[str, RequestStream] = field(default_factory=dict)

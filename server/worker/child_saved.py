@@ -131,9 +131,9 @@ class SavedChats:
                 continue
             saved, nbytes = saved + (size > 0), nbytes + size
             lost = lost if size else "sessions.max_bytes holds no more"
-        log.info("%d sessions saved, %d bytes, %.2f s", saved, nbytes, time.monotonic() - clock)
+        log.info("sessions saved: %d, %d bytes, in %.2f s", saved, nbytes, time.monotonic() - clock)
         if saved < len(names):
-            log.warning("%d sessions are not saved and are lost: %s", len(names) - saved, lost)
+            log.warning("sessions not saved, and lost: %d (%s)", len(names) - saved, lost)
 
     def _save(self, name: tuple[str, str], used_at: float) -> int:
         """Write one; its bytes, 0 where there is no room. Raises OSError, SpectralError."""

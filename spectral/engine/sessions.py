@@ -82,7 +82,7 @@ class Sessions:
         shelved = self._shelf.get(name)
         if shelved is None:
             return
-        lane = self._lane(shelved)
+        lane = self._lane(shelved, sequence)
         try:
             self._begin(name, shelved, lane, sequence)
         finally:
@@ -160,10 +160,12 @@ class Sessions:
         squeezes = setting == current.setting and coarser(shelved.parked.codebook, current.store.codebook)
         return setting == shelved.setting or squeezes
 
-    def _lane(self, shelved: Shelved) -> Lane:
-        """Where a session goes on: at the current setting if that is its own or a coarser one, else at its own."""
+    def _lane(self, shelved: Shelved, sequence: Sequence) -> Lane:
+        """Where a session goes on: at the current setting if the sequence is for that and the session's own is the same
+        or finer, else at its own."""
         current = self._lanes.current
-        if coarser(shelved.parked.codebook, current.store.codebook):
+        asked = self._lanes.setting_for(sequence.max_kl, sequence.setting)
+        if asked == current.setting and coarser(shelved.parked.codebook, current.store.codebook):
             return current
         return self._lanes.lane(shelved.setting)
 

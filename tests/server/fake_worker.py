@@ -16,7 +16,8 @@
 "think"      thinks in the form of Qwen3 and then answers; with a tool it calls it
 "think on"   the same, where the prompt has the mark that begins the thoughts
 The model path "broken" makes the load fail; "crashing" ends the process while loading; "stuck" never becomes ready;
-"stubborn" becomes ready and then ignores everything, also SIGTERM and the end of the socket.
+"stubborn" becomes ready and then ignores everything, also SIGTERM and the end of the socket. "saving" takes two seconds
+to save its sessions when it ends, and leaves a file "began" and then a file "saved" where they would be.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ import os
 import signal
 import socket
 import sys
+import time
+from pathlib import Path
 
 import msgspec
 
@@ -68,6 +71,14 @@ def main() -> None:
         if message is None:
             signal.pause()
     Worker(channel, sock).serve()
+    if load.path == "saving" and load.sessions is not None:
+        folder = Path(load.sessions.folder)
+        (folder / "began").touch()
+        until = time.monotonic() + 2.0
+        while (left := until - time.monotonic()) > 0:
+            if channel.poll(left) and channel.receive() is None:
+                return  # there is no more time
+        (folder / "saved").touch()
 
 
 def ready(profile: str | None, setting: str) -> m.Ready:

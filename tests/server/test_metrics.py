@@ -89,7 +89,7 @@ def test_every_metric_that_is_exposed_is_in_the_table_and_the_other_way_round(us
     documented = {f"spectral_{spec.name}" for spec in SPECS}
     assert {name for name in exposed if name.startswith("spectral_")} == documented
     assert not any(":" in name for name in exposed)
-    ends = "bytes|seconds|nats|tokens|info|requests|sequences|state|pinned|rank|element|token|total|nodes"
+    ends = "bytes|seconds|nats|tokens|info|requests|sequences|sessions|state|pinned|rank|element|token|total|nodes"
     units = re.compile(rf"_({ends})$")
     assert all(units.search(spec.full_name) for spec in SPECS)
 

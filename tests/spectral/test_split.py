@@ -27,8 +27,10 @@ from spectral.engine.runner import Runner
 from spectral.errors import ModelError
 from spectral.hf import _placement, load_model, wrap_model
 from spectral.pages import LayerShape, ModelShape, PageStore, exact_codebook
+from spectral.parking import host_store, park, regrouped, snapshot_tensors, unpark
 from spectral.pools import squeezed
 from spectral.residency import synchronize
+from spectral.sessions import load_row, save_row
 from tests.spectral.engine.engine_helpers import ask, request, tiny_engine
 from tests.spectral.helpers import random_codebook, random_model
 
@@ -70,6 +72,28 @@ def test_each_layers_numbers_lie_on_its_device() -> None:
     store.check()
     layer_step(store, row, 1)
     assert store.pools[1] is not None and store.pools[1].device == OTHER
+
+
+def test_a_row_of_a_split_model_is_saved_and_read_in_host_memory(tmp_path: Path) -> None:
+    """Its windows lie in groups by device, and in host memory all together."""
+    shape = ModelShape((LayerShape(2, 16, 16), LayerShape(2, 16, 16), LayerShape(2, 16, 16, sliding=12)), 4, 32)
+    book = random_codebook(shape, [4, 2], sinks=4, window=16, page=8, block=0)
+    other = torch.device("cpu:0")  # another device for whoever compares them, with memory of the first
+    store = PageStore(shape, book, devices=[other, CPU, CPU])
+    row = store.open()
+    for count in (21, 9, *[1] * 12):
+        layer_step(store, row, count)
+    parked = park(store, row)
+    host = host_store(store, book, torch.bfloat16)
+    assert len(store.groups) == 3 and len(host.groups) == 2
+    moved = regrouped(parked, store, host)
+    save_row(host, unpark(host, moved), range(row.length), tmp_path / "row", model="m")
+    read, _ = load_row(host, tmp_path / "row", model="m")
+    back = regrouped(park(host, read), host, store)
+    assert [torch.equal(a, b) for a, b in zip(parked.pages, back.pages, strict=True) if a is not None and b is not None]
+    mine, theirs = (snapshot_tensors(p.windows) for p in (parked, back))
+    assert len(mine) == len(theirs) == 3 and all(map(torch.equal, mine, theirs))
+    assert back.check == parked.check and unpark(store, back).length == row.length
 
 
 def test_a_batch_elsewhere_shares_all_but_its_index_tensors() -> None:

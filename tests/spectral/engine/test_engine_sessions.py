@@ -9,7 +9,7 @@ import pytest
 
 from spectral.engine.engine import Engine
 from spectral.engine.types import SamplingParams
-from spectral.errors import RequestError, SessionError
+from spectral.errors import OutOfPages, RequestError, SessionError
 from tests.spectral.engine.engine_helpers import ask, request, tiny_engine
 from tests.spectral.engine.test_prefix import KINDS, count_prompt_tokens, prompt
 
@@ -70,6 +70,32 @@ def test_sessions_have_owners_and_limits(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="n must be 1"):
         request("n", prompt(5), sampling={"n": 2}, session="a")
     assert SamplingParams().n == 1
+
+
+def test_saving_and_reading_take_nothing_from_a_full_store(tmp_path: Path) -> None:
+    """They happen in host memory: requests that run may have all that the cache may hold."""
+    engine = tiny_engine()
+    _, _, second = turns(engine)
+    engine.trim(prefixes=True)
+    engine.store.max_bytes = engine.store.nbytes
+    with pytest.raises(OutOfPages):
+        engine.store.admit(10_000, 1000)
+    path = engine.save_session("chat", tmp_path / "chat.session")
+    assert engine.resume_session("chat", path) == 100 and engine.sessions.load_aside(path, ["test"]) is not None
+    assert engine.store.rows == 0 and engine.store.nbytes == engine.store.max_bytes
+    engine.store.max_bytes = None
+    computed = count_prompt_tokens(engine)
+    assert ask(engine, request("two", second, 20, session="chat"))["two"] and sum(computed) <= 12 + 1
+
+
+def test_a_file_of_a_setting_that_is_not_wanted_is_refused(tmp_path: Path) -> None:
+    engine = tiny_engine()
+    turns(engine)
+    path = engine.save_session("chat", tmp_path / "chat.session")
+    with pytest.raises(SessionError, match=r"saved at setting 'test', and it may have exact here"):
+        engine.sessions.load_aside(path, ["exact"])
+    exact = tiny_engine(setting="exact")
+    assert exact.sessions.load_aside(path, ["exact", "test"]) is None, "no lane has that setting"
 
 
 def test_a_damaged_or_foreign_file_is_refused_and_nothing_changes(tmp_path: Path) -> None:

@@ -236,6 +236,15 @@ def test_a_request_has_a_setting_of_its_own(loaded: LoadedModel) -> None:
     assert caught.value.param == "max_kl" and not engine.has_work
 
 
+@pytest.mark.parametrize("asked", [{"setting": "4x"}, {"max_kl": 0.0002}])
+def test_a_chat_at_a_finer_setting_than_the_model_goes_on_at_it(loaded: LoadedModel, asked: dict[str, Any]) -> None:
+    engine = demo(loaded, "8x")
+    first = ask(engine, request("a", PROMPT, 10, session="s", **asked))["a"]
+    engine.submit(request("b", [*PROMPT, *first, 5, 6, 7], 10, session="s", **asked))
+    (end,) = (event for event in drive(engine) if isinstance(event, Finished))
+    assert end.usage.setting == "4x" and end.usage.cached_tokens == len(PROMPT) + len(first) - 1
+
+
 def test_a_session_at_another_setting_is_computed_anew(loaded: LoadedModel) -> None:
     engine = demo(loaded, "8x")
     first = ask(engine, request("a", PROMPT, 10, session="s"))["a"]
