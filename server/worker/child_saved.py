@@ -111,8 +111,10 @@ class SavedChats:
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
-    def save(self) -> None:
-        """The worker ends: write its sessions, those that were used last first, for as long as is allowed."""
+    def save(self, *, asleep: bool = False) -> None:
+        """The worker ends: write its sessions, those that were used last first, for as long as is allowed. Of a model
+        that is `asleep` at the fast level: the small one computes with tables, whose memory the device has taken back.
+        """
         if self._folder is None or self._bounds is None or not len(self._engines.current.sessions):
             return
         began, clock, saved, nbytes, lost = time.time(), time.monotonic(), 0, 0, ""
@@ -122,7 +124,7 @@ class SavedChats:
                 lost = f"sessions.save_seconds, {self._bounds.save_s:g}, were over"
                 break
             try:
-                size = self._save(name, began - APART_S * rank)
+                size = self._save(name, began - APART_S * rank, "fast" if asleep else None)
             except OSError as error:  # of the disk: the next one would fare no better
                 lost = str(error)
                 break
@@ -135,14 +137,14 @@ class SavedChats:
         if saved < len(names):
             log.warning("sessions not saved, and lost: %d (%s)", len(names) - saved, lost)
 
-    def _save(self, name: tuple[str, str], used_at: float) -> int:
+    def _save(self, name: tuple[str, str], used_at: float, level: str | None) -> int:
         """Write one; its bytes, 0 where there is no room. Raises OSError, SpectralError."""
         assert self._folder is not None
         salt, session = name
         self._folder.make()
         incoming = self._folder.incoming()
         try:
-            self._engines.current.sessions.save(name, incoming)
+            self._engines.current.sessions.save(name, incoming, level)
             size = incoming.stat().st_size
             placed = self._folder.place(incoming, self._folder.file(self._model, session, salt), used_at)
         finally:

@@ -164,7 +164,7 @@ class Worker:
                 self._report()
         self._abandon()
         self._report()
-        self._saved.save()
+        self._saved.save(asleep=self._memory.asleep)
 
     def _rest(self) -> None:
         """Nothing is left to do: an idle model keeps prefixes only. One whose steps are graphs over its cache's memory

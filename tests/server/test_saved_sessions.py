@@ -17,7 +17,9 @@ import pytest
 from server.worker import child_saved
 from server.worker import messages as wire
 from server.worker.child_engines import Engines
+from server.worker.child_memory import MemoryControl
 from server.worker.child_saved import SavedChats
+from server.worker.child_wire import to_request
 from server.worker.main import Inbox, Worker
 from server.worker.session_messages import SavedSessions
 from spectral.engine.build import Built, build_engine, find_profile
@@ -94,7 +96,7 @@ class Quiet:
     def __init__(self, saved: SavedChats) -> None:
         self.waits, self.read, self.begin = saved.waits, saved.read, saved.begin
 
-    def save(self) -> None:
+    def save(self, *, asleep: bool = False) -> None:
         """Not yet."""
 
 
@@ -272,6 +274,27 @@ def test_the_bound_of_bytes_keeps_what_was_used_last(life: Life) -> None:
     assert len(life.files) == 2
     cached = [life.of(turn("x", FIRST, name, 1))[0][1].cached_tokens for name in ("t4", "t3", "t2")]
     assert cached == [len(FIRST) - 1, len(FIRST) - 1, 0]
+
+
+@pytest.mark.parametrize(("sleeps", "level"), [(True, "fast"), (False, None)])
+def test_a_model_that_sleeps_saves_without_its_tables(
+    life: Life, monkeypatch: pytest.MonkeyPatch, sleeps: bool, level: str | None
+) -> None:
+    levels, save = [], Sessions.save
+
+    def watched(self: Sessions, name: tuple[str, str], path: Path, level: str | None = None) -> Path:
+        levels.append(level)
+        return save(self, name, path, level)
+
+    monkeypatch.setattr(Sessions, "save", watched)
+    monkeypatch.setattr(MemoryControl, "asleep", property(lambda self: sleeps and not self._engines.has_work))
+    engines = Engines(build_engine(life.loaded, life.profile, setting="8x"))
+    inbox: Inbox = queue.SimpleQueue()
+    worker = Worker(engines, inbox, Said(), SavedChats(engines, life.bounds, "demo"))  # type: ignore[arg-type]
+    engines.current.submit(to_request(turn("a", FIRST)))
+    inbox.put(wire.Shutdown(60.0))
+    worker.run()
+    assert levels == [level] and len(life.files) == 1
 
 
 def test_switched_off_nothing_is_written(life: Life) -> None:
