@@ -50,7 +50,7 @@ def create_app(
     events = EventLog(state)
     make = make_scheduler or (lambda *parts: Scheduler(parts[0], parts[1], command, parts[2]))
     scheduler = make(settings, metrics, events)
-    if state.durable:
+    if state.durable and make_scheduler is None:  # a cluster's workers are elsewhere
         scheduler.saved.use(state.folder / "sessions")
     admin = Admin(state, events, scheduler, config_file, given)
     metrics.set_version(ops.installed_version())
