@@ -6,8 +6,8 @@ same but for a rounding. A profiler measures models as they were loaded.
 * Projections of one input become one product. Its weights lie the other way round in memory (`turned`): a product with
   few rows then reads them as they lie, which MKL does faster.
 * Norms of query and key heads, and rotary embeddings, run over all heads of that product at once.
-* The output layer, too large for the caches, is read once for several rows.
-* Products do not depend on how many rows there are where that is asked for (spectral.row_by_row).
+* Products do not depend on how many rows there are where that is asked for (spectral.row_by_row); so the output layer,
+  too large for the caches, is read once for several rows.
 """
 
 from __future__ import annotations
@@ -21,13 +21,7 @@ from typing import Any
 import torch
 
 from spectral.lean import Shared, plain, same, sample
-from spectral.row_by_row import asked, linear, single_alike
-
-MOST_ROWS = 32
-"""Rows up to which the output layer's product is turned: with more, nothing is won."""
-
-LEAST_OUTPUTS = 4096
-"""Outputs from which it is."""
+from spectral.row_by_row import answers_asked, linear, row_by_row, single_alike
 
 
 def lean_decoding(model: Any) -> dict[str, int]:
@@ -201,18 +195,16 @@ def lean_gate(module: Any) -> bool:
 
 
 def lean_head(head: Any) -> bool:
-    """The output layer's product as (W x)^T for a few rows: x W^T reads W in pieces, once for every few rows."""
-    if not turnable(head) or head.bias is not None or head.out_features < LEAST_OUTPUTS or "forward" in vars(head):
+    """The output layer's product in pieces of the weights, row by row, for a few rows: so it is read once, and how many
+    answers are wanted of a forward changes none of them."""
+    if not turnable(head) or "forward" in vars(head):
         return False
 
-    single = single_alike(head.weight, None)
+    single = single_alike(head.weight, head.bias)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        rows = x.numel() // x.shape[-1]
-        if asked() or not 1 < rows <= MOST_ROWS:
-            return linear(x, head.weight, None, single)
-        product = torch.mm(head.weight, x.reshape(rows, -1).t())
-        return product.t().contiguous().view(*x.shape[:-1], -1)
+        with row_by_row(answers_asked()):
+            return linear(x, head.weight, head.bias, single)
 
     x = sample(1, 3, head.in_features, like=head.weight)
     if not same(head(x), forward(x)):

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 
 LEAST_ROWS, LEAST_COLUMNS, LEAST_TERMS = 4, 16, 16
 """Rows, columns and terms of a sum from which on MKL rounds products alike; fewer go other ways."""
+ROUNDS_ALIKE = torch.backends.mkl.is_available()
+"""Whether products of LEAST_ROWS rows and more are known to be rounded alike."""
 LEAST_SIZE = 400
 """Multiplications of a product; smaller ones PyTorch does by itself."""
 WHOLE_TERMS, HALVED_TERMS = 192, 384
@@ -30,22 +32,23 @@ PIECE = 1 << 17
 ALIGNED = 16
 """Columns of a piece are a multiple of so many, 64 bytes: what lies otherwise is rounded otherwise."""
 
-_ASKED: ContextVar[bool] = ContextVar("spectral_row_by_row", default=False)
+_ASKED: ContextVar[tuple[bool, bool]] = ContextVar("spectral_row_by_row", default=(False, False))
 
 
 @contextmanager
-def row_by_row(wanted: bool = True) -> Iterator[None]:
-    """Within, `linear` multiplies so, if `wanted`."""
-    token = _ASKED.set(wanted)
+def row_by_row(everywhere: bool = True, answers: bool = False) -> Iterator[None]:
+    """Within, `linear` multiplies so, if that is wanted `everywhere`, or for `answers`, the output layer, alone: of a
+    forward of many tokens few answers are wanted."""
+    token = _ASKED.set((everywhere, everywhere or answers))
     try:
         yield
     finally:
         _ASKED.reset(token)
 
 
-def asked() -> bool:
-    """Whether this is within `row_by_row`."""
-    return _ASKED.get()
+def answers_asked() -> bool:
+    """Whether answers are to be multiplied so."""
+    return _ASKED.get()[1]
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, single: bool) -> torch.Tensor:
@@ -53,7 +56,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, sin
     for each, see `single_alike`."""
     rows = x.reshape(-1, 1, x.shape[-1])
     count = rows.shape[0]
-    if not _ASKED.get() or (single and count == 1):
+    if not _ASKED.get()[0] or (single and count == 1):
         return F.linear(x, weight, bias)
     columns = max(4, PIECE // (ALIGNED * weight.shape[1])) * ALIGNED
     even = weight.shape[0] // ALIGNED * ALIGNED

@@ -14,7 +14,7 @@ from spectral.engine.sequence import Sequence
 from spectral.hf import LoadedModel, attending
 from spectral.lean_cpu import lean_decoding
 from spectral.pages import PageStore
-from spectral.row_by_row import row_by_row
+from spectral.row_by_row import LEAST_ROWS, ROUNDS_ALIKE, row_by_row
 
 
 class Runner:
@@ -30,14 +30,18 @@ class Runner:
         self._no_mask = loaded.no_mask
 
     def divide(self, work: Work) -> list[Work]:
-        """The forwards that the work on one store becomes. On a CPU decode rows are one, computed each by itself, and
-        every chunk of a prompt is its own: so nobody's numbers depend on what else runs."""
+        """The forwards that the work on one store becomes. On a CPU nobody's numbers depend on what else runs: decode
+        rows are one forward, computed each by itself, and chunks of prompts are another where products are rounded
+        alike whatever their number of rows is; the others have their own."""
         if self.graphs is not None:
             return self.graphs.divide(work)
         if self._device.type != "cpu":
             return [work]
-        singles = [item for item in work if item[1] == 1]
-        return [part for part in (singles, *([item] for item in work if item[1] > 1)) if part]
+        singles, chunks, others = Work(), Work(), Work()
+        for sequence, count in work:
+            together = ROUNDS_ALIKE and count >= LEAST_ROWS and sequence.scores is None
+            (singles if count == 1 else chunks if together else others).append((sequence, count))
+        return [part for part in (singles, chunks, *([item] for item in others)) if part]
 
     def step(self, part: Part) -> Chosen:
         """One forward and what it leads to: the sequences that get a token now, the tokens, and their log
@@ -108,7 +112,7 @@ class Runner:
         wanted = keep + extra + [last for _, last in passed]
         kept: Any = 0 if all_kept else self._kept(wanted)
         alone = self._device.type == "cpu" and all(count == 1 for _, count in part.work)
-        with attending(self._model, part.batch), row_by_row(alone):
+        with attending(self._model, part.batch), row_by_row(alone, answers=not scored):
             out = self._model(
                 input_ids=flat[0],
                 attention_mask=self._no_mask,

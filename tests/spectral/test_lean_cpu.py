@@ -37,8 +37,7 @@ def made(family: str) -> Any:
 
 
 @pytest.mark.parametrize("family", [*FAMILIES])
-def test_whole_models_answer_as_before(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lean_cpu, "LEAST_OUTPUTS", 2)
+def test_whole_models_answer_as_before(family: str) -> None:
     model = made(family)
     rotary = sys.modules[type(model).__module__].apply_rotary_pos_emb
     many, one = torch.tensor([[5, 9, 3, 7]]), torch.tensor([[5]])
