@@ -1,4 +1,5 @@
-"""A worker's thread for what a request needs before it begins and what may take seconds: a long prompt's tokens, and
+"""A worker's thread for what a request needs before it begins and what may take seconds: a long prompt's tokens, a new
+grammar, and
 the chat's cache where it lies in a file."""
 
 from __future__ import annotations

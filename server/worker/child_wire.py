@@ -11,9 +11,12 @@ from server.worker import messages as wire
 from server.worker.child_clock import RequestClock
 from spectral.engine import types
 from spectral.engine.detokenize import Detokenizer, token_bytes
+from spectral.engine.templates import RENDERER
 from spectral.errors import OutOfPages, QueueFull, RequestError
 
 OWN_FIELDS = ("ignore_eos", "grammar")
+LONG_PROMPT = 32_768
+"""Characters from which a prompt is tokenized beside the engine's thread; fewer take a few milliseconds."""
 SAMPLING_FIELDS = tuple(f.name for f in dataclasses.fields(types.SamplingParams) if f.name not in OWN_FIELDS)
 
 
@@ -75,6 +78,11 @@ def text_length(message: wire.Submit | wire.Tokenize) -> int:
     prompt = len(message.prompt) if isinstance(message.prompt, str) else 0
     described = len(str(message.tools)) if message.tools else 0
     return prompt + described + sum(len(m.content) + len(m.reasoning or "") for m in message.messages)
+
+
+def takes_long(message: wire.Submit) -> bool:
+    """Whether a prompt is better encoded beside the engine's thread."""
+    return text_length(message) >= LONG_PROMPT or (message.kind == "chat" and RENDERER.slow)
 
 
 def rejected(request_id: str, error: Exception) -> wire.Rejected:

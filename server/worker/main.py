@@ -3,7 +3,8 @@
 The main thread loads the model and runs the engine; with nothing to do it waits for its inbox. Beside it:
     reader   answers pings at once, however long a step takes, and ends the process when the gateway is gone
     writer   sends what the gateway does not take at once
-    encoder  tokenizes long prompts and reads saved sessions, which may take seconds, while the engine goes on
+    encoder  tokenizes long prompts, compiles new grammars and reads saved sessions, which may take seconds, while the
+             engine goes on
     profile  reads another profile, while requests go on under the one before
 
 Exit statuses: 0 after Shutdown (sessions are saved then), or when the gateway closed its end; 1 if the inference thread
@@ -41,7 +42,6 @@ from server.worker.child_queue import QueueDeadlines
 from server.worker.child_saved import Found, SavedChats
 from spectral.engine import types
 from spectral.engine.chat import opens_thoughts, thought_format
-from spectral.engine.templates import RENDERER
 from spectral.errors import ModelError, ProfileError, RequestError, SettingError
 
 log = logging.getLogger("spectral.worker")
@@ -52,8 +52,6 @@ inference thread would wait so long for it each time while settings are foreseen
 
 STATS_EVERY_S = 0.25
 IDLE_TRIM_S = 5.0
-LONG_PROMPT = 32_768
-"""Characters from which a prompt is tokenized beside the engine's thread; fewer take a few milliseconds."""
 
 EXIT_OK, EXIT_DIED, EXIT_BAD_FRAME, EXIT_LOAD_FAILED = 0, 1, 2, 3
 
@@ -212,7 +210,10 @@ class Worker:
                 self._encoding[message.request_id] = True
             self._engines.cancel(message.request_id)
         elif isinstance(message, Encoded):
-            self._start(message.request, message.outcome, message.found)
+            if isinstance(message.outcome, list) and not self._engines.current.knows(message.request.params.grammar):
+                self._encoder.put(message.request)  # another profile's engine compiled it
+            else:
+                self._start(message.request, message.outcome, message.found)
         elif isinstance(message, wire.SetProfile):
             Change(message, self._engines, self._inbox.put)
         elif isinstance(message, Change):
@@ -254,12 +255,13 @@ class Worker:
             request = child_wire.to_request(message)
             if ident in self._encoding:
                 raise RequestError(f"request_id {ident!r} is in use", param="request_id")
-            slow = child_wire.text_length(message) >= LONG_PROMPT or (message.kind == "chat" and RENDERER.slow)
-            if slow or self._saved.waits(request):
+            engine = self._engines.current
+            known = engine.knows(request.params.grammar)
+            if child_wire.takes_long(message) or not known or self._saved.waits(request):
                 self._encoding[ident] = False
                 self._encoder.put(request)
                 return
-            outcome: list[int] | Exception = self._engines.current.encode(request)
+            outcome: list[int] | Exception = engine.encode(request)
         except RequestError as error:
             self._writer.send(child_wire.rejected(ident, error))
             return

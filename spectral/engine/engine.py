@@ -29,6 +29,7 @@ from spectral.engine.types import (
     Finished,
     FinishReason,
     GenerateRequest,
+    Grammar,
     Logprob,
     PromptLogprobs,
     Started,
@@ -108,12 +109,19 @@ class Engine:
     # -- requests -------------------------------------------------------------------------------------------------
 
     def encode(self, request: GenerateRequest) -> list[int]:
-        """The prompt's token ids. Raises RequestError. One other thread may call it while this one steps."""
+        """The prompt's token ids, and the request's grammar is compiled. Raises RequestError. One other thread may call
+        it while this one steps."""
         check_length(request, self.context_length, self._longest_token)
         ids = encode_prompt(self.loaded.tokenizer, request, self.vocab_size)
         if len(ids) >= self.context_length:
             raise ContextLengthExceeded(len(ids), self.context_length, param=request.prompt_field)
+        if request.params.grammar is not None:
+            self._grammars.prepare(request.params.grammar)
         return ids
+
+    def knows(self, grammar: Grammar | None) -> bool:
+        """Whether a grammar was compiled or refused lately; a new one may take seconds. Threads: `encode`."""
+        return self._grammars.known(grammar)
 
     def count(self, request: GenerateRequest) -> list[int]:
         """The prompt's token ids, also where they are more than the context. Raises RequestError. Threads: `encode`."""

@@ -1,10 +1,8 @@
-"""A process that renders chat templates: run as a file by `templates.py`, it imports Jinja and nothing else of weight.
+"""The job of rendering chat templates, for `child_main.py`: it imports Jinja and nothing else of weight.
 
 A template comes with a model, so it is a stranger's program. It runs in Jinja's sandbox, which keeps it from Python's
-internals, and in this process, which can be bounded where a sandbox cannot: no loop, power, repetition or format width
-takes more memory or time than the operating system gives it. It has no files, sockets or secrets.
+internals, and in a process that can be bounded where a sandbox cannot. It has no files, sockets or secrets.
 
-Messages on standard input and output: JSON behind a 4-byte big-endian length; an empty one says that it has begun.
 Names and behaviour that templates find are those of transformers (`transformers.utils.chat_template_utils`), which
 templates are written for.
 """
@@ -12,19 +10,12 @@ templates are written for.
 from __future__ import annotations
 
 import json
-import resource
-import struct
-import sys
+from collections.abc import Callable
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, BinaryIO
+from typing import Any
 
-LENGTH = struct.Struct(">I")
 MEMORY_BYTES = 512 << 20
-"""Address space beyond what the process has when it starts."""
-CPU_SECONDS = 10
-"""Processor time for one rendering, should nobody be there any more to end it sooner."""
-OPEN_FILES = 8
 
 
 def environment() -> Any:
@@ -108,37 +99,8 @@ def answer(compiled: Any, asked: dict[str, Any]) -> dict[str, Any]:
     return {"text": text}
 
 
-def serve(source: BinaryIO, target: BinaryIO) -> None:
-    """Say that it has begun, then answer until the other side closes its end."""
+def prepare(read: Callable[[], Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """What answers {"template", "variables", "most": characters}."""
     compiled = lru_cache(maxsize=8)(environment().from_string)
     compiled("{{ messages }}").render(messages=[])  # what rendering imports is imported before the limits
-    _limit()
-    target.write(LENGTH.pack(0))
-    target.flush()
-    while True:
-        head = source.read(LENGTH.size)
-        if len(head) < LENGTH.size:
-            return
-        body = source.read(LENGTH.unpack(head)[0])
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        seconds = int(used.ru_utime + used.ru_stime) + CPU_SECONDS
-        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds if hard < 0 else min(seconds, hard), hard))
-        data = json.dumps(answer(compiled, json.loads(body)), ensure_ascii=True).encode("ascii")
-        target.write(LENGTH.pack(len(data)) + data)
-        target.flush()
-
-
-def _limit() -> None:
-    with open("/proc/self/statm", encoding="ascii") as file:
-        size = int(file.read().split()[0]) * resource.getpagesize()
-    wanted = {resource.RLIMIT_AS: size + MEMORY_BYTES, resource.RLIMIT_NOFILE: OPEN_FILES}
-    for limit, most in {**wanted, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_CORE: 0}.items():
-        hard = resource.getrlimit(limit)[1]  # one that is lower already stays
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(limit, (most, most))
-
-
-if __name__ == "__main__":
-    sys.path.extend(sys.argv[1:])  # where Jinja lies, should that not be among an isolated interpreter's own places
-    serve(sys.stdin.buffer, sys.stdout.buffer)
+    return lambda asked: answer(compiled, asked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 from typing import Any
 
 import pytest
@@ -143,3 +144,20 @@ def test_refusals_have_their_status(error: Exception, status: int, code: str) ->
 def test_failures_have_their_code() -> None:
     assert child_wire.failed("a", OutOfPages(10, 5)).code == "kv_cache_full"
     assert child_wire.failed("a", DeadlineExceeded(3)).code == "deadline_exceeded"
+
+
+def test_a_grammar_that_another_engine_compiled_is_compiled_beside_the_steps_too(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(loaded)
+    encode, known, threads = engine.encode, [False, False, True], []
+
+    def watched(request: types.GenerateRequest) -> list[int]:
+        threads.append(threading.current_thread().name)
+        return encode(request)
+
+    monkeypatch.setattr(engine, "knows", lambda grammar: known.pop(0))
+    monkeypatch.setattr(engine, "encode", watched)
+    said = work(engine, ask("a", grammar=wire.Grammar("regex", "[0-9]{2}")))
+    assert threads == ["encoder", "encoder"] and not known
+    assert [type(m) for m in said.of("a")][-1] is wire.Finished

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import struct
@@ -162,6 +163,33 @@ def test_a_long_prompt_can_be_cancelled_while_it_is_tokenized(ready: tuple[Paren
     before, end = parent.until(wire.Finished, "long")
     assert isinstance(end, wire.Finished) and end.reason == "cancelled" and end.usage.completion_tokens == 0
     assert [type(m) for m in before if not isinstance(m, wire.Stats)] == [wire.Accepted]
+
+
+def test_streams_go_on_while_a_grammar_is_compiled(ready: tuple[Parent, wire.Ready]) -> None:
+    parent, _ = ready
+    patterns = [f"[a-z]*{letter}[a-z]{{{length}}}" for length, letter in enumerate("abcdefghijklmnopqrstuvwx", start=1)]
+    schema = json.dumps({"allOf": [{"type": "string", "pattern": pattern} for pattern in patterns]})
+    endless = wire.Sampling(max_tokens=8000, logit_bias={2: -100.0})
+    parent.send(wire.Submit("stream", "completion", endless, prompt="Once upon"))
+    parent.until(wire.Delta, "stream")
+    parent.send(
+        chat("hostile", grammar=wire.Grammar("json_schema", schema)),
+        chat("known", grammar=wire.Grammar("regex", "[0-9]{3}")),
+        chat("again", grammar=wire.Grammar("json_schema", schema)),
+    )
+    before, refused = parent.until(wire.Rejected, "hostile")
+    assert isinstance(refused, wire.Rejected)
+    assert (refused.status, refused.code, refused.param) == (400, "grammar_too_complex", "grammar")
+    steps = [m for m in before if isinstance(m, wire.Delta) and m.request_id == "stream"]
+    ended = [m for m in before if isinstance(m, wire.Finished) and m.request_id == "stream"]
+    assert len(steps) > 50 or ended, "the stream waited"
+    after, again = parent.until(wire.Rejected, "again")
+    if not any(isinstance(m, wire.Finished) and m.request_id == "known" for m in after):
+        after += parent.until(wire.Finished, "known")[0]
+    assert text_of(after, "known").isdigit() and isinstance(again, wire.Rejected) and again.message == refused.message
+    if not ended and not any(isinstance(m, wire.Finished) and m.request_id == "stream" for m in after):
+        parent.send(wire.Cancel("stream"))
+        parent.until(wire.Finished, "stream")
 
 
 def test_texts_are_tokenized_and_back(ready: tuple[Parent, wire.Ready]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from spectral.engine import templates
+from spectral.engine import child_process
 from spectral.engine.chat import encode_chat
 from spectral.engine.templates import Renderer, TemplateFailed, render_chat
 from spectral.engine.types import Message
@@ -115,9 +115,9 @@ def test_the_process_sees_no_environment_and_no_files(renderer: Renderer, monkey
     own = Renderer()
     try:
         assert own.render("ok", {}) == "ok"
-        assert own._process is not None
-        environment = Path(f"/proc/{own._process.pid}/environ").read_bytes()
-        opened = [os.readlink(entry) for entry in Path(f"/proc/{own._process.pid}/fd").iterdir()]
+        assert own._child._process is not None
+        environment = Path(f"/proc/{own._child._process.pid}/environ").read_bytes()
+        opened = [os.readlink(entry) for entry in Path(f"/proc/{own._child._process.pid}/fd").iterdir()]
     finally:
         own.close()
     assert b"secret" not in environment
@@ -139,13 +139,13 @@ def test_a_request_is_told_and_the_next_one_served(tokenizer: Any, monkeypatch: 
 
 def test_a_slow_start_is_not_the_templates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     child = tmp_path / "child.py"
-    begin = f"runpy.run_path({str(templates._CHILD)!r}, run_name='__main__')"
+    begin = f"runpy.run_path({str(child_process._CHILD)!r}, run_name='__main__')"
     child.write_text(f"import runpy, time\ntime.sleep(1.5)\n{begin}\n")
-    monkeypatch.setattr(templates, "_CHILD", child)
+    monkeypatch.setattr(child_process, "_CHILD", child)
     with contextlib.closing(Renderer(seconds=0.5)) as late:
         assert late.render("{{ 1 + 1 }}", {}) == "2" and not late.slow
         late.close()
-        monkeypatch.setattr(templates, "START_SECONDS", 0.2)
+        monkeypatch.setattr(child_process, "START_SECONDS", 0.2)
         with pytest.raises(TemplateFailed, match=r"its process did not start within 0\.2 s"):
             late.render("{{ 1 + 1 }}", {})
 
