@@ -257,7 +257,7 @@ class GrammarCompiler:
             told = self._child.ask(json.dumps({"source": text}).encode("ascii"))
         except ChildFailed as error:
             if error.kind == "NotStarted":
-                raise
+                raise ChildFailed(error.kind, f"no grammar can be compiled: {error}") from error
             took = f"more than {self._child.seconds:g} s"
             took = took if error.kind == "Timeout" else f"more than {MEMORY_BYTES >> 20} MiB of memory"
             raise _too_complex(grammar, took) from error
