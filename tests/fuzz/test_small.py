@@ -16,7 +16,7 @@ from tests.fuzz import harness
 from tests.fuzz.targets import registry
 
 COUNTS = {"profile": 400, "profile_bytes": 600, "config": 100, "sessions": 250, "templates": 20, "headers": 400}
-COUNTS |= {"tool_calls": 500}
+COUNTS |= {"tool_calls": 500, "grammars": 60}
 MANY = 2000
 
 

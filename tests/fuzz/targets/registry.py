@@ -13,12 +13,13 @@ SHARES = {
     "ollama": 0.14,
     "json_bytes": 0.12,
     "tool_calls": 0.03,
-    "frames": 0.157,
+    "frames": 0.155,
     "config": 0.005,
     "keys": 0.05,
     "headers": 0.05,
     "sessions": 0.015,
     "templates": 0.003,
+    "grammars": 0.002,
 }
 """Of all inputs: cheap ones get more."""
 
@@ -36,6 +37,7 @@ _WHERE = {
     "headers": "configs",
     "sessions": "sessions",
     "templates": "templates",
+    "grammars": "grammars",
 }
 
 
