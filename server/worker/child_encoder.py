@@ -1,6 +1,5 @@
 """A worker's thread for what a request needs before it begins and what may take seconds: a long prompt's tokens, a new
-grammar, and
-the chat's cache where it lies in a file."""
+grammar, and the chat's cache where it lies in a file."""
 
 from __future__ import annotations
 
@@ -29,8 +28,8 @@ class Encoded:
 
 
 class Encoder:
-    """Tokenizes long prompts, and reads the saved sessions of requests, tenants in turn; the outcome comes into the
-    inbox. Answers Tokenize by itself."""
+    """Tokenizes long prompts, compiles new grammars, and reads the saved sessions of requests, tenants in turn; the
+    outcome comes into the inbox. Answers Tokenize by itself."""
 
     def __init__(
         self,
