@@ -93,7 +93,8 @@ class SamplingParams:
         repetition_penalty: divides (multiplies, if negative) the logits of every token seen, prompt included.
         frequency_penalty, presence_penalty: subtracted per occurrence, or once, for tokens of the answer.
         logit_bias: added to the logits of token ids.
-        seed: the same seed gives the same text; None draws one. Choice i of n uses its own stream of the seed.
+        seed: the same seed gives the same text, on a CPU whatever else is served (on a GPU products of more rows are
+            rounded otherwise); None draws one. Choice i of n uses its own stream of the seed.
         stop: strings that end the answer and are not part of it.
         logprobs: None for none, else how many of the most probable tokens to report beside the chosen one.
         prompt_logprobs: as logprobs, for the prompt's own tokens; None for none. The prompt is then computed anew.
