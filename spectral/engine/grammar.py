@@ -345,17 +345,31 @@ def _regex(matcher: Any, text: str) -> str:
 
 
 def _lark(matcher: Any, text: str) -> str:
-    return str(matcher.grammar_from_lark(text))
+    return str(matcher.grammar_from_lark(_unforced(text)))
 
 
 def _gbnf(matcher: Any, text: str) -> str:
     from llguidance.gbnf_to_lark import gbnf_to_lark
 
     try:
-        return str(matcher.grammar_from_lark(gbnf_to_lark(text)))
+        return str(matcher.grammar_from_lark(_unforced(gbnf_to_lark(text))))
     except Exception as error:  # its reader fails in several ways, a recursion that is too deep among them
         raise ValueError(error) from error
 
+
+def _unforced(text: str) -> str:
+    """Lark without llguidance's look ahead at bytes that must come: where a terminal takes everything that could follow
+    it (`start: "n" Y "y"` with `Y: /y+/`) it never comes to an end, and no limit ends it. Raises ValueError."""
+    found = _OPTIONS.search(text)
+    if found is None:
+        return '%llguidance {"no_forcing": true}\n' + text
+    options = json.loads(found[1])
+    if not isinstance(options, dict) or _OPTIONS.search(text, found.end()):
+        raise ValueError("%llguidance stands once, with an object on its line")
+    return f"{text[: found.start(1)]}{json.dumps({**options, 'no_forcing': True})}{text[found.end(1) :]}"
+
+
+_OPTIONS = re.compile(r"%llguidance([^\n]*)")
 
 _SOURCES: dict[str, Callable[[Any, str], str]] = {
     "json_object": _json_object,

@@ -201,7 +201,6 @@ def test_a_grammar_that_nothing_satisfies_is_refused_at_once(demo: hf.LoadedMode
     [
         ("json_schema", json.dumps(NEEDS_ITSELF), "grammar_unsatisfiable"),
         ("lark", 'start: "a" b\nb: b "c"', "grammar_unsatisfiable"),
-        ("lark", 'start: "a" start', "grammar_too_complex"),
     ],
 )
 def test_an_answer_that_comes_to_a_dead_end_fails(demo: hf.LoadedModel, kind: str, text: str, code: str) -> None:

@@ -167,3 +167,31 @@ def test_an_answer_has_time_for_its_masks_by_the_token(
         state.accept(token)
         errors.append(state.error)
     assert errors[:2] == [None, None] and "its steps take too long" in str(errors[2])
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "begun"),
+    [
+        ("lark", 'start: "n" Y "y"\nY: /y+/', "n"),
+        ("lark", '%llguidance {"no_forcing": false}\nstart: "n" Y "y"\nY: /y+/', "n"),
+        ("lark", "start: A (B A)*\nA: /y/\nB: /[a-z]y+/", "yn"),
+        ("gbnf", 'root ::= a (b a)*\na ::= "y"\nb ::= [a-z] "y"+', "yn"),
+    ],
+)
+def test_a_terminal_that_takes_all_that_could_follow_does_not_hang(
+    compiler: GrammarCompiler, kind: str, text: str, begun: str
+) -> None:
+    state = compiler.start(Grammar(kind, text))
+    for token in state._vocabulary.greedy_tokenize(begun):
+        state.accept(token)
+    for _ in range(5):
+        logits = torch.zeros(8192)
+        state.forbid(logits)
+        assert state.error is None
+        state.accept(int(torch.nonzero(logits == 0)[-1]))
+
+
+@pytest.mark.parametrize("text", ["%llguidance {\n}\nstart: /a/", '%llguidance {}\n%llguidance {}\nstart: "a"'])
+def test_options_of_lark_stand_on_one_line(compiler: GrammarCompiler, text: str) -> None:
+    error = refused(compiler, Grammar("lark", text))
+    assert error.param == "grammar" and "cannot be read" in str(error)
