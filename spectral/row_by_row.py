@@ -4,8 +4,8 @@ A library sums a product of one row in another order than one of eight, and a lo
 roundings are small, but codes of a cache and random draws make other tokens of them, and a request's text must not
 depend on what else runs. So decode rows are multiplied with weights each by itself, in batches of products of one row
 with as many columns of the weights as a processor's second cache holds, so that they are read once for all rows. That
-takes some tenth longer than a product of all rows. And what attention's reference multiplies for several
-sequences at once has shapes that a library treats alike (measured: tests/spectral/engine/test_alone.py).
+takes some tenth longer than a product of all rows. And what attention's reference multiplies for several sequences at
+once has shapes that MKL treats alike, as measured on one machine; others are asked (`rounds_alike`).
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 
 LEAST_ROWS, LEAST_COLUMNS, LEAST_TERMS = 4, 16, 16
 """Rows, columns and terms of a sum from which on MKL rounds products alike; fewer go other ways."""
-ROUNDS_ALIKE = torch.backends.mkl.is_available()
-"""Whether products of LEAST_ROWS rows and more are known to be rounded alike."""
 LEAST_SIZE = 400
 """Multiplications of a product; smaller ones PyTorch does by itself."""
 WHOLE_TERMS, HALVED_TERMS = 192, 384
@@ -54,10 +53,10 @@ def answers_asked() -> bool:
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, single: bool) -> torch.Tensor:
     """x [..., K] weight^T [K, N] + bias [N]. `single`: whether the library's product of one row is what this one has
     for each, see `single_alike`."""
-    rows = x.reshape(-1, 1, x.shape[-1])
-    count = rows.shape[0]
+    count = x.numel() // x.shape[-1]
     if not _ASKED.get()[0] or (single and count == 1):
         return F.linear(x, weight, bias)
+    rows = x.reshape(count, 1, -1)
     columns = max(4, PIECE // (ALIGNED * weight.shape[1])) * ALIGNED
     even = weight.shape[0] // ALIGNED * ALIGNED
     parts = [torch.bmm(rows, part.t().expand(count, -1, -1)) for part in weight[:even].split(columns)] if even else []
@@ -101,3 +100,22 @@ def of_any_terms(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     if not more or x.device.type != "cpu":
         return of_any_rows(x, y)
     return of_any_rows(F.pad(x, (0, more)), F.pad(y, (0, 0, 0, more)))
+
+
+@cache
+def rounds_alike() -> bool:
+    """Whether this machine's library treats those shapes alike. Where it does not, a row's numbers may differ by
+    roundings with what else runs."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        for terms in (16, 80, 176, 208, 304, 400, 1040):
+            x, y = (torch.randn(2, size, terms, generator=generator) for size in (37, 129))
+            whole = of_any_rows(x, y.transpose(1, 2))
+            few = [of_any_rows(x[:, :rows], y.transpose(1, 2)) for rows in (1, 2, 3, 4, 7, 16)]
+            alike = [(part, whole[:, : part.shape[1]]) for part in few]
+            alike.append((for_any_rows(x, y[:, :8]), whole[..., :8]))
+            more = F.pad(x, (0, 1600)), F.pad(y, (0, 1600), value=1.0).transpose(1, 2)
+            alike.append((of_any_terms(*more), of_any_terms(x, y.transpose(1, 2))))
+            if not all(torch.equal(*both) for both in alike):
+                return False
+    return True

@@ -14,7 +14,7 @@ from spectral.engine.sequence import Sequence
 from spectral.hf import LoadedModel, attending
 from spectral.lean_cpu import lean_decoding
 from spectral.pages import PageStore
-from spectral.row_by_row import LEAST_ROWS, ROUNDS_ALIKE, row_by_row
+from spectral.row_by_row import LEAST_ROWS, rounds_alike, row_by_row
 
 
 class Runner:
@@ -39,7 +39,7 @@ class Runner:
             return [work]
         singles, chunks, others = Work(), Work(), Work()
         for sequence, count in work:
-            together = ROUNDS_ALIKE and count >= LEAST_ROWS and sequence.scores is None
+            together = count >= LEAST_ROWS and rounds_alike() and sequence.scores is None
             (singles if count == 1 else chunks if together else others).append((sequence, count))
         return [part for part in (singles, chunks, *([item] for item in others)) if part]
 

@@ -16,12 +16,13 @@ from spectral.engine.types import EngineLimits, GenerateRequest
 from spectral.hf import load_model
 from spectral.lean_cpu import turned
 from spectral.profile import SpectralProfile
-from spectral.row_by_row import ALIGNED, linear, of_any_rows, of_any_terms, row_by_row, single_alike
+from spectral.row_by_row import ALIGNED, linear, of_any_rows, of_any_terms, rounds_alike, row_by_row, single_alike
 from tests.spectral.engine.engine_helpers import drive, request, tiny_engine
 from tests.spectral.engine.test_static_step import prompt
 from tests.spectral.helpers import FAMILIES
 
 Logits = dict[str, list[torch.Tensor]]
+alike = pytest.mark.skipif(not rounds_alike(), reason="this machine's library rounds these shapes otherwise")
 
 
 @pytest.fixture
@@ -51,6 +52,7 @@ def check_same(one: list[torch.Tensor], other: list[torch.Tensor]) -> None:
     assert not differ and len(one) > 5, f"tokens {differ[:5]} of {len(one)} differ"
 
 
+@alike
 @pytest.mark.parametrize("family", [*FAMILIES])
 @pytest.mark.parametrize("setting", ["test", "apart", "flat", "exact"])
 def test_alone_and_among_others(family: str, setting: str, logits_of: Callable[..., Logits]) -> None:
@@ -70,6 +72,7 @@ def demo(demo_path: Path) -> tuple[Any, SpectralProfile]:
     return load_model(str(demo_path)), SpectralProfile.load(demo_path.parents[1] / "profiles" / "demo-7m.safetensors")
 
 
+@alike
 @pytest.mark.parametrize("setting", ["8x", "exact"])
 def test_a_trained_model_over_several_blocks(
     setting: str, demo: tuple[Any, SpectralProfile], logits_of: Callable[..., Logits]
@@ -91,6 +94,7 @@ def test_a_trained_model_over_several_blocks(
         check_same(logits_of(engine(), one)[f"{one.request_id}.0"], among[f"{one.request_id}.0"])
 
 
+@alike
 def test_choices_are_those_of_fewer(logits_of: Callable[..., Logits]) -> None:
     how = {"temperature": 1.0, "seed": 5}
     many = logits_of(tiny_engine(max_concurrency=5), request("r", prompt(60, 1), 30, sampling={**how, "n": 5}))
@@ -121,6 +125,7 @@ def test_a_row_by_itself(layout: Callable[[torch.Tensor], torch.Tensor], size: i
     assert ALIGNED * weight.element_size() == 64
 
 
+@alike
 @pytest.mark.parametrize("terms", [16, 176, 192, 208, 304, 383, 384, 400, 800])
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 11])
 def test_shapes_that_a_library_treats_alike(terms: int, rows: int) -> None:
