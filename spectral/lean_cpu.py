@@ -199,12 +199,11 @@ def lean_head(head: Any) -> bool:
     answers are wanted of a forward changes none of them."""
     if not turnable(head) or "forward" in vars(head):
         return False
-
     single = single_alike(head.weight, head.bias)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         with row_by_row(answers_asked()):
-            return linear(x, head.weight, head.bias, single)
+            return _linear(head, single, x)
 
     x = sample(1, 3, head.in_features, like=head.weight)
     if not same(head(x), forward(x)):

@@ -369,14 +369,14 @@ class Engine:
         self, session: str, path: str | os.PathLike[str], *, cache_salt: str = "", cold_level: str | None = None
     ) -> Path:
         """Write a paused session to a file; engines of the same model, profile and (at level small) links read it.
-        `cold_level`: None: the limits'. Raises RequestError, SessionError (name, links), OutOfPages or OSError."""
+        `cold_level`: None: the limits'. Raises RequestError, SessionError (name, links) or OSError."""
         return self.sessions.save((cache_salt, session), path, cold_level)
 
     def resume_session(self, session: str, path: str | os.PathLike[str], *, cache_salt: str = "") -> int:
         """Read a session from a file; the next request with this name goes on from it. Returns its tokens.
 
-        Raises RequestError (for the name), SessionError, SettingError, ProfileError, OutOfPages or OSError, and then
-        nothing has changed.
+        Raises RequestError (for the name), SessionError, SettingError, ProfileError or OSError, and then nothing has
+        changed.
         """
         return self.sessions.resume((cache_salt, session), path)
 
